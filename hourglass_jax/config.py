@@ -1,0 +1,167 @@
+"""What can be chosen, as plain frozen dataclasses, checked on construction."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hourglass_jax.errors import UsageError
+from hourglass_jax.hierarchy import Hierarchy
+from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
+
+
+def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
+    """Raises unless low <= value <= high (low < value with `open_low`)."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high or (open_low and value == low):
+        bounds = f"{'more than' if open_low else 'at least'} {low:g}"
+        bounds += "" if high == float("inf") else f" and at most {high:g}"
+        raise UsageError(f"{name}={value!r} is out of range; it must be {bounds}")
+
+
+@dataclass(frozen=True)
+class HourglassConfig:
+    """Architecture of an `HourglassLM`. The defaults are the paper's enwik8 ablation model `2@1 8@3 2@1`."""
+
+    vocab_size: int
+    hierarchy: str = "2@1 8@3 2@1"  # the paper's notation, total factors; stored normalised
+    d_model: int = 512
+    n_heads: int = 8
+    d_ff: int = 2048
+    shortening: str = "attention_average"  # average | linear | attention_average | attention_linear
+    upsampling: str = "attention_linear"  # repeat | linear | attention | attention_repeat | attention_linear
+    positions: str = "relative"  # relative (Transformer-XL) | rotary | learned (absolute, added to the tokens)
+    dropout: float = 0.0
+    max_length: int = 2048  # bounds learned positions and default caches, in tokens
+    activation: str = "gelu"  # gelu (tanh form) | relu
+    initialization: str = "normal"  # normal (standard deviation 0.02) | xavier (uniform)
+    norm: str = "stack"  # stack (after every stack and every upsampling, as Trax) | final (before the head only)
+    shift: str = "paper"  # paper (k-1) | original (k, the original project's, one character staler)
+    dtype: str = "float32"  # of the computation: float32 | bfloat16 | float64; parameters stay float32
+    max_unrolled_layers: int = 4  # deeper stacks are one scanned, rematerialised body: compile time stays flat
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hierarchy", str(Hierarchy.parse(self.hierarchy)))
+        for name in ("vocab_size", "d_model", "n_heads", "d_ff", "max_length"):
+            check_range(name, getattr(self, name), 1)
+        check_range("max_unrolled_layers", self.max_unrolled_layers, 0)
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"dropout={self.dropout!r} is out of range; it must be at least 0 and below 1")
+        if self.d_model % self.n_heads:
+            raise UsageError(
+                f"n_heads={self.n_heads} does not divide d_model={self.d_model}; choose n_heads so that every "
+                "head has the same whole size"
+            )
+        check_choice("shortening", self.shortening, SHORTENINGS)
+        check_choice("upsampling", self.upsampling, UPSAMPLINGS)
+        check_choice("positions", self.positions, ("relative", "rotary", "learned"))
+        check_choice("activation", self.activation, ("gelu", "relu"))
+        check_choice("initialization", self.initialization, ("normal", "xavier"))
+        check_choice("norm", self.norm, ("stack", "final"))
+        check_choice("shift", self.shift, ("paper", "original"))
+        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float64"))
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise UsageError(f"positions='rotary' needs an even head size, not d_model / n_heads = {self.head_dim}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def parsed_hierarchy(self) -> Hierarchy:
+        return Hierarchy.parse(self.hierarchy)
+
+    @classmethod
+    def original_project(
+        cls,
+        *,
+        vocab_size: int,
+        factors: Sequence[int] = (3, 1, 8, 4),
+        n_embedding: int = 512,
+        n_heads: int = 8,
+        block_size: int = 256,
+        **overrides: Any,
+    ) -> HourglassConfig:
+        """The exact architecture of the PyTorch project this library grew out of.
+
+        Learned absolute positions, ReLU, linear pooling, repeat upsampling, a final norm only, shift by k.
+        `factors` are read as its code applies them: each factor multiplies the ones before it.
+        """
+        options = {
+            "hierarchy": str(Hierarchy.from_factors(factors, relative=True)),
+            "d_model": n_embedding,
+            "n_heads": n_heads,
+            "d_ff": 4 * n_embedding,
+            "max_length": block_size,
+            "shortening": "linear",
+            "upsampling": "repeat",
+            "positions": "learned",
+            "activation": "relu",
+            "norm": "final",
+            "shift": "original",
+        }
+        return cls(vocab_size=vocab_size, **(options | overrides))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, and how it is cut into batches."""
+
+    path: str = ""  # a UTF-8 text file; empty: the built-in corpus
+    tokenizer: str = "char"  # char | byte
+    clean: bool = False  # lower-case, strip accents, keep "\n !&'$,-.:;?" and a-z (characters only)
+    block_size: int = 128  # tokens a training window
+    batch_size: int = 16  # windows a step
+    train_fraction: float = 0.9  # the rest is for validation
+
+    def __post_init__(self) -> None:
+        check_choice("tokenizer", self.tokenizer, ("char", "byte"))
+        check_range("block_size", self.block_size, 1)
+        check_range("batch_size", self.batch_size, 1)
+        if not 0 < self.train_fraction < 1:
+            raise UsageError(f"train_fraction={self.train_fraction!r} is out of range; it must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a schedule; the defaults are the paper's (section 3): no weight decay, no clipping."""
+
+    learning_rate: float = 4e-4  # the peak
+    schedule: str = "cosine"  # cosine (to 0) | inverse_sqrt | constant, each after a linear warm-up
+    warmup_steps: int = 100
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-9
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0  # global gradient norm; 0: no clipping
+
+    def __post_init__(self) -> None:
+        check_choice("schedule", self.schedule, ("cosine", "inverse_sqrt", "constant"))
+        check_range("learning_rate", self.learning_rate, 0, open_low=True)
+        check_range("eps", self.eps, 0, open_low=True)
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            check_range(name, getattr(self, name), 0)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)!r} is out of range; it must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, and how often to look."""
+
+    steps: int = 1000
+    eval_interval: int = 200  # steps between evaluations and checkpoints
+    eval_batches: int = 20  # batches an evaluation during training; the last one reads the whole split
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "eval_interval", "eval_batches"):
+            check_range(name, getattr(self, name), 1)
+        check_range("seed", self.seed, 0)

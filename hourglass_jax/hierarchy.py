@@ -1,0 +1,123 @@
+"""The paper's hierarchy notation, `N1@f1 N2@f2 ...` (section 2): parse, validate, print, lengths per level."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hourglass_jax.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of an Hourglass, outermost first.
+
+    pre_layers, post_layers: layers before the shortening and after the upsampling (the innermost level has
+        only `pre_layers`).
+    factor: total shortening of this level's sequence, in tokens per position.
+    shorten_factor: k, by which this level shortens for the next one; 1 at the innermost level.
+    """
+
+    pre_layers: int
+    post_layers: int
+    factor: int
+    shorten_factor: int
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """Stages (n_layers, total shorten factor) in the order in which a sequence passes them.
+
+    `Hierarchy.parse("2@1 8@3 2@1")` has 2 layers on the tokens, 8 at a third of the length, 2 on the tokens.
+    Raises UsageError where the factors do not go up and come down again through the same values.
+    """
+
+    stages: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        layers = [n for n, _ in self.stages]
+        factors = [f for _, f in self.stages]
+        depth = len(factors) // 2
+        up = factors[: depth + 1]
+
+        def fail(problem: str, advice: str) -> None:
+            raise UsageError(f"hierarchy '{self}': {problem}; {advice}")
+
+        if not factors or factors[0] != 1:
+            fail("the first stage must be at factor 1 (the tokens)", "e.g. '2@1 8@3 2@1'")
+        if factors[-1] != 1:
+            fail("the last stage must return to factor 1", f"e.g. '{self} {layers[0]}@1'")
+        if len(factors) % 2 == 0 or factors != factors[::-1]:
+            fail("factors must go up and come down through the same values", "e.g. '2@1 1@2 4@4 1@2 2@1'")
+        if any(low >= high for low, high in zip(up, up[1:], strict=False)):
+            fail("factors must grow towards the middle stage", "e.g. '2@1 1@2 4@4 1@2 2@1'")
+        for low, high in zip(up, up[1:], strict=False):
+            if high % low:
+                fail(f"factor {low} does not divide the next factor {high}", f"choose a multiple of {low}")
+        if min(layers) < 0 or sum(layers) == 0:
+            fail("there must be at least one layer, and none negative", "e.g. '2@1 8@3 2@1'")
+
+    @classmethod
+    def parse(cls, text: str | Hierarchy) -> Hierarchy:
+        """Reads the paper's notation, stages separated by spaces."""
+        if isinstance(text, Hierarchy):
+            return text
+        stages = []
+        for stage in str(text).split():
+            match = re.fullmatch(r"(\d+)@([1-9]\d*)", stage)
+            if not match:
+                raise UsageError(
+                    f"hierarchy '{text}': cannot read '{stage}'; a stage is layers@factor, e.g. '2@1 8@3 2@1'"
+                )
+            stages.append((int(match[1]), int(match[2])))
+        return cls(tuple(stages))
+
+    @classmethod
+    def from_factors(cls, factors: Sequence[int], *, relative: bool = False) -> Hierarchy:
+        """The original project's list: pairs (layers, factor) going down, mirrored on the way up.
+
+        `[3, 1, 8, 4]` is `3@1 8@4 3@1`. Factors are total ones; with `relative=True` each multiplies those
+        before it, which is how the original project's code applies them.
+        """
+        factors = list(factors)
+        if len(factors) < 2 or len(factors) % 2:
+            raise UsageError(
+                f"factors {factors}: give pairs of layers and factor, e.g. 3,1,8,4 for '3@1 8@4 3@1'"
+            )
+        layers, totals = factors[::2], factors[1::2]
+        if relative:
+            totals = [math.prod(totals[: i + 1]) for i in range(len(totals))]
+        down = list(zip(layers, totals, strict=True))
+        return cls(tuple(down + down[-2::-1]))
+
+    def __str__(self) -> str:
+        return " ".join(f"{n}@{f}" for n, f in self.stages)
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Outermost level first; see `Level`."""
+        depth = len(self.stages) // 2
+        levels = []
+        for i in range(depth + 1):
+            layers, factor = self.stages[i]
+            inner = i == depth
+            levels.append(
+                Level(
+                    pre_layers=layers,
+                    post_layers=0 if inner else self.stages[-1 - i][0],
+                    factor=factor,
+                    shorten_factor=1 if inner else self.stages[i + 1][1] // factor,
+                )
+            )
+        return tuple(levels)
+
+    @property
+    def total_factor(self) -> int:
+        """K, the shortening of the innermost level, in tokens."""
+        return max(f for _, f in self.stages)
+
+    def lengths(self, length: int) -> tuple[int, ...]:
+        """Positions at each level, outermost first, for `length` tokens (incomplete groups count as one)."""
+        return tuple(-(-length // level.factor) for level in self.levels)

@@ -1,0 +1,1 @@
+"""The parts of the model: attention, transformer stacks, shortening and upsampling."""

@@ -1,0 +1,37 @@
+"""Packaging of hourglass_jax; tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "jax>=0.10.2",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "numpy>=2.0",
+    "absl-py>=2.3",
+    "grain>=0.2.18",
+    "ml_collections>=1.1.0",
+    "tqdm>=4.66",
+    "tensorboardX>=2.6.4",
+    "matplotlib>=3.9",
+]
+
+setup(
+    name="hourglass_jax",
+    version="0.1.0",
+    description="Hierarchical (Hourglass) character- and pixel-level language models in JAX/Flax",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="the hourglass_jax authors",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["hourglass_jax", "hourglass_jax.*", "experiments"]),
+    package_data={"hourglass_jax": ["py.typed", "data/haiku.txt"]},
+    install_requires=CORE,
+    extras_require={
+        "cuda": ["jax[cuda]>=0.10.2"],
+        "test": ["pytest>=8.0", "ruff>=0.9"],
+    },
+)
