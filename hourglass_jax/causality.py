@@ -1,0 +1,55 @@
+"""Does a model see the future? The classic bug of hierarchical language models: wonderful loss, garbage samples."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hourglass_jax.model import HourglassLM
+
+
+class CausalityError(AssertionError):
+    """A prediction depends on a token it may not see."""
+
+
+@nnx.jit
+def _gradient_norms(model: HourglassLM, tokens: jax.Array) -> jax.Array:
+    def probe(x):
+        logits = model.from_embeddings(x[None])[0]
+        weights = jax.random.normal(jax.random.key(0), logits.shape)
+        return (logits * weights).sum(-1)
+
+    embeddings = model.embed(tokens[None])[0]
+    _, pullback = jax.vjp(probe, embeddings)
+    gradients = jax.lax.map(lambda row: pullback(row)[0], jnp.eye(len(tokens), dtype=jnp.float32))
+    return jnp.abs(gradients).max(-1)
+
+
+def influence(model: HourglassLM, tokens: jax.Array) -> np.ndarray:
+    """How much each prediction depends on each token: int [L] -> float [L, L].
+
+    Entry (t, s) is the largest absolute derivative, over the embedding's coordinates, of a random projection of
+    `logits[t]` with respect to the embedding of token s. Exactly zero means: no dependence.
+    """
+    return np.asarray(_gradient_norms(model, jnp.asarray(tokens)))
+
+
+def check_causality(model: HourglassLM, length: int | None = None) -> None:
+    """Raises CausalityError unless d logits_t / d token_{>t} is exactly zero.
+
+    `length` in tokens; by default two whole groups of the innermost level and one position more.
+    """
+    if length is None:
+        length = 2 * model.config.parsed_hierarchy.total_factor + 1
+        if model.positions is not None:
+            length = min(length, model.config.max_length)
+    tokens = jax.random.randint(jax.random.key(1), (length,), 0, model.config.vocab_size)
+    leaks = np.argwhere(np.triu(influence(model, tokens), k=1) != 0)
+    if len(leaks):
+        t, s = leaks[0]
+        raise CausalityError(
+            f"the prediction at position {t} depends on token {s}, which comes later ({len(leaks)} such pairs "
+            f"among {length} positions); check the shift and the masks of the resampling methods"
+        )

@@ -1,0 +1,117 @@
+"""Text to integers and back: characters with a JSON vocabulary, or bytes."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hourglass_jax.errors import UsageError
+
+CLEAN_CHARACTERS = "\n !&'$,-.:;?abcdefghijklmnopqrstuvwxyz"
+
+
+def clean(text: str) -> str:
+    """Lower-cases, strips accents to ASCII and keeps only `CLEAN_CHARACTERS`, as the original project does."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode("ascii").lower()
+    return "".join(c for c in ascii_text if c in CLEAN_CHARACTERS)
+
+
+class CharTokenizer:
+    """One token a character: the sorted characters of a text after <EOS>, <UNK> and <BOS>."""
+
+    kind = "char"
+    SPECIALS = ("<EOS>", "<UNK>", "<BOS>")
+
+    def __init__(self, characters: Sequence[str], *, clean: bool = False):
+        """`characters` in the order of their tokens, without the specials; `clean` cleans what is encoded."""
+        self.characters = list(characters)
+        self.clean = clean
+        if any(len(c) != 1 for c in self.characters) or len(set(self.characters)) != len(self.characters):
+            raise UsageError("a vocabulary must list different single characters after <EOS>, <UNK>, <BOS>")
+        self.eos_id, self.unk_id, self.bos_id = range(3)
+        self._ids = {c: i + len(self.SPECIALS) for i, c in enumerate(self.characters)}
+
+    @classmethod
+    def from_text(cls, text: str, *, clean: bool = False) -> CharTokenizer:
+        return cls(sorted(set(_clean(text) if clean else text)), clean=clean)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.SPECIALS) + len(self.characters)
+
+    def encode(self, text: str) -> np.ndarray:
+        """-> int32 [L]; characters outside the vocabulary become <UNK>."""
+        text = _clean(text) if self.clean else text
+        return np.fromiter((self._ids.get(c, self.unk_id) for c in text), np.int32)
+
+    def unknown(self, text: str) -> list[str]:
+        """The characters of `text` that `encode` would map to <UNK>, sorted."""
+        return sorted(set(_clean(text) if self.clean else text) - set(self._ids))
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """Leaves out the special tokens."""
+        n = len(self.SPECIALS)
+        return "".join(self.characters[t - n] for t in np.asarray(tokens).tolist() if t >= n)
+
+    def stream_decoder(self) -> Callable[[Sequence[int]], str]:
+        """A function from the next tokens to the text they complete."""
+        return self.decode
+
+    def save(self, path: Path) -> None:
+        """JSON: token string to token id, and whether text is cleaned."""
+        names = [*self.SPECIALS, *self.characters]
+        record = {"clean": self.clean, "vocabulary": {name: i for i, name in enumerate(names)}}
+        path.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> CharTokenizer:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            names = sorted(record["vocabulary"], key=record["vocabulary"].get)
+            ids = sorted(record["vocabulary"].values())
+            cleaned = bool(record["clean"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path} is not a vocabulary of this library: {error}") from error
+        if tuple(names[:3]) != cls.SPECIALS or ids != list(range(len(ids))):
+            raise UsageError(f"{path}: tokens 0, 1, 2 must be <EOS>, <UNK>, <BOS> and the ids must have no gaps")
+        return cls(names[3:], clean=cleaned)
+
+
+_clean = clean  # `clean` is also a parameter above
+
+
+class ByteTokenizer:
+    """One token a byte of UTF-8; the control bytes STX and ETX, which no text holds, begin and end examples."""
+
+    kind = "byte"
+    vocab_size = 256
+    bos_id, eos_id, unk_id = 2, 3, None
+
+    def encode(self, text: str) -> np.ndarray:
+        """-> uint8 values as int32 [L]."""
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def unknown(self, text: str) -> list[str]:
+        return []
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """Bytes that are not UTF-8 become the replacement character."""
+        return self.stream_decoder()(tokens, final=True)
+
+    def stream_decoder(self) -> Callable[..., str]:
+        """A function from the next tokens to the text they complete; a split character waits for its rest."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        specials = (self.bos_id, self.eos_id)
+
+        def decode(tokens: Sequence[int] | np.ndarray, final: bool = False) -> str:
+            return decoder.decode(bytes(t for t in np.asarray(tokens).tolist() if t not in specials), final)
+
+        return decode
+
+
+Tokenizer = CharTokenizer | ByteTokenizer

@@ -1,0 +1,61 @@
+"""Curves of a run: JSON lines, TensorBoard, a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+CURVES = "metrics.jsonl"
+
+
+def read_curves(directory: Path) -> list[dict[str, float]]:
+    """The records of a run, oldest first; a half-written last line is left out."""
+    path = Path(directory) / CURVES
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class CurveWriter:
+    """Appends records to the run's JSON lines and TensorBoard files; drops what lies beyond `start_step`."""
+
+    def __init__(self, directory: Path, start_step: int = 0):
+        kept = [record for record in read_curves(directory) if record["step"] <= start_step]
+        self._file = (directory / CURVES).open("w", buffering=1)
+        self._file.writelines(json.dumps(record) + "\n" for record in kept)
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, **values: float) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def plot_curves(directory: Path) -> Path:
+    """Draws training and validation loss against steps to loss.png and returns its path."""
+    from matplotlib.figure import Figure
+
+    records = read_curves(directory)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, style in (("train_loss", {"lw": 1}), ("valid_loss", {"marker": "o", "ms": 4})):
+        points = [(r["step"], r[name]) for r in records if name in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
+    axes.set(xlabel="step", ylabel="loss (nats per character)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = Path(directory) / "loss.png"
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,34 @@
+"""AdamW and its learning-rate schedule, through optax."""
+
+from __future__ import annotations
+
+import optax
+
+from hourglass_jax.config import OptimizerConfig
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then cosine to 0 at `steps`, or peak * sqrt(warmup / step), or constant."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    rise = optax.linear_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
+    elif config.schedule == "inverse_sqrt":
+        offset = max(warmup, 1)
+        after = lambda step: peak * (offset / (offset + step)) ** 0.5  # noqa: E731
+    else:
+        after = optax.constant_schedule(peak)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    adamw = optax.adamw(
+        learning_rate_schedule(config, steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+    if config.clip_norm:
+        return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    return adamw
