@@ -1,0 +1,35 @@
+"""The paper's ablations.
+
+    python -m experiments.ablate --costs     parameters of Table 1's rows, ours and the paper's
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from experiments import launcher
+from experiments.tables import TABLE_1
+from hourglass_jax import UsageError
+from hourglass_jax.costs import count_parameters
+
+COSTS = flags.DEFINE_boolean("costs", False, "Print what the rows of Table 1 cost.")
+
+
+def costs_table() -> str:
+    """Table 1's parameter counts as Markdown: ours, the paper's, their ratio."""
+    lines = ["| hierarchy | parameters | paper | ratio |", "|---|---|---|---|"]
+    for row in TABLE_1:
+        millions = count_parameters(row.config) / 1e6
+        ratio = millions / row.parameters_millions
+        lines.append(f"| {row.hierarchy} | {millions:.2f}M | {row.parameters_millions}M | {ratio:.3f} |")
+    return "\n".join(lines)
+
+
+def main(_: list[str]) -> None:
+    if not COSTS.value:
+        raise UsageError("nothing to do; pass --costs")
+    print(costs_table())
+
+
+if __name__ == "__main__":
+    launcher.run(main)

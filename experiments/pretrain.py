@@ -1,0 +1,142 @@
+"""Pretrains a character-level Hourglass on a text file, or on the built-in corpus.
+
+    python experiments/pretrain.py
+    python experiments/pretrain.py --data_path=book.txt --factors=3,1,8,4 --d_model=512 --out=runs/book
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import jax
+from absl import flags
+from flax import nnx
+
+from experiments import launcher
+from hourglass_jax import (
+    DataConfig,
+    Hierarchy,
+    HourglassConfig,
+    HourglassLM,
+    OptimizerConfig,
+    TrainConfig,
+    UsageError,
+    check_causality,
+    generate,
+)
+from hourglass_jax.data.corpora import load_text, make_tokenizer, split_tokens
+from hourglass_jax.data.pipeline import consecutive_windows, random_windows
+from hourglass_jax.tokenizers import CharTokenizer
+from hourglass_jax.training.checkpoints import write_run
+from hourglass_jax.training.metrics import plot_curves
+from hourglass_jax.training.trainer import fit
+
+# Sized so that the built-in corpus trains in about two minutes on two CPU cores.
+MODEL = HourglassConfig(
+    vocab_size=1, hierarchy="1@1 3@3 1@1", d_model=192, n_heads=6, d_ff=768, max_length=1024
+)
+DATA = DataConfig(block_size=128, batch_size=8)
+OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
+TRAIN = TrainConfig(steps=700, eval_interval=100)
+
+OUT = flags.DEFINE_string("out", "runs/pretrain", "Directory for checkpoints, curves and plots.")
+OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Remove another run found in the output directory.")
+VOCAB_PATH = flags.DEFINE_string("vocab_path", "", "Use this vocabulary (JSON) instead of the text's own.")
+EPOCHS = flags.DEFINE_integer("epochs", None, "With --iter: train for epochs * iter steps.", lower_bound=1)
+ITER = flags.DEFINE_integer("iter", None, "Steps an epoch; an evaluation follows each.", lower_bound=1)
+flags.DEFINE_alias("model_save_path", "out")
+
+launcher.define_config("model", MODEL, without=("vocab_size",))
+launcher.define_config("data", DATA)
+launcher.define_config("optimizer", OPTIMIZER)
+launcher.define_config("train", TRAIN)
+
+
+def parse_factors(text: str) -> str:
+    return str(Hierarchy.from_factors([int(part) for part in text.replace(",", " ").split()]))
+
+
+def parse_betas(text: str) -> tuple[float, float]:
+    beta1, beta2 = (float(part) for part in text.replace(",", " ").split())
+    return beta1, beta2
+
+
+for _name in ("hierarchy", "shortening", "upsampling", "positions", "activation", "norm"):
+    launcher.define_alias(_name, f"model.{_name}", str)
+for _name in ("d_model", "n_heads", "d_ff"):
+    launcher.define_alias(_name, f"model.{_name}", int)
+launcher.define_alias("dropout", "model.dropout", float)
+launcher.define_alias("factors", "model.hierarchy", parse_factors)
+launcher.define_alias("n_embedding", "model.d_model", int)
+launcher.define_alias("data_path", "data.path", str)
+launcher.define_alias("batch_size", "data.batch_size", int)
+launcher.define_alias("block_size", "data.block_size", int)
+launcher.define_alias("train_val_split", "data.train_fraction", float)
+launcher.define_alias("learning_rate", "optimizer.learning_rate", float)
+launcher.define_alias("eps", "optimizer.eps", float)
+launcher.define_alias("steps", "train.steps", int)
+launcher.define_alias("eval_iter", "train.eval_batches", int)
+launcher.define_alias("seed", "train.seed", int)
+BETAS = flags.DEFINE_string("betas", None, "Short for --optimizer.beta1 and --optimizer.beta2, e.g. 0.9,0.98.")
+
+
+def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:
+    betas = {}
+    if BETAS.value is not None:
+        beta1, beta2 = launcher.parse_flag("betas", BETAS.value, parse_betas)
+        betas = {"beta1": beta1, "beta2": beta2}
+    schedule = {}
+    if (EPOCHS.value is None) != (ITER.value is None):
+        raise UsageError("--epochs and --iter go together: epochs * iter steps; or give --steps alone")
+    if EPOCHS.value is not None:
+        schedule = {"steps": EPOCHS.value * ITER.value, "eval_interval": ITER.value}
+    return (
+        launcher.read_config("data", DataConfig),
+        launcher.read_config("optimizer", OptimizerConfig, **betas),
+        launcher.read_config("train", TrainConfig, **schedule),
+    )
+
+
+def main(_: list[str]) -> None:
+    started = time.perf_counter()
+    data, optimizer, train = read_configs()
+    text = load_text(data.path)
+    tokenizer = CharTokenizer.load(Path(VOCAB_PATH.value)) if VOCAB_PATH.value else make_tokenizer(text, data)
+    train_tokens, valid_tokens = split_tokens(tokenizer.encode(text), data)
+    config = launcher.read_config("model", HourglassConfig, vocab_size=tokenizer.vocab_size)
+    settings = {"model": dataclasses.asdict(config)} | {
+        name: dataclasses.asdict(part) for name, part in (("data", data), ("optimizer", optimizer), ("train", train))
+    }
+    out = Path(OUT.value)
+    launcher.prepare_directory(out, settings, overwrite=OVERWRITE.value)
+
+    model = HourglassLM(config, rngs=nnx.Rngs(train.seed))
+    check_causality(model)
+    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    print(f"{config.hierarchy}, {n_parameters / 1e6:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes")
+    print(f"{len(train_tokens):,} tokens to train on, {len(valid_tokens):,} for validation -> {out}")
+    write_run(out, config, tokenizer, settings)
+    result = fit(
+        model,
+        random_windows(train_tokens, data.block_size, data.batch_size, train.seed),
+        consecutive_windows(valid_tokens, data.block_size, data.batch_size),
+        out,
+        optimizer_config=optimizer,
+        train_config=train,
+    )
+    plot = plot_curves(out)
+    print(f"validation: {result} ({time.perf_counter() - started:.0f} s, curves in {plot})")
+    prompt = valid_tokens[: min(32, len(valid_tokens))]
+    banned = [token for token in (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) if token is not None]
+    max_tokens = min(200, config.max_length - len(prompt))
+    [sample] = generate(
+        model, [prompt], max_tokens=max_tokens, key=jax.random.key(train.seed), temperature=0.8, banned_tokens=banned
+    )
+    print(f"sample: {tokenizer.decode(prompt)!r} goes on:\n{tokenizer.decode(sample)}")
+    print(f"\nnext: python experiments/finetune.py --load_model_path={out}")
+
+
+if __name__ == "__main__":
+    launcher.run(main)
