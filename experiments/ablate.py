@@ -1,6 +1,6 @@
 """The paper's ablations.
 
-    python -m experiments.ablate --costs     parameters of Table 1's rows, ours and the paper's
+python -m experiments.ablate --costs     parameters of Table 1's rows, ours and the paper's
 """
 
 from __future__ import annotations

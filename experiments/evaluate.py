@@ -1,6 +1,6 @@
 """Loss, perplexity and bits per character of a checkpoint on a text file.
 
-    python experiments/evaluate.py --load_model_path=runs/pretrain --data_path=book.txt
+python experiments/evaluate.py --load_model_path=runs/pretrain --data_path=book.txt
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fine-tunes a pretrained model on three-line haiku, to be written whole or completed from the first line.
 
-    python experiments/finetune.py --load_model_path=runs/pretrain
-    python experiments/finetune.py --load_model_path=runs/pretrain --format=prompt --out=runs/prompt
+python experiments/finetune.py --load_model_path=runs/pretrain
+python experiments/finetune.py --load_model_path=runs/pretrain --format=prompt --out=runs/prompt
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Writes text with a pretrained or fine-tuned model, as it comes.
 
-    python experiments/generate.py --load_model_path=runs/finetune
-    python experiments/generate.py --load_model_path=runs/prompt --gen_mode=prompt --prompt="an old silent pond"
+python experiments/generate.py --load_model_path=runs/finetune
+python experiments/generate.py --load_model_path=runs/prompt --gen_mode=prompt --prompt="an old silent pond"
 """
 
 from __future__ import annotations

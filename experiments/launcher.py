@@ -29,7 +29,10 @@ def define_config(name: str, defaults: Any, *, without: tuple[str, ...] = ()) ->
     try:
         config_flags.DEFINE_config_dict(name, ConfigDict(fields), help_text)
     except AttributeError as error:  # an override on the command line names no field
-        fail(sys.argv[0], f"--{name}.{str(error).strip(chr(34) + chr(39))}: no such option; known: {', '.join(fields)}")
+        fail(
+            sys.argv[0],
+            f"--{name}.{str(error).strip(chr(34) + chr(39))}: no such option; known: {', '.join(fields)}",
+        )
 
 
 def define_alias(alias: str, target: str, parse: Callable[[str], Any]) -> None:

@@ -1,7 +1,7 @@
 """Pretrains a character-level Hourglass on a text file, or on the built-in corpus.
 
-    python experiments/pretrain.py
-    python experiments/pretrain.py --data_path=book.txt --factors=3,1,8,4 --d_model=512 --out=runs/book
+python experiments/pretrain.py
+python experiments/pretrain.py --data_path=book.txt --factors=3,1,8,4 --d_model=512 --out=runs/book
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ from hourglass_jax.training.metrics import plot_curves
 from hourglass_jax.training.trainer import fit
 
 # Sized so that the built-in corpus trains in about two minutes on two CPU cores.
-MODEL = HourglassConfig(
-    vocab_size=1, hierarchy="1@1 3@3 1@1", d_model=192, n_heads=6, d_ff=768, max_length=1024
-)
+MODEL = HourglassConfig(vocab_size=1, hierarchy="1@1 3@3 1@1", d_model=192, n_heads=6, d_ff=768, max_length=1024)
 DATA = DataConfig(block_size=128, batch_size=8)
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
 TRAIN = TrainConfig(steps=700, eval_interval=100)
@@ -132,7 +130,12 @@ def main(_: list[str]) -> None:
     banned = [token for token in (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) if token is not None]
     max_tokens = min(200, config.max_length - len(prompt))
     [sample] = generate(
-        model, [prompt], max_tokens=max_tokens, key=jax.random.key(train.seed), temperature=0.8, banned_tokens=banned
+        model,
+        [prompt],
+        max_tokens=max_tokens,
+        key=jax.random.key(train.seed),
+        temperature=0.8,
+        banned_tokens=banned,
     )
     print(f"sample: {tokenizer.decode(prompt)!r} goes on:\n{tokenizer.decode(sample)}")
     print(f"\nnext: python experiments/finetune.py --load_model_path={out}")

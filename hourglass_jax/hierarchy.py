@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -51,9 +52,9 @@ class Hierarchy:
             fail("the last stage must return to factor 1", f"e.g. '{self} {layers[0]}@1'")
         if len(factors) % 2 == 0 or factors != factors[::-1]:
             fail("factors must go up and come down through the same values", "e.g. '2@1 1@2 4@4 1@2 2@1'")
-        if any(low >= high for low, high in zip(up, up[1:], strict=False)):
+        if any(low >= high for low, high in itertools.pairwise(up)):
             fail("factors must grow towards the middle stage", "e.g. '2@1 1@2 4@4 1@2 2@1'")
-        for low, high in zip(up, up[1:], strict=False):
+        for low, high in itertools.pairwise(up):
             if high % low:
                 fail(f"factor {low} does not divide the next factor {high}", f"choose a multiple of {low}")
         if min(layers) < 0 or sum(layers) == 0:
@@ -83,9 +84,7 @@ class Hierarchy:
         """
         factors = list(factors)
         if len(factors) < 2 or len(factors) % 2:
-            raise UsageError(
-                f"factors {factors}: give pairs of layers and factor, e.g. 3,1,8,4 for '3@1 8@4 3@1'"
-            )
+            raise UsageError(f"factors {factors}: give pairs of layers and factor, e.g. 3,1,8,4 for '3@1 8@4 3@1'")
         layers, totals = factors[::2], factors[1::2]
         if relative:
             totals = [math.prod(totals[: i + 1]) for i in range(len(totals))]

@@ -87,9 +87,7 @@ class Attention(nnx.Module):
         """[B, G, P, D], [B, G, S, D] -> [B, G, P, D]; `unit` in tokens; `key` turns dropout on."""
         _, groups, p, _ = queries.shape
         s = keys.shape[2]
-        q, k, v = (
-            self.split_heads(f(x)) for f, x in ((self.query, queries), (self.key, keys), (self.value, keys))
-        )
+        q, k, v = (self.split_heads(f(x)) for f, x in ((self.query, queries), (self.key, keys), (self.value, keys)))
         r = None
         if self.positions == "relative":
             r = self.relative_keys(slot_distances(groups, p, s, unit))
@@ -109,9 +107,7 @@ class Attention(nnx.Module):
         out = jnp.concatenate(outputs, axis=1)
         return self.out(out.reshape(*out.shape[:-2], -1))
 
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, r: jax.Array | None, key: jax.Array | None
-    ) -> jax.Array:
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, r: jax.Array | None, key: jax.Array | None) -> jax.Array:
         """The last b of N groups attend: q [B, b, P, H, K], k, v [B, N, S, H, K], r [N, P, S, H, K] by lag."""
         b, n = q.shape[1], k.shape[1]
         if r is None:

@@ -84,9 +84,7 @@ class LinearUpsampling(nnx.Module):
 class AttentionUpsampling(nnx.Module):
     """U + Attention(Q=U, K=V=x'), then a feed-forward, where U = x or x plus another upsampling of x'."""
 
-    def __init__(
-        self, config: HourglassConfig, shorten_factor: int, unit: int, *, base: type | None, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, base: type | None, rngs: nnx.Rngs):
         self.base = None if base is None else base(config, shorten_factor, unit, rngs=rngs)
         self.block = Block(config, cross=True, rngs=rngs)
         self.unit = unit

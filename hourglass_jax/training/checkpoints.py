@@ -1,8 +1,8 @@
 """Run directories: config.json, the vocabulary, and orbax checkpoints of parameters and optimiser state.
 
-    config.json   format version, model configuration, tokenizer, the settings of the run
-    vocab.json    characters and their tokens (character models)
-    checkpoints/  one folder a step, written by orbax's CheckpointManager
+config.json   format version, model configuration, tokenizer, the settings of the run
+vocab.json    characters and their tokens (character models)
+checkpoints/  one folder a step, written by orbax's CheckpointManager
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ class CheckpointStore:
 
     def save(self, step: int, params: Any, opt_state: Any, valid_loss: float) -> None:
         """Writes in the background; `wait` or `close` waits for it."""
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params), opt_state=ocp.args.StandardSave(opt_state)
-        )
+        items = ocp.args.Composite(params=ocp.args.StandardSave(params), opt_state=ocp.args.StandardSave(opt_state))
         self._manager.save(step, args=items, metrics={"valid_loss": valid_loss})
 
     def restore(self, step: int, **templates: Any) -> dict[str, Any]:

@@ -1,0 +1,146 @@
+"""The whole model in naive float64 NumPy, written from the formulas of the paper, one position at a time."""
+
+import jax
+import numpy as np
+from flax import nnx
+
+
+def parameters(model):
+    """The model's parameters as nested dicts of float64 arrays."""
+    state = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state)
+
+
+def project(p, x):
+    return x @ p["kernel"] + p.get("bias", 0.0)
+
+
+def norm(p, x):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def sinusoid(distance, d_model):
+    n = (d_model + 1) // 2
+    angles = distance / 10_000.0 ** (np.arange(n) / n)
+    return np.concatenate([np.sin(angles), np.cos(angles)])[:d_model]
+
+
+def rotated(x, position):
+    half = len(x) // 2
+    z = (x[:half] + 1j * x[half:]) * np.exp(1j * position / 10_000.0 ** (np.arange(half) / half))
+    return np.concatenate([z.real, z.imag])
+
+
+def attention(p, config, x_q, x_k, positions_q, positions_k, slack):
+    """Query i sees key j where positions_k[j] <= positions_q[i] + slack; positions in tokens."""
+    heads, size = config.n_heads, config.head_dim
+    q, k, v = (project(p[n], x).reshape(-1, heads, size) for n, x in (("query", x_q), ("key", x_k), ("value", x_k)))
+    out = np.zeros_like(q)
+    for i, h in np.ndindex(len(q), heads):
+        seen = [j for j in range(len(k)) if positions_k[j] <= positions_q[i] + slack]
+        scores = []
+        for j in seen:
+            if config.positions == "relative":
+                r = project(p["relative"], sinusoid(positions_q[i] - positions_k[j], config.d_model))
+                r = r.reshape(heads, size)[h]
+                u, bias = p["content_bias"][h], p["position_bias"][h]
+                scores.append((q[i, h] + u) @ k[j, h] + (q[i, h] + bias) @ r)
+            elif config.positions == "rotary":
+                scores.append(rotated(q[i, h], positions_q[i]) @ rotated(k[j, h], positions_k[j]))
+            else:
+                scores.append(q[i, h] @ k[j, h])
+        out[i, h] = softmax(np.array(scores) / np.sqrt(size)) @ v[seen, h]
+    return project(p["out"], out.reshape(len(q), -1))
+
+
+def activation(config, x):
+    if config.activation == "relu":
+        return np.maximum(x, 0)
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def block(p, config, x, positions, memory=None, memory_positions=None, slack=0):
+    queries = norm(p["attention_norm"], x)
+    keys = queries if memory is None else norm(p["memory_norm"], memory)
+    memory_positions = positions if memory is None else memory_positions
+    x = x + attention(p["attention"], config, queries, keys, positions, memory_positions, slack)
+    hidden = activation(config, project(p["feed_forward"]["up"], norm(p["feed_forward_norm"], x)))
+    return x + project(p["feed_forward"]["down"], hidden)
+
+
+def stack(p, config, n_layers, x, unit):
+    positions = np.arange(len(x)) * unit
+    for i in range(n_layers):
+        x = block(jax.tree.map(lambda leaf, i=i: leaf[i], p["layers"]), config, x, positions)
+    return norm(p["norm"], x) if config.norm == "stack" else x
+
+
+def pool(p, method, shifted, k):
+    groups = shifted.reshape(-1, k, shifted.shape[1])
+    if method == "average":
+        return np.stack([sum(group) / k for group in groups])
+    return np.stack([project(p["project"], np.concatenate(list(group))) for group in groups])
+
+
+def shorten(p, config, x, k, unit, shift):
+    """x [L, D] -> [ceil(L / k), D]."""
+    n_groups = -(-len(x) // k)
+    shifted = np.zeros((n_groups * k, x.shape[1]))
+    for slot in range(n_groups * k):
+        if 0 <= slot - shift < len(x):
+            shifted[slot] = x[slot - shift]
+    kind, _, base = config.shortening.rpartition("_")
+    if not kind:
+        return pool(p, base, shifted, k)
+    pooled = pool(p.get("pool", {}), base, shifted, k)
+    group_positions, slot_positions = np.arange(n_groups) * k * unit, np.arange(len(shifted)) * unit
+    return block(p["block"], config, pooled, group_positions, shifted, slot_positions, slack=(k - 1) * unit)
+
+
+def spread(p, method, short, k, length):
+    if method == "repeat":
+        rows = [short[t // k] for t in range(length)]
+    else:
+        rows = [project(p["project"], short[t // k]).reshape(k, -1)[t % k] for t in range(length)]
+    return np.stack(rows)
+
+
+def upsample(p, config, x, short, k, unit):
+    kind, _, base = config.upsampling.rpartition("_")
+    if not kind and base != "attention":
+        return spread(p, base, short, k, len(x))
+    queries = x if base == "attention" else x + spread(p.get("base", {}), base, short, k, len(x))
+    return block(p["block"], config, queries, np.arange(len(x)) * unit, short, np.arange(len(short)) * k * unit)
+
+
+def hourglass(p, config, levels, x):
+    level, *inner = levels
+    x = stack(p.get("pre", {}), config, level.pre_layers, x, level.factor)
+    if not inner:
+        return x
+    k = level.shorten_factor
+    shift = k - 1 if config.shift == "paper" else k
+    short = shorten(p.get("shorten", {}), config, x, k, level.factor, shift)
+    short = hourglass(p["inner"], config, inner, short)
+    up = upsample(p.get("upsample", {}), config, x, short, k, level.factor)
+    if config.norm == "stack":
+        up = norm(p["upsample_norm"], up)
+    return stack(p.get("post", {}), config, level.post_layers, x + up, level.factor)
+
+
+def logits(model, tokens):
+    """int [L] -> float64 [L, V]."""
+    p, config = parameters(model), model.config
+    x = p["embedding"]["embedding"][tokens]
+    if config.positions == "learned":
+        x = x + p["positions"][: len(tokens)]
+    x = hourglass(p["hourglass"], config, config.parsed_hierarchy.levels, x)
+    if config.norm == "final":
+        x = norm(p["norm"], x)
+    return project(p["head"], x)

@@ -1,0 +1,98 @@
+"""Sampling: greedy follows the logits, rows are independent, stops and bans hold."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_model, small_config
+
+import hourglass_jax as hg
+from hourglass_jax.decoding import filter_logits
+
+KEY = jax.random.key(0)
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 1, 2]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(small_config())
+
+
+def test_greedy_tokens_follow_the_full_forward(model):
+    for prompt, new in zip(PROMPTS, hg.generate(model, PROMPTS, max_tokens=9, key=KEY, temperature=0.0), strict=True):
+        text = list(prompt)
+        for token in new:
+            assert token == model(jnp.array([text]))[0, -1].argmax()
+            text.append(int(token))
+        assert len(new) == 9
+
+
+def test_rows_are_what_they_would_be_alone_and_equal_prompts_differ(model):
+    together = hg.generate(model, [*PROMPTS, PROMPTS[0]], max_tokens=12, key=KEY)
+    for prompt, row in zip(PROMPTS, together, strict=False):
+        np.testing.assert_array_equal(row, hg.generate(model, [prompt], max_tokens=12, key=KEY)[0])
+    assert (together[0] != together[3]).any()
+    assert (hg.generate(model, PROMPTS, max_tokens=12, key=jax.random.key(1))[0] != together[0]).any()
+
+
+def test_rows_stop_by_themselves(model):
+    free = hg.generate(model, PROMPTS, max_tokens=20, key=KEY)
+    stop = int(free[0][5])
+    stopped = hg.generate(model, PROMPTS, max_tokens=20, key=KEY, stop_token=stop)
+    for whole, cut in zip(free, stopped, strict=True):
+        ends = np.flatnonzero(whole == stop)
+        np.testing.assert_array_equal(cut, whole[: ends[0]] if len(ends) else whole)
+
+
+def test_streamed_parts_add_up(model):
+    parts = [[] for _ in PROMPTS]
+    out = hg.generate(
+        model,
+        PROMPTS,
+        max_tokens=21,
+        key=KEY,
+        stop_token=3,
+        stream=lambda new: [p.extend(n) for p, n in zip(parts, new)],
+    )
+    assert [list(row) for row in out] == parts
+
+
+def test_banned_tokens_never_come(model):
+    out = hg.generate(model, PROMPTS * 4, max_tokens=20, key=KEY, temperature=5.0, banned_tokens=(0, 1, 2))
+    assert min(row.min() for row in out) >= 3
+
+
+def test_filters_against_a_naive_version():
+    logits = np.random.default_rng(0).normal(size=(20, 30)).astype(np.float32)
+    for top_k, top_p in [(None, None), (1, None), (5, None), (99, None), (None, 0.3), (None, 0.9), (6, 0.7)]:
+        ours = np.asarray(filter_logits(jnp.asarray(logits), 0.7, top_k, top_p))
+        for row, kept in zip(logits / 0.7, np.isfinite(ours), strict=True):
+            order = np.argsort(-row)[: top_k or len(row)]
+            p = np.exp(row[order]) / np.exp(row[order]).sum()
+            count = len(order) if top_p is None else int((np.cumsum(p) - p < top_p).sum())
+            assert set(np.flatnonzero(kept)) == set(order[:count])
+
+
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        ([[]], {}, "prompt 0 is empty"),
+        ([[1], [11]], {}, "prompt 1 has tokens outside 0 .. 10"),
+        ([[-1]], {}, "outside"),
+        ([[1]], {"max_tokens": 0}, "max_tokens=0"),
+        ([[1]], {"temperature": -0.1}, "temperature=-0.1"),
+        ([[1]], {"top_k": 0}, "top_k=0"),
+        ([[1]], {"top_p": 0.0}, "top_p=0.0"),
+        ([[1]], {"top_p": 1.1}, "top_p=1.1"),
+    ],
+)
+def test_bad_requests_say_what_is_wrong(model, prompts, options, message):
+    with pytest.raises(hg.UsageError, match=message):
+        hg.generate(model, prompts, **({"max_tokens": 3, "key": KEY} | options))
+
+
+def test_learned_positions_end_with_a_clear_message():
+    model = make_model(small_config(positions="learned", max_length=16))
+    assert len(hg.generate(model, [[1, 2]], max_tokens=14, key=KEY)[0]) == 14
+    with pytest.raises(hg.UsageError, match="max_length=16"):
+        hg.generate(model, [[1, 2]], max_tokens=15, key=KEY)

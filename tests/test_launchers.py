@@ -1,0 +1,260 @@
+"""The launchers as a user meets them: subprocesses, files, exit codes, one-line errors."""
+
+import json
+import math
+import os
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+WORDS = "the quick brown fox jumps over a lazy dog while five wizards mix jugs of quartz pink vow"
+TINY = ["--hierarchy=1@1 1@2 1@1", "--d_model=32", "--n_heads=2", "--d_ff=64", "--block_size=32"]
+TINY += ["--batch_size=4", "--steps=30", "--train.eval_interval=15", "--optimizer.warmup_steps=5"]
+
+
+def run(script, *flags, cwd):
+    command = [sys.executable, EXPERIMENTS / f"{script}.py", *flags]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUTF8": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=300)
+
+
+def succeed(script, *flags, cwd):
+    result = run(script, *flags, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def contents(directory):
+    return {path: path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
+
+
+def sentences(n_characters):
+    rng, text = random.Random(0), ""
+    while len(text) < n_characters:
+        sentence = " ".join(rng.choices(WORDS.split(), k=rng.randint(4, 12)))
+        text += sentence.capitalize() + rng.choice([". ", "? ", '!" ', ", it's said.\n"])
+    return text
+
+
+def printed_command(stdout):
+    """The script and flags of the 'next:' line, as a shell reads them."""
+    [line] = [line for line in stdout.splitlines() if line.startswith("next: ")]
+    python, script, *flags = shlex.split(line.removeprefix("next: "))
+    assert python == "python" and Path(script).parent.name == "experiments"
+    return Path(script).stem, flags
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A directory with a text, haiku, a tiny model pretrained on the text and two fine-tuned from it."""
+    home = tmp_path_factory.mktemp("launchers")
+    (home / "text.txt").write_text(sentences(20_000))
+    rng = random.Random(1)
+    poems = ["\n".join(" ".join(rng.choices(WORDS.split(), k=4)) for _ in range(3)) for _ in range(40)]
+    poems.append('"it\'s late," says the fox\nfive wizards mix\nquartz jugs')
+    (home / "haiku.txt").write_text("\n\n".join(poems) + "\n")
+    (home / "pretrained.log").write_text(succeed("pretrain", *TINY, "--data_path=text.txt", cwd=home).stdout)
+    with ThreadPoolExecutor(2) as pool:
+        for form, result in {form: pool.submit(finetune, home, form) for form in ("haiku", "prompt")}.items():
+            (home / f"{form}.log").write_text(result.result().stdout)
+    return home
+
+
+def finetune(home, form):
+    flags = ["--data_path=haiku.txt", "--epochs=1", f"--format={form}", f"--out=runs/{form}"]
+    return succeed("finetune", *flags, cwd=home)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "haiku", "prompt"])
+def test_a_run_writes_its_outputs(home, name):
+    out = home / "runs" / name
+    assert json.loads((out / "config.json").read_text())["model"]["hierarchy"] == "1@1 1@2 1@1"
+    assert "<EOS>" in json.loads((out / "vocab.json").read_text())["vocabulary"]
+    assert any((out / "checkpoints").iterdir())
+    assert any((out / "tensorboard").iterdir())
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for curve in ("train_loss", "valid_loss"):
+        values = [record[curve] for record in records if curve in record]
+        assert values and all(map(math.isfinite, values))
+
+
+@pytest.mark.parametrize(("log", "script"), [("pretrained", "finetune"), ("haiku", "generate"), ("prompt", "generate")])
+def test_a_run_prints_figures_a_sample_and_the_next_command(home, log, script):
+    stdout = (home / f"{log}.log").read_text()
+    for word in ("loss", "perplexity", "BPC", "sample"):
+        assert word in stdout
+    assert f"next: python experiments/{script}.py --load_model_path=runs/" in stdout
+
+
+@pytest.mark.parametrize("form", ["haiku", "prompt"])
+def test_the_printed_next_command_runs(home, form):
+    script, flags = printed_command((home / f"{form}.log").read_text())
+    stdout = succeed(script, *flags, "--max_tokens=8", cwd=home).stdout
+    assert form == "haiku" or stdout.startswith('"it\'s late," says the fox\n')
+
+
+def test_samples_are_a_function_of_the_seed(home):
+    def sample(seed):
+        flags = ["--load_model_path=runs/haiku", "--num_samples=2", "--max_tokens=40", f"--seed={seed}"]
+        return succeed("generate", *flags, cwd=home).stdout
+
+    with ThreadPoolExecutor(2) as pool:
+        first, again, other = pool.map(sample, [1, 1, 2])
+    assert first == again != other
+    one, two = first.split("-" * 20 + "\n")
+    assert one != two
+
+
+def test_greedy_text_goes_on_from_the_prompt_whatever_the_seed(home):
+    def sample(seed):
+        flags = ["--load_model_path=runs/pretrain", "--gen_mode=prompt", "--prompt=The fox", "--temperature=0"]
+        return succeed("generate", *flags, "--max_tokens=20", f"--seed={seed}", cwd=home).stdout
+
+    with ThreadPoolExecutor(2) as pool:
+        first, other = pool.map(sample, [0, 1])
+    assert first == other and first.startswith("The fox")
+    assert len("The fox") < len(first.removesuffix("\n")) <= len("The fox") + 20
+
+
+def test_unknown_characters_of_a_prompt_give_one_warning(home):
+    flags = ["--load_model_path=runs/pretrain", "--gen_mode=prompt", "--prompt=日 fox 日", "--max_tokens=8"]
+    [warning] = succeed("generate", *flags, cwd=home).stderr.splitlines()
+    assert warning.count("日") == 1
+
+
+def test_evaluation_ends_with_its_figures_as_json(home):
+    result = succeed("evaluate", "--data_path=text.txt", "--split=valid", cwd=home)
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert math.isclose(figures["bpc"], figures["loss"] / math.log(2), rel_tol=1e-6)
+    assert math.isclose(figures["perplexity"], math.exp(figures["loss"]), rel_tol=1e-6)
+    n_tokens = len((home / "text.txt").read_text())
+    assert figures["n_characters"] == n_tokens - int(0.9 * n_tokens) - 1
+    assert 1 < figures["bpc"] < 7
+
+
+def copy_of_run(home, directory):
+    """`directory` with the text and a copy of the pretrained run."""
+    shutil.copy(home / "text.txt", directory)
+    shutil.copytree(home / "runs" / "pretrain", directory / "runs" / "pretrain")
+    return directory / "runs" / "pretrain"
+
+
+def test_the_same_command_again_keeps_a_finished_run(home, tmp_path):
+    out = copy_of_run(home, tmp_path)
+    before = (out / "metrics.jsonl").read_text()
+    stdout = succeed("pretrain", *TINY, "--data_path=text.txt", cwd=tmp_path).stdout
+    assert (out / "metrics.jsonl").read_text() == before
+    [figures, again] = [
+        log.split("validation: ")[1].split(" (")[0] for log in ((home / "pretrained.log").read_text(), stdout)
+    ]
+    assert figures == again
+
+
+def test_overwrite_replaces_a_run_of_another_configuration(home, tmp_path):
+    out = copy_of_run(home, tmp_path)
+    succeed("pretrain", *TINY, "--data_path=text.txt", "--steps=2", "--overwrite", cwd=tmp_path)
+    assert json.loads((out / "config.json").read_text())["settings"]["train"]["steps"] == 2
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [2, 2]
+
+
+def test_a_run_refuses_a_text_with_other_characters(home, tmp_path):
+    out = copy_of_run(home, tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text(text.read_text().replace("z", "Z"))  # as many characters, another vocabulary
+    before = contents(out)
+    result = run("pretrain", *TINY, "--data_path=text.txt", cwd=tmp_path)
+    assert result.returncode != 0 and contents(out) == before
+
+
+PRETRAIN = [
+    ("not_down", ["--hierarchy=1@1 1@2"], "must return to factor 1"),
+    ("not_mirrored", ["--hierarchy=1@1 1@2 1@4 1@1"], "up and come down"),
+    ("not_dividing", ["--hierarchy=1@1 1@2 1@3 1@2 1@1"], "2 does not divide the next factor 3"),
+    ("no_layers", ["--hierarchy=0@1 0@2 0@1"], "at least one layer"),
+    ("unreadable_hierarchy", ["--hierarchy=1@1\n1@x"], "layers@factor"),
+    ("shortening", ["--shortening=mean"], "attention_average"),
+    ("upsampling", ["--upsampling=copy"], "attention_linear"),
+    ("positions", ["--positions=sine"], "rotary"),
+    ("n_heads", ["--n_heads=3"], "n_heads=3 does not divide d_model=32"),
+    ("missing_file", ["--data_path=nowhere.txt"], "nowhere.txt"),
+    ("empty_file", ["--data_path=empty.txt"], "no text"),
+    ("short_text", ["--data_path=short.txt"], "block_size=32"),
+    ("invalid_utf8", ["--data_path=latin.txt"], "byte 9 (line 2"),
+    ("missing_vocabulary", ["--vocab_path=nowhere.json"], "nowhere.json"),
+    ("dropout", ["--dropout=1.5"], "dropout"),
+    ("learning_rate", ["--learning_rate=-1"], "learning_rate"),
+    ("batch_size", ["--batch_size=0"], "batch_size"),
+    ("batch_size_word", ["--batch_size=foo"], "batch_size"),
+    ("nested_word", ["--train.steps=foo"], "steps"),
+    ("nested_unknown", ["--model.nonsense=1"], "nonsense"),
+    ("unknown_flag", ["--nonsense=1"], "nonsense"),
+    ("stray_argument", ["text.txt"], "text.txt"),
+    ("odd_factors", ["--factors=3,1,8"], "pairs"),
+    ("factor_words", ["--factors=a,b"], "factors"),
+    ("one_beta", ["--betas=0.9"], "betas"),
+    ("epochs_alone", ["--epochs=2"], "--iter"),
+    ("short_positions", ["--positions=learned", "--model.max_length=16"], "max_length"),
+    ("foreign_out", ["--out=foreign", "--overwrite"], "not a run"),
+    ("another_configuration", ["--out=run", "--learning_rate=0.5"], "learning_rate"),
+]
+OTHERS = [
+    ("generate", ["--load_model_path=run", "--temperature=-1"], "temperature"),
+    ("generate", ["--load_model_path=run", "--top_p=2"], "top_p"),
+    ("generate", ["--load_model_path=run", "--max_tokens=0"], "max_tokens"),
+    ("generate", ["--load_model_path=run", "--gen_mode=prompt"], "--prompt"),
+    ("finetune", ["--load_model_path=run", "--data_path=short.txt"], "three lines"),
+    ("finetune", ["--load_model_path=run", "--data_path=text.txt", "--format=sonnet"], "format"),
+    ("evaluate", ["--load_model_path=run", "--data_path=nowhere.txt"], "nowhere.txt"),
+    ("evaluate", ["--load_model_path=run", "--split=half"], "split"),
+] + [
+    (script, [f"--load_model_path={directory}"], words)
+    for script in ("generate", "finetune", "evaluate")
+    for directory, words in [("nowhere", "nowhere"), ("foreign", "config.json"), ("mismatched", "vocab")]
+]
+CASES = [pytest.param("pretrain", [*TINY, "--data_path=text.txt", *flags], words, id=i) for i, flags, words in PRETRAIN]
+CASES += [pytest.param(*case, id=f"{case[0]}-{case[1][-1]!s}".replace("\n", " ")) for case in OTHERS]
+
+
+@pytest.fixture(scope="session")
+def bad_input(home, request, tmp_path_factory):
+    """Of every selected case: its result, and what its directory held before and after; two at a time."""
+
+    def prepare_and_run(params):
+        cwd = tmp_path_factory.mktemp("bad")
+        shutil.copy(home / "text.txt", cwd)
+        (cwd / "empty.txt").write_text("")
+        (cwd / "short.txt").write_text("too short\nto train on\n")
+        (cwd / "latin.txt").write_bytes(b"one\ntwo c\xe9 three\n" * 100)
+        (cwd / "foreign").mkdir()
+        (cwd / "foreign" / "notes.txt").write_text("not a run")
+        for name in ("run", "mismatched"):
+            shutil.copytree(home / "runs" / "pretrain", cwd / name)
+        record = json.loads((cwd / "mismatched" / "vocab.json").read_text())
+        record["vocabulary"]["日"] = len(record["vocabulary"])
+        (cwd / "mismatched" / "vocab.json").write_text(json.dumps(record))
+        before = contents(cwd)
+        return run(params["script"], *params["flags"], cwd=cwd), before, contents(cwd)
+
+    name = "test_bad_input_gets_one_line_and_changes_nothing"
+    selected = [item.callspec for item in request.session.items if item.originalname == name]
+    with ThreadPoolExecutor(2) as pool:
+        yield {call.id: pool.submit(prepare_and_run, call.params) for call in selected}
+
+
+@pytest.mark.parametrize(("script", "flags", "words"), CASES)
+def test_bad_input_gets_one_line_and_changes_nothing(bad_input, request, script, flags, words):
+    result, before, after = bad_input[request.node.callspec.id].result()
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith(f"{script}.py: error: ") and words in lines[0]
+    assert after == before

@@ -1,0 +1,146 @@
+"""The language model as a whole: shapes, options, dropout, cost of compiling, checks of its configuration."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import HIERARCHIES, make_model, small_config
+from flax import nnx
+
+import hourglass_jax as hg
+from experiments.tables import TABLE_1
+from hourglass_jax.costs import count_parameters
+from hourglass_jax.nn.layers import random_bits
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("hierarchy", HIERARCHIES)
+@pytest.mark.parametrize("length", [1, 2, 7, 16, 17])
+def test_any_length_gives_finite_float32_logits(hierarchy, length):
+    logits = make_model(small_config(hierarchy=hierarchy))(jnp.ones((2, length), int))
+    assert logits.shape == (2, length, 11) and logits.dtype == jnp.float32
+    assert jnp.isfinite(logits).all()
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_rows_do_not_see_each_other():
+    model = make_model(small_config())
+    tokens = jax.random.randint(jax.random.key(0), (3, 10), 0, 11)
+    alone = jnp.concatenate([model(row[None]) for row in tokens])
+    np.testing.assert_allclose(model(tokens), alone, atol=1e-5)
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("positions", ["relative", "rotary"])
+def test_bfloat16_computes_in_bfloat16_and_stays_close(positions):
+    tokens = jax.random.randint(jax.random.key(0), (2, 20), 0, 11)
+    exact, half = (make_model(small_config(positions=positions, dtype=d)) for d in ("float32", "bfloat16"))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(half)))
+    assert half.hourglass(jnp.ones((1, 6, 16), jnp.bfloat16)).dtype == jnp.bfloat16
+    difference = jnp.abs(exact(tokens) - half(tokens)).max()
+    assert 0 < difference < 0.1 * jnp.abs(exact(tokens)).max()
+
+
+def test_dropout_needs_a_key_and_train_mode_and_differs_by_key_layer_and_step():
+    model = make_model(small_config(hierarchy="2@1", dropout=0.5))
+    tokens = jnp.arange(10)[None]
+    a, b = jax.random.split(jax.random.key(0))
+    assert (model(tokens) == model(tokens)).all()
+    assert (model(tokens, a) == model(tokens, a)).all()
+    assert (model(tokens, a) != model(tokens)).any()
+    assert (model(tokens, a) != model(tokens, b)).any()
+    model.eval()
+    assert (model(tokens, a) == model(tokens)).all()
+
+
+@pytest.mark.parametrize("max_unrolled_layers", [0, 2])
+def test_two_layers_draw_different_masks(max_unrolled_layers, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "hourglass_jax.nn.layers.random_bits",
+        lambda key, shape: (
+            jax.debug.callback(lambda k: drawn.append(tuple(k)), jax.random.key_data(key)) or random_bits(key, shape)
+        ),
+    )
+    config = small_config(hierarchy="2@1", dropout=0.5, max_unrolled_layers=max_unrolled_layers)
+    make_model(config)(jnp.arange(5)[None], jax.random.key(0))
+    jax.effects_barrier()
+    assert len(set(drawn)) == len(drawn) == 1 + 2 * 3  # the embedding's, and three a layer
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_bits_are_uniform_and_uncorrelated(rate):
+    bits = random_bits(jax.random.key(3), (1000, 1000))
+    keep = np.asarray(bits >= jnp.uint32(rate * 2**32), np.float64)
+    assert abs(keep.mean() - (1 - rate)) < 0.003
+    for shifted in (keep[1:] * keep[:-1], keep[:, 1:] * keep[:, :-1]):
+        assert abs(shifted.mean() - (1 - rate) ** 2) < 0.003
+
+
+@pytest.mark.parametrize("row", TABLE_1, ids=lambda row: row.hierarchy)
+def test_parameter_counts_of_table_1(row):
+    assert count_parameters(row.config) / 1e6 == pytest.approx(row.parameters_millions, rel=0.03)
+
+
+def test_the_program_does_not_grow_with_depth():
+    def program_size(n_layers):
+        config = small_config(hierarchy=f"2@1 {n_layers}@4 2@1")
+        graph, params = nnx.split(nnx.eval_shape(lambda: hg.HourglassLM(config, rngs=nnx.Rngs(0))))
+        loss = jax.jit(jax.grad(lambda params, tokens: nnx.merge(graph, params)(tokens).sum()))
+        return len(loss.lower(params, jax.ShapeDtypeStruct((2, 32), jnp.int32)).as_text().splitlines())
+
+    assert program_size(24) <= 1.5 * program_size(4)
+    assert program_size(24) == program_size(12)
+
+
+def test_original_project_architecture():
+    config = hg.HourglassConfig.original_project(
+        vocab_size=42, factors=[2, 1, 1, 2, 3, 4], n_embedding=64, block_size=32
+    )
+    assert config.hierarchy == "2@1 1@2 3@8 1@2 2@1"  # each factor multiplies the ones before
+    assert (config.d_model, config.d_ff, config.max_length) == (64, 256, 32)
+    model = hg.HourglassLM(config, rngs=nnx.Rngs(0))
+    with pytest.raises(hg.UsageError, match="max_length=32"):
+        model(jnp.zeros((1, 33), int))
+    hg.check_causality(model)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"hierarchy": "2@1 8@3"}, "must return to factor 1"),
+        ({"hierarchy": "2@1 4@2 2@3 4@2 2@1"}, "factor 2 does not divide the next factor 3"),
+        ({"hierarchy": "2@1 4@4 8@2 4@4 2@1"}, "must grow towards the middle"),
+        ({"hierarchy": "0@1 0@3 0@1"}, "at least one layer"),
+        ({"hierarchy": "2@1 x 2@1"}, "cannot read 'x'"),
+        ({"hierarchy": ""}, "first stage must be at factor 1"),
+        ({"shortening": "max"}, "choose one of average, linear"),
+        ({"upsampling": "nearest"}, "choose one of repeat, linear"),
+        ({"positions": "alibi"}, "choose one of relative, rotary, learned"),
+        ({"n_heads": 3}, "n_heads=3 does not divide d_model=16"),
+        ({"n_heads": 0}, "n_heads=0 is out of range"),
+        ({"dropout": 1.0}, "dropout=1.0 is out of range"),
+        ({"positions": "rotary", "n_heads": 16}, "even head size"),
+        ({"shift": "none"}, "choose one of paper, original"),
+        ({"dtype": "int8"}, "choose one of float32"),
+    ],
+)
+def test_bad_configurations_say_what_is_wrong(options, message):
+    with pytest.raises(hg.UsageError, match=message) as error:
+        small_config(**options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("hierarchy", [*HIERARCHIES, "2@1 8@3 2@1"])
+def test_hierarchies_print_as_they_read(hierarchy):
+    parsed = hg.Hierarchy.parse(hierarchy)
+    assert str(parsed) == hierarchy
+    for length in range(1, 20):
+        assert parsed.lengths(length) == tuple(-(-length // level.factor) for level in parsed.levels)
+
+
+def test_factors_of_the_original_project():
+    assert str(hg.Hierarchy.from_factors([3, 1, 8, 4])) == "3@1 8@4 3@1"
+    assert str(hg.Hierarchy.from_factors([2, 1, 1, 2, 4, 4])) == "2@1 1@2 4@4 1@2 2@1"
+    with pytest.raises(hg.UsageError, match="pairs"):
+        hg.Hierarchy.from_factors([3, 1, 8])

@@ -1,0 +1,76 @@
+"""The model agrees with the naive float64 NumPy version of every method (contract 4)."""
+
+import jax
+import numpy as np
+import oracle
+import pytest
+from conftest import HIERARCHIES, METHODS, make_model, small_config
+from flax import nnx
+
+from hourglass_jax.nn import attention
+
+TOKENS = np.random.default_rng(0).integers(0, 11, 13)
+forward = nnx.jit(lambda model, tokens: model(tokens))
+
+
+def largest_error(config):
+    with jax.enable_x64(True):
+        model = make_model(config)
+        ours = np.asarray(forward(model, TOKENS[None])[0])
+        return np.abs(ours - oracle.logits(model, TOKENS)).max() / np.abs(ours).max()
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
+def test_every_method_equals_its_formula(shortening, upsampling, positions):
+    config = small_config(
+        hierarchy="1@1 1@2 1@6 0@2 2@1",
+        shortening=shortening,
+        upsampling=upsampling,
+        positions=positions,
+        dtype="float64",
+    )
+    assert largest_error(config) < 1e-10
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("hierarchy", HIERARCHIES)
+@pytest.mark.parametrize("option", ["activation=relu", "norm=final", "shift=original", "initialization=xavier"])
+def test_every_hierarchy_and_option_equals_its_formula(hierarchy, option):
+    name, value = option.split("=")
+    assert largest_error(small_config(hierarchy=hierarchy, dtype="float64", **{name: value})) < 1e-10
+
+
+def test_float32_is_close_to_the_formula():
+    model = make_model(small_config())
+    ours = np.asarray(forward(model, TOKENS[None])[0])
+    np.testing.assert_allclose(ours, oracle.logits(model, TOKENS), atol=1e-4)
+
+
+def test_the_oracle_notices_a_wrong_distance_unit():
+    config = small_config(hierarchy="0@1 2@3 0@1", dtype="float64")
+    with jax.enable_x64(True):
+        model = make_model(config)
+        model.hourglass.inner.pre.unit = 1  # positions of the shortened level in groups, not in tokens
+        ours = np.asarray(forward(model, TOKENS[None])[0])
+        assert np.abs(ours - oracle.logits(model, TOKENS)).max() > 1e-4
+
+
+@pytest.mark.parametrize("positions", ["relative", "rotary"])
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_attention_does_not_depend_on_its_query_blocks(positions, rows, monkeypatch):
+    config = small_config(positions=positions, dtype="float64")
+    whole = largest_error(config)
+    monkeypatch.setattr(attention, "QUERY_ROWS", rows)
+    jax.clear_caches()
+    assert max(whole, largest_error(config)) < 1e-10
+    jax.clear_caches()
+
+
+def test_scanned_and_unrolled_stacks_agree():
+    results = []
+    for unrolled in (0, 3):
+        with jax.enable_x64(True):
+            config = small_config(hierarchy="3@1", dtype="float64", max_unrolled_layers=unrolled)
+            results.append(np.asarray(forward(make_model(config), TOKENS[None])))
+    np.testing.assert_allclose(*results, rtol=1e-12)

@@ -1,0 +1,149 @@
+"""Training: it learns, resumes exactly, and its run directories load."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import small_config
+from flax import nnx
+
+import hourglass_jax as hg
+from hourglass_jax.data.pipeline import consecutive_windows, random_windows
+from hourglass_jax.training.checkpoints import CheckpointStore, write_run
+from hourglass_jax.training.metrics import read_curves
+from hourglass_jax.training.optimizer import learning_rate_schedule
+from hourglass_jax.training.trainer import fit
+
+TOKENS = np.tile(np.arange(3, 11), 300).astype(np.int32)
+CONFIG = small_config(dropout=0.1)
+OPTIMIZER = hg.OptimizerConfig(learning_rate=1e-2, warmup_steps=5)
+
+
+def train(directory, batch_at=None, steps=30):
+    write_run(directory, CONFIG, hg.CharTokenizer("abcdefgh"), {})
+    model = hg.HourglassLM(CONFIG, rngs=nnx.Rngs(0))
+    result = fit(
+        model,
+        batch_at or random_windows(TOKENS, 16, 4, seed=0),
+        consecutive_windows(TOKENS[:200], 16, 4),
+        directory,
+        optimizer_config=OPTIMIZER,
+        train_config=hg.TrainConfig(steps=steps, eval_interval=10),
+    )
+    return model, result
+
+
+class Killed(Exception):
+    pass
+
+
+def batches_that_end(at):
+    def batch_at(step):
+        if step >= at:
+            raise Killed
+        return random_windows(TOKENS, 16, 4, seed=0)(step)
+
+    return batch_at
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    whole, result = train(tmp_path / "whole")
+    with pytest.raises(Exception, match="Killed|"):
+        train(tmp_path / "killed", batches_that_end(at=25))
+    assert CheckpointStore(tmp_path / "killed").latest_step() in (10, 20)
+    resumed, resumed_result = train(tmp_path / "killed")
+    assert result == resumed_result
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(whole), nnx.state(resumed))
+    losses, resumed_losses = (
+        {r["step"]: r["train_loss"] for r in read_curves(tmp_path / run) if "train_loss" in r}
+        for run in ("whole", "killed")
+    )
+    assert losses == resumed_losses
+
+
+def test_training_learns_and_the_directory_loads(tmp_path):
+    trained, result = train(tmp_path)
+    assert result.loss < 0.2  # a cycle of eight letters
+    model, tokenizer, config = hg.load(tmp_path)
+    assert config == CONFIG and tokenizer.characters == list("abcdefgh")
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(trained), nnx.state(model))
+    assert hg.evaluate(model, TOKENS[:200], block_size=16, batch_size=4).loss == pytest.approx(result.loss, rel=1e-6)
+
+
+def test_load_takes_the_best_step_not_the_last(tmp_path):
+    write_run(tmp_path, CONFIG, hg.CharTokenizer("abcdefgh"), {})
+    store = CheckpointStore(tmp_path)
+    for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0)):
+        params = nnx.state(hg.HourglassLM(CONFIG, rngs=nnx.Rngs(step)), nnx.Param)
+        store.save(step, params, {"count": np.zeros(())}, loss)
+    store.close()
+    model, _, _ = hg.load(tmp_path)
+    best = hg.HourglassLM(CONFIG, rngs=nnx.Rngs(2))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(best), nnx.state(model))
+    assert CheckpointStore(tmp_path).latest_step() == 3
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run")
+    train(directory, steps=1)
+    return directory
+
+
+def edit(path, **changes):
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | changes))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda d: shutil.rmtree(d), "no such directory"),
+        (lambda d: (d / "config.json").unlink(), "not a checkpoint directory of this library"),
+        (lambda d: (d / "config.json").write_text("{"), "not a configuration of this library"),
+        (lambda d: edit(d / "config.json", format_version=99), "format version 99"),
+        (lambda d: edit(d / "config.json", model={"vocab_size": 3, "colour": "red"}), "not a configuration"),
+        (lambda d: (d / "vocab.json").unlink(), "not a configuration of this library"),
+        (lambda d: hg.CharTokenizer("abc").save(d / "vocab.json"), "vocabulary has 6 tokens"),
+        (lambda d: shutil.rmtree(d / "checkpoints"), "holds no checkpoint"),
+    ],
+)
+def test_damaged_directories_say_what_is_wrong(run, tmp_path, damage, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    damage(copy)
+    with pytest.raises(hg.UsageError, match=message):
+        hg.load(copy)
+
+
+def test_schedules():
+    def schedule(name):
+        return learning_rate_schedule(hg.OptimizerConfig(learning_rate=1.0, schedule=name, warmup_steps=10), 110)
+
+    for name in ("cosine", "inverse_sqrt", "constant"):
+        np.testing.assert_allclose([schedule(name)(s) for s in (0, 5, 10)], [0, 0.5, 1], atol=1e-6)
+    np.testing.assert_allclose([schedule("cosine")(s) for s in (60, 110)], [0.5, 0], atol=1e-6)
+    np.testing.assert_allclose([schedule("inverse_sqrt")(s) for s in (40, 90)], [0.5, 1 / 3], atol=1e-6)
+    assert schedule("constant")(90) == 1
+
+
+def test_evaluation_reports_one_loss_three_ways():
+    result = hg.Evaluation(loss=np.log(4), n_characters=10)
+    assert result.bits_per_character == pytest.approx(2)
+    assert result.perplexity == pytest.approx(4)
+
+
+def test_evaluation_equals_a_loop_over_windows():
+    model = hg.HourglassLM(CONFIG, rngs=nnx.Rngs(0))
+    text = np.random.default_rng(0).integers(0, 11, 50)
+    losses = []
+    for start in range(0, 49, 16):
+        window = text[start : start + 17]
+        logits = np.asarray(model(window[None, :-1])[0], np.float64)
+        for row, target in zip(logits, window[1:], strict=True):
+            losses.append(np.log(np.exp(row).sum()) - row[target])
+    result = hg.evaluate(model, text, block_size=16, batch_size=3)
+    assert result.n_characters == len(losses) == 49
+    assert result.loss == pytest.approx(np.mean(losses), rel=1e-5)
