@@ -32,6 +32,6 @@ setup(
     install_requires=CORE,
     extras_require={
         "cuda": ["jax[cuda]>=0.10.2"],
-        "test": ["pytest>=8.0", "ruff>=0.9"],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9"],
     },
 )

@@ -15,6 +15,9 @@ METHODS = list(itertools.product(SHORTENINGS, UPSAMPLINGS, POSITIONS))
 HIERARCHIES = ("2@1", "1@1 1@3 1@1", "1@1 1@2 1@6 0@2 2@1", "0@1 1@2 0@4 1@8 1@4 0@2 1@1")
 
 
+forward = nnx.jit(lambda model, tokens, key=None: model(tokens, key))
+
+
 @pytest.fixture
 def quick_compile():
     """For the sweeps: XLA's optimisations would take longer than what they speed up."""

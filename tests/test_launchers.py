@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONUTF8": "1"}
 WORDS = "the quick brown fox jumps over a lazy dog while five wizards mix jugs of quartz pink vow"
 TINY = ["--hierarchy=1@1 1@2 1@1", "--d_model=32", "--n_heads=2", "--d_ff=64", "--block_size=32"]
 TINY += ["--batch_size=4", "--steps=30", "--train.eval_interval=15", "--optimizer.warmup_steps=5"]
@@ -21,8 +22,9 @@ TINY += ["--batch_size=4", "--steps=30", "--train.eval_interval=15", "--optimize
 
 def run(script, *flags, cwd):
     command = [sys.executable, EXPERIMENTS / f"{script}.py", *flags]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUTF8": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=300)
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=300
+    )
 
 
 def succeed(script, *flags, cwd):
@@ -55,6 +57,7 @@ def printed_command(stdout):
 def home(tmp_path_factory):
     """A directory with a text, haiku, a tiny model pretrained on the text and two fine-tuned from it."""
     home = tmp_path_factory.mktemp("launchers")
+    ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
     (home / "text.txt").write_text(sentences(20_000))
     rng = random.Random(1)
     poems = ["\n".join(" ".join(rng.choices(WORDS.split(), k=4)) for _ in range(3)) for _ in range(40)]
@@ -163,6 +166,11 @@ def test_overwrite_replaces_a_run_of_another_configuration(home, tmp_path):
     succeed("pretrain", *TINY, "--data_path=text.txt", "--steps=2", "--overwrite", cwd=tmp_path)
     assert json.loads((out / "config.json").read_text())["settings"]["train"]["steps"] == 2
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [2, 2]
+
+
+def test_max_length_bounds_learned_positions_only(home, tmp_path):
+    flags = ["--steps=2", "--model.max_length=16", "--positions=relative", f"--data_path={home / 'text.txt'}"]
+    assert "sample: " in succeed("pretrain", *TINY, *flags, cwd=tmp_path).stdout
 
 
 def test_a_run_refuses_a_text_with_other_characters(home, tmp_path):

@@ -4,20 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import HIERARCHIES, make_model, small_config
+from conftest import HIERARCHIES, forward, make_model, small_config
 from flax import nnx
 
 import hourglass_jax as hg
 from experiments.tables import TABLE_1
 from hourglass_jax.costs import count_parameters
+from hourglass_jax.nn import layers
 from hourglass_jax.nn.layers import random_bits
 
 
 @pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("hierarchy", HIERARCHIES)
-@pytest.mark.parametrize("length", [1, 2, 7, 16, 17])
+@pytest.mark.parametrize("length", [1, 7, 16])
 def test_any_length_gives_finite_float32_logits(hierarchy, length):
-    logits = make_model(small_config(hierarchy=hierarchy))(jnp.ones((2, length), int))
+    logits = forward(make_model(small_config(hierarchy=hierarchy)), jnp.ones((2, length), int))
     assert logits.shape == (2, length, 11) and logits.dtype == jnp.float32
     assert jnp.isfinite(logits).all()
 
@@ -26,8 +27,8 @@ def test_any_length_gives_finite_float32_logits(hierarchy, length):
 def test_rows_do_not_see_each_other():
     model = make_model(small_config())
     tokens = jax.random.randint(jax.random.key(0), (3, 10), 0, 11)
-    alone = jnp.concatenate([model(row[None]) for row in tokens])
-    np.testing.assert_allclose(model(tokens), alone, atol=1e-5)
+    alone = jnp.concatenate([forward(model, row[None]) for row in tokens])
+    np.testing.assert_allclose(forward(model, tokens), alone, atol=1e-5)
 
 
 @pytest.mark.usefixtures("quick_compile")
@@ -36,36 +37,39 @@ def test_bfloat16_computes_in_bfloat16_and_stays_close(positions):
     tokens = jax.random.randint(jax.random.key(0), (2, 20), 0, 11)
     exact, half = (make_model(small_config(positions=positions, dtype=d)) for d in ("float32", "bfloat16"))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(half)))
-    assert half.hourglass(jnp.ones((1, 6, 16), jnp.bfloat16)).dtype == jnp.bfloat16
-    difference = jnp.abs(exact(tokens) - half(tokens)).max()
-    assert 0 < difference < 0.1 * jnp.abs(exact(tokens)).max()
+    hidden = jax.eval_shape(half.hourglass, jax.ShapeDtypeStruct((1, 6, 16), jnp.bfloat16))
+    assert hidden.dtype == jnp.bfloat16
+    difference = jnp.abs(forward(exact, tokens) - forward(half, tokens)).max()
+    assert 0 < difference < 0.1 * jnp.abs(forward(exact, tokens)).max()
 
 
 def test_dropout_needs_a_key_and_train_mode_and_differs_by_key_layer_and_step():
     model = make_model(small_config(hierarchy="2@1", dropout=0.5))
     tokens = jnp.arange(10)[None]
     a, b = jax.random.split(jax.random.key(0))
-    assert (model(tokens) == model(tokens)).all()
-    assert (model(tokens, a) == model(tokens, a)).all()
-    assert (model(tokens, a) != model(tokens)).any()
-    assert (model(tokens, a) != model(tokens, b)).any()
+    without = forward(model, tokens)
+    with_a, with_b = forward(model, tokens, a), forward(model, tokens, b)
+    assert (without == forward(model, tokens)).all()
+    assert (with_a == forward(model, tokens, a)).all()
+    assert (with_a != without).any() and (with_a != with_b).any()
     model.eval()
-    assert (model(tokens, a) == model(tokens)).all()
+    assert (forward(model, tokens, a) == without).all()
 
 
 @pytest.mark.parametrize("max_unrolled_layers", [0, 2])
 def test_two_layers_draw_different_masks(max_unrolled_layers, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(
-        "hourglass_jax.nn.layers.random_bits",
-        lambda key, shape: (
-            jax.debug.callback(lambda k: drawn.append(tuple(k)), jax.random.key_data(key)) or random_bits(key, shape)
-        ),
-    )
+    seeds = []
+
+    def record(key, shape):
+        jax.debug.callback(lambda data: seeds.append(tuple(data.tolist())), jax.random.key_data(key))
+        return random_bits(key, shape)
+
+    monkeypatch.setattr(layers, "random_bits", record)
     config = small_config(hierarchy="2@1", dropout=0.5, max_unrolled_layers=max_unrolled_layers)
     make_model(config)(jnp.arange(5)[None], jax.random.key(0))
     jax.effects_barrier()
-    assert len(set(drawn)) == len(drawn) == 1 + 2 * 3  # the embedding's, and three a layer
+    assert len(seeds) == 1 + 2 * 3  # the embedding's, and three a layer
+    assert len(set(seeds)) == len(seeds)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])

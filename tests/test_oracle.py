@@ -4,13 +4,11 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from conftest import HIERARCHIES, METHODS, make_model, small_config
-from flax import nnx
+from conftest import HIERARCHIES, METHODS, forward, make_model, small_config
 
 from hourglass_jax.nn import attention
 
 TOKENS = np.random.default_rng(0).integers(0, 11, 13)
-forward = nnx.jit(lambda model, tokens: model(tokens))
 
 
 def largest_error(config):

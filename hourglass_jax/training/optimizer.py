@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 import optax
 
 from hourglass_jax.config import OptimizerConfig
@@ -14,11 +18,15 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
     elif config.schedule == "inverse_sqrt":
-        offset = max(warmup, 1)
-        after = lambda step: peak * (offset / (offset + step)) ** 0.5  # noqa: E731
+        after = partial(_inverse_sqrt, peak, max(warmup, 1))
     else:
         after = optax.constant_schedule(peak)
     return optax.join_schedules([rise, after], [warmup])
+
+
+def _inverse_sqrt(peak: float, warmup: int, step: jax.Array) -> jax.Array:
+    """`step` counts from the end of the warm-up; join_schedules also asks for negative ones, and drops them."""
+    return peak * jnp.sqrt(warmup / jnp.maximum(warmup + step, 1))
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
