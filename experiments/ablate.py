@@ -8,6 +8,7 @@ from __future__ import annotations
 from absl import flags
 
 from experiments import launcher
+from experiments.reports import markdown_table
 from experiments.tables import TABLE_1
 from hourglass_jax import UsageError
 from hourglass_jax.costs import count_parameters
@@ -17,12 +18,12 @@ COSTS = flags.DEFINE_boolean("costs", False, "Print what the rows of Table 1 cos
 
 def costs_table() -> str:
     """Table 1's parameter counts as Markdown: ours, the paper's, their ratio."""
-    lines = ["| hierarchy | parameters | paper | ratio |", "|---|---|---|---|"]
+    rows = []
     for row in TABLE_1:
         millions = count_parameters(row.config) / 1e6
         ratio = millions / row.parameters_millions
-        lines.append(f"| {row.hierarchy} | {millions:.2f}M | {row.parameters_millions}M | {ratio:.3f} |")
-    return "\n".join(lines)
+        rows.append((row.hierarchy, f"{millions:.2f}M", f"{row.parameters_millions}M", f"{ratio:.3f}"))
+    return markdown_table(("hierarchy", "parameters", "paper", "ratio"), rows)
 
 
 def main(_: list[str]) -> None:

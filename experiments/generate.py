@@ -60,7 +60,7 @@ def main(_: list[str]) -> None:
             banned_tokens=banned,
             stream=lambda new, decode=decode: print(decode(new[0]), end="", flush=True),
         )
-        print()
+        print(decode([], final=True))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ import json
 import logging as python_logging
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -90,6 +92,11 @@ def prepare_directory(directory: Path, settings: Mapping[str, Any], *, overwrite
         )
 
 
+def fingerprint(tokens: np.ndarray) -> int:
+    """Tells two texts, or one text in two vocabularies, apart in a run's settings."""
+    return zlib.crc32(np.ascontiguousarray(tokens, np.int32))
+
+
 def difference(old: Any, new: Any, path: str = "") -> list[str]:
     """The leaves in which two JSON values differ, as 'a.b: 1 -> 2'."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -108,7 +115,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         try:
             return FLAGS(argv)
         except (flags.Error, TypeError, ValueError) as error:  # ml_collections lets Python's own through
-            fail(argv[0], " ".join(str(error).split()))
+            fail(argv[0], str(error))
 
     def guarded(argv: list[str]) -> None:
         python_logging.getLogger("orbax").setLevel(python_logging.ERROR)
@@ -124,5 +131,5 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def fail(program: str, message: str) -> None:
-    print(f"{Path(program).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(program).name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

@@ -7,6 +7,7 @@ python experiments/pretrain.py --data_path=book.txt --factors=3,1,8,4 --d_model=
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from pathlib import Path
 
@@ -101,12 +102,20 @@ def main(_: list[str]) -> None:
     started = time.perf_counter()
     data, optimizer, train = read_configs()
     text = load_text(data.path)
+    if VOCAB_PATH.value and data.tokenizer == "byte":
+        raise UsageError("--vocab_path lists characters, but --data.tokenizer=byte has none; give one of the two")
     tokenizer = CharTokenizer.load(Path(VOCAB_PATH.value)) if VOCAB_PATH.value else make_tokenizer(text, data)
-    train_tokens, valid_tokens = split_tokens(tokenizer.encode(text), data)
+    tokens = tokenizer.encode(text)
+    train_tokens, valid_tokens = split_tokens(tokens, data)
     config = launcher.read_config("model", HourglassConfig, vocab_size=tokenizer.vocab_size)
-    settings = {"model": dataclasses.asdict(config)} | {
-        name: dataclasses.asdict(part) for name, part in (("data", data), ("optimizer", optimizer), ("train", train))
-    }
+    if data.block_size > config.position_limit:
+        raise UsageError(
+            f"block_size={data.block_size} is longer than the learned positions, which end at "
+            f"max_length={config.max_length}; raise --model.max_length"
+        )
+    parts = {"model": config, "data": data, "optimizer": optimizer, "train": train}
+    settings = {name: dataclasses.asdict(part) for name, part in parts.items()}
+    settings["text_fingerprint"] = launcher.fingerprint(tokens)
     out = Path(OUT.value)
     launcher.prepare_directory(out, settings, overwrite=OVERWRITE.value)
 
@@ -126,9 +135,9 @@ def main(_: list[str]) -> None:
     )
     plot = plot_curves(out)
     print(f"validation: {result} ({time.perf_counter() - started:.0f} s, curves in {plot})")
-    prompt = valid_tokens[: min(32, len(valid_tokens))]
+    prompt = valid_tokens[: int(min(32, config.position_limit / 2))]
     banned = [token for token in (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) if token is not None]
-    max_tokens = min(200, config.max_length - len(prompt))
+    max_tokens = min(200, config.position_limit - len(prompt))
     [sample] = generate(
         model,
         [prompt],
@@ -138,7 +147,7 @@ def main(_: list[str]) -> None:
         banned_tokens=banned,
     )
     print(f"sample: {tokenizer.decode(prompt)!r} goes on:\n{tokenizer.decode(sample)}")
-    print(f"\nnext: python experiments/finetune.py --load_model_path={out}")
+    print(f"\nnext: python experiments/finetune.py --load_model_path={shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,8 +49,9 @@ class HourglassConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hierarchy", str(Hierarchy.parse(self.hierarchy)))
-        for name in ("vocab_size", "d_model", "n_heads", "d_ff", "max_length"):
+        for name in ("vocab_size", "d_model", "n_heads", "d_ff"):
             check_range(name, getattr(self, name), 1)
+        check_range("max_length", self.max_length, 2)
         check_range("max_unrolled_layers", self.max_unrolled_layers, 0)
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout={self.dropout!r} is out of range; it must be at least 0 and below 1")
@@ -72,6 +74,11 @@ class HourglassConfig:
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
+
+    @property
+    def position_limit(self) -> float:
+        """Longest sequence in tokens: learned positions end at `max_length`, the others never."""
+        return self.max_length if self.positions == "learned" else math.inf
 
     @property
     def parsed_hierarchy(self) -> Hierarchy:

@@ -113,15 +113,12 @@ def generate(
         return []
     lengths = np.array([len(row) for row in rows])
     total = int(lengths.max()) + max_tokens
-    limit = model.config.max_length
-    if model.positions is not None:
-        if total > limit:
-            raise UsageError(
-                f"prompt and new tokens make {total}, but learned positions end at max_length={limit}; "
-                "ask for fewer tokens"
-            )
-    else:
-        total = -(-total // 64) * 64  # one compilation for many prompt lengths
+    limit = model.config.position_limit
+    if total > limit:
+        raise UsageError(
+            f"prompt and new tokens make {total}, but learned positions end at max_length={limit}; ask for fewer tokens"
+        )
+    total = int(min(-(-total // 64) * 64, limit))  # one compilation for many prompt lengths
     tokens = np.zeros((len(rows), total), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row

@@ -58,9 +58,9 @@ class CharTokenizer:
         n = len(self.SPECIALS)
         return "".join(self.characters[t - n] for t in np.asarray(tokens).tolist() if t >= n)
 
-    def stream_decoder(self) -> Callable[[Sequence[int]], str]:
-        """A function from the next tokens to the text they complete."""
-        return self.decode
+    def stream_decoder(self) -> Callable[..., str]:
+        """A function from the next tokens to the text they complete; `final=True` ends the stream."""
+        return lambda tokens, final=False: self.decode(tokens)
 
     def save(self, path: Path) -> None:
         """JSON: token string to token id, and whether text is cleaned."""
@@ -104,7 +104,7 @@ class ByteTokenizer:
         return self.stream_decoder()(tokens, final=True)
 
     def stream_decoder(self) -> Callable[..., str]:
-        """A function from the next tokens to the text they complete; a split character waits for its rest."""
+        """As `CharTokenizer.stream_decoder`; a split character waits for its rest, or for `final=True`."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         specials = (self.bos_id, self.eos_id)
 

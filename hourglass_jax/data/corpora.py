@@ -1,8 +1,7 @@
-"""Readers of text: a UTF-8 file, the built-in corpus, haiku."""
+"""Readers of text: a UTF-8 file, the built-in corpus."""
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ def read_text(path: str | Path) -> str:
         raise UsageError(
             f"{path}: not UTF-8 at byte {error.start} (line {line}: byte 0x{raw[error.start]:02x}); convert it first"
         ) from error
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise UsageError(f"{path}: the file holds no text; give a UTF-8 text file")
     return text
@@ -60,21 +59,3 @@ def split_tokens(tokens: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np
             f"(block_size={config.block_size} and the next); give a longer text or a smaller block_size"
         )
     return train, valid
-
-
-def parse_haiku(text: str, source: str) -> list[str]:
-    """Three-line haiku, blank lines between them or not -> one string of three lines each."""
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if not lines or len(lines) % 3:
-        raise UsageError(
-            f"{source}: {len(lines)} non-empty lines cannot be three-line haiku; every haiku must have three lines"
-        )
-    return ["\n".join(lines[i : i + 3]) for i in range(0, len(lines), 3)]
-
-
-def load_haiku(path: str) -> list[str]:
-    """The haiku in the file at `path`, or the library's own where it is empty."""
-    if path:
-        return parse_haiku(read_text(path), path)
-    packaged = resources.files("hourglass_jax.data") / "haiku.txt"
-    return parse_haiku(packaged.read_text(encoding="utf-8"), "the built-in haiku")

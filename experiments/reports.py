@@ -1,0 +1,43 @@
+"""Committed results: a JSON record that says what made it, and Markdown for readers."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def provenance(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """The command as it was given, the kind of machine, and versions."""
+    device = jax.devices()[0]
+    kind = device.device_kind if device.platform != "cpu" else f"{platform.machine()} CPU"
+    script = Path(sys.argv[0])
+    return {
+        "command": shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]]),
+        "machine": f"{jax.device_count()} x {kind}, {os.cpu_count()} CPU cores",
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+    }
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def write_report(path: Path, record: dict[str, Any], text: str) -> None:
+    """PATH.json and PATH.md; the Markdown ends with where its figures come from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    source = f"Command: `{record['command']}`  \nMachine: {record['machine']}  \nVersions: {versions}"
+    path.with_suffix(".md").write_text(f"{text.rstrip()}\n\n{source}\n", encoding="utf-8")

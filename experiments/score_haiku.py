@@ -1,0 +1,116 @@
+"""Of a fine-tuned model's samples, how many are well-formed haiku that end by themselves?
+
+python experiments/score_haiku.py --load_model_path=runs/finetune
+python experiments/score_haiku.py --load_model_path=runs/prompt --report=experiments/results/foundation/prompt
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import launcher
+from experiments.reports import provenance, write_report
+from hourglass_jax import UsageError, generate, load
+from hourglass_jax.data.haiku import encode_haiku, is_haiku, load_haiku, usable_haiku
+from hourglass_jax.tokenizers import Tokenizer
+from hourglass_jax.training.checkpoints import read_run
+
+LOAD = flags.DEFINE_string("load_model_path", "runs/finetune", "Directory of a model that finetune.py wrote.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 200, "Samples to count.", lower_bound=1)
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 250, "A sample must end before this many characters.", lower_bound=2)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0.0)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.", lower_bound=0)
+REPORT = flags.DEFINE_string("report", "", "Write PATH.json and PATH.md.")
+
+
+def read_prompts(form: str, settings: dict[str, Any], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """What each sample goes on from: BOS, followed by a held-back first line if the model completes those."""
+    if form != "prompt":
+        return [np.array([tokenizer.bos_id])] * NUM_SAMPLES.value
+    haiku = usable_haiku(load_haiku(settings["data_path"]), tokenizer, settings["block_size"])
+    encoded = [encode_haiku(poem, tokenizer, form) for poem in haiku[-settings["held_back"] :]]
+    return [tokens[:start] for tokens, start in encoded[: NUM_SAMPLES.value]]
+
+
+def describe(record: dict[str, Any]) -> str:
+    """The record as Markdown."""
+    examples = "\n\n".join(record["samples"][:8])
+    odd = "\n\n".join(record["malformed"]) or "(none)"
+    pretraining, finetuning = record["pretraining"], record["finetuning"]
+    return f"""# {record["summary"]}
+
+Sampled in {record["seconds"]:.0f} s at temperature {record["temperature"]}, seed {record["seed"]}.
+
+- Pretrained on `{pretraining["data"]["path"]}`: {pretraining["train"]["steps"]} steps of
+  {pretraining["data"]["batch_size"]} x {pretraining["data"]["block_size"]} characters,
+  hierarchy {pretraining["model"]["hierarchy"]}, d_model {pretraining["model"]["d_model"]}.
+- Fine-tuned on `{finetuning["data_path"]}` ({finetuning["format"]} format): {finetuning["train"]["steps"]} steps of
+  {finetuning["batch_size"]} haiku; the last {finetuning["held_back"]} were held back.
+
+The first samples:
+
+```
+{examples}
+```
+
+The malformed ones:
+
+```
+{odd}
+```
+"""
+
+
+def main(_: list[str]) -> None:
+    model, tokenizer, _ = load(LOAD.value)
+    settings = read_run(LOAD.value)[2]
+    form = settings.get("format")
+    if form is None:
+        raise UsageError(f"{LOAD.value}: a pretrained model; give the directory of one that finetune.py wrote")
+    prompts = read_prompts(form, settings, tokenizer)
+    started = time.perf_counter()
+    samples = generate(
+        model,
+        prompts,
+        max_tokens=MAX_TOKENS.value,
+        key=jax.random.key(SEED.value),
+        temperature=TEMPERATURE.value,
+        stop_token=tokenizer.eos_id,
+        banned_tokens=[token for token in (tokenizer.unk_id, tokenizer.bos_id) if token is not None],
+    )
+    seconds = time.perf_counter() - started
+    texts = [tokenizer.decode(sample) for sample in samples]
+    well_formed = [
+        len(sample) < MAX_TOKENS.value and is_haiku(text, n_lines=2 if form == "prompt" else 3)
+        for sample, text in zip(samples, texts, strict=True)
+    ]
+    summary = (
+        f"{sum(well_formed)} of {len(texts)} samples are exactly {'two further' if form == 'prompt' else 'three'} "
+        f"non-empty lines that end by themselves within {MAX_TOKENS.value} characters"
+    )
+    print(f"{summary} ({seconds:.0f} s)")
+    poems = [tokenizer.decode(prompt) + text for prompt, text in zip(prompts, texts, strict=True)]
+    if REPORT.value:
+        record = provenance() | {
+            "summary": summary,
+            "seconds": seconds,
+            "temperature": TEMPERATURE.value,
+            "seed": SEED.value,
+            "well_formed": sum(well_formed),
+            "n_samples": len(texts),
+            "pretraining": settings["pretrained_settings"],
+            "finetuning": {name: value for name, value in settings.items() if name != "pretrained_settings"},
+            "malformed": [poem for poem, good in zip(poems, well_formed, strict=True) if not good],
+            "samples": poems,
+        }
+        write_report(Path(REPORT.value), record, describe(record))
+
+
+if __name__ == "__main__":
+    launcher.run(main)

@@ -1,0 +1,65 @@
+"""Three-line haiku: read from a file, encoded as training examples, recognised in samples."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+
+import numpy as np
+from absl import logging
+
+from hourglass_jax.data.corpora import read_text
+from hourglass_jax.data.pipeline import Batch, pack_examples
+from hourglass_jax.errors import UsageError
+from hourglass_jax.tokenizers import Tokenizer
+
+
+def parse_haiku(text: str, source: str) -> list[str]:
+    """Three-line haiku, all with a blank line between them or none -> one string of three lines each."""
+    blocks = [[line.strip() for line in block.split("\n")] for block in re.split(r"\n\s*\n", text.strip())]
+    if len(blocks) == 1:
+        [lines] = blocks
+        blocks = [lines[i : i + 3] for i in range(0, len(lines), 3)]
+    for i, block in enumerate(blocks, 1):
+        if len(block) != 3 or not all(block):
+            raise UsageError(f"{source}: haiku {i} ({block[0]!r}) has {len(block)} lines; every haiku has three lines")
+    return ["\n".join(block) for block in blocks]
+
+
+def load_haiku(path: str) -> list[str]:
+    """The haiku in the file at `path`, or the library's own where it is empty."""
+    if path:
+        return parse_haiku(read_text(path), path)
+    packaged = resources.files("hourglass_jax.data") / "haiku.txt"
+    return parse_haiku(packaged.read_text(encoding="utf-8"), "the built-in haiku")
+
+
+def encode_haiku(haiku: str, tokenizer: Tokenizer, form: str = "haiku") -> tuple[np.ndarray, int]:
+    """BOS + three lines + EOS, and the first token that carries loss: with form 'prompt' the second line's."""
+    first_line = tokenizer.encode(haiku.split("\n")[0] + "\n")
+    tokens = np.concatenate([[tokenizer.bos_id], tokenizer.encode(haiku), [tokenizer.eos_id]])
+    return tokens, 1 + len(first_line) if form == "prompt" else 1
+
+
+def usable_haiku(haiku: list[str], tokenizer: Tokenizer, block_size: int) -> list[str]:
+    """Without those too long for a block, and those with a line of which cleaning leaves nothing."""
+    kept = [
+        poem
+        for poem in haiku
+        if len(encode_haiku(poem, tokenizer)[0]) <= block_size + 1
+        and all(len(tokenizer.encode(line)) for line in poem.split("\n"))
+    ]
+    if len(kept) < len(haiku):
+        logging.warning("%d of %d haiku left out: too long, or with an empty line", len(haiku) - len(kept), len(haiku))
+    return kept
+
+
+def make_examples(haiku: list[str], tokenizer: Tokenizer, form: str) -> Batch:
+    encoded = [encode_haiku(poem, tokenizer, form) for poem in haiku]
+    return pack_examples(*zip(*encoded, strict=True), pad_id=tokenizer.eos_id)
+
+
+def is_haiku(text: str, n_lines: int = 3) -> bool:
+    """Whether `text` is exactly `n_lines` non-empty lines."""
+    lines = text.split("\n")
+    return len(lines) == n_lines and all(map(str.strip, lines))
