@@ -23,7 +23,7 @@ def _gradient_norms(model: HourglassLM, tokens: jax.Array) -> jax.Array:
 
     embeddings = model.embed(tokens[None])[0]
     _, pullback = jax.vjp(probe, embeddings)
-    gradients = jax.lax.map(lambda row: pullback(row)[0], jnp.eye(len(tokens), dtype=jnp.float32))
+    [gradients] = jax.vmap(pullback)(jnp.eye(len(tokens), dtype=jnp.float32))
     return jnp.abs(gradients).max(-1)
 
 

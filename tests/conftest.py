@@ -1,6 +1,9 @@
 """What the tests share: the grid of methods, small models, fast compilation."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +16,29 @@ from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 
 POSITIONS = ("relative", "rotary", "learned")
 METHODS = list(itertools.product(SHORTENINGS, UPSAMPLINGS, POSITIONS))
+NESTED = "0@1 1@2 1@6 0@2 1@1"  # two shortenings with few layers, all unequal: for the grid of methods
 # No shortening, equal and unequal layers before and after, one to three shortenings.
 HIERARCHIES = ("2@1", "1@1 1@3 1@1", "1@1 1@2 1@6 0@2 2@1", "0@1 1@2 0@4 1@8 1@4 0@2 1@1")
+
+
+# The older code generator of XLA:CPU compiles small programs three times as fast.
+QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false"
+
+
+def pytest_configure(config):
+    """Sets QUICK_FLAGS for all workers and launchers, unless this release of XLA no longer knows them."""
+    if "XLA_FLAGS" not in os.environ and not hasattr(config, "workerinput"):
+        environment = os.environ | {"XLA_FLAGS": QUICK_FLAGS}
+        probe = [sys.executable, "-c", "import jax; jax.devices()"]
+        if subprocess.run(probe, env=environment, capture_output=True).returncode == 0:
+            os.environ["XLA_FLAGS"] = QUICK_FLAGS
+
+
+@pytest.fixture(autouse=True, scope="module")
+def clear_caches():
+    """Every compiled program holds memory maps, of which a process may have 65,530."""
+    yield
+    jax.clear_caches()
 
 
 forward = nnx.jit(lambda model, tokens, key=None: model(tokens, key))
