@@ -119,7 +119,7 @@ def main(_: list[str]) -> None:
     out = Path(OUT.value)
     launcher.prepare_directory(out, settings, overwrite=OVERWRITE.value)
 
-    model = HourglassLM(config, rngs=nnx.Rngs(train.seed))
+    model = nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed))
     check_causality(model)
     n_parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     print(f"{config.hierarchy}, {n_parameters / 1e6:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes")

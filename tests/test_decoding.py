@@ -9,6 +9,7 @@ from conftest import forward, make_model, small_config
 import hourglass_jax as hg
 from hourglass_jax.decoding import filter_logits
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 KEY = jax.random.key(0)
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 1, 2]]
 

@@ -2,29 +2,18 @@
 
 import json
 import math
-import os
 import random
 import shlex
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from launching import ENVIRONMENT, run, run_forked
 
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONUTF8": "1"}
 WORDS = "the quick brown fox jumps over a lazy dog while five wizards mix jugs of quartz pink vow"
 TINY = ["--hierarchy=1@1 1@2 1@1", "--d_model=32", "--n_heads=2", "--d_ff=64", "--block_size=32"]
 TINY += ["--batch_size=4", "--steps=30", "--train.eval_interval=15", "--optimizer.warmup_steps=5"]
-
-
-def run(script, *flags, cwd):
-    command = [sys.executable, EXPERIMENTS / f"{script}.py", *flags]
-    return subprocess.run(
-        command, cwd=cwd, env=os.environ | ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=300
-    )
 
 
 def succeed(script, *flags, cwd):
@@ -249,7 +238,7 @@ def bad_input(home, request, tmp_path_factory):
         record["vocabulary"]["日"] = len(record["vocabulary"])
         (cwd / "mismatched" / "vocab.json").write_text(json.dumps(record))
         before = contents(cwd)
-        return run(params["script"], *params["flags"], cwd=cwd), before, contents(cwd)
+        return run_forked(params["script"], *params["flags"], cwd=cwd), before, contents(cwd)
 
     name = "test_bad_input_gets_one_line_and_changes_nothing"
     selected = [item.callspec for item in request.session.items if item.originalname == name]

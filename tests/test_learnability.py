@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from conftest import make_model
 from flax import nnx
 
-from hourglass_jax import HourglassConfig, HourglassLM, OptimizerConfig
+from hourglass_jax import HourglassConfig, OptimizerConfig
 from hourglass_jax.training.optimizer import make_optimizer
 from hourglass_jax.training.trainer import TrainState, make_train_step
 
@@ -24,7 +25,7 @@ def trained_accuracy(hierarchy):
     config = HourglassConfig(
         vocab_size=28, hierarchy=hierarchy, d_model=64, n_heads=2, d_ff=128, upsampling="linear", shortening="linear"
     )
-    graph, params = nnx.split(HourglassLM(config, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(make_model(config, scale=1.0))
     optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup_steps=20), STEPS)
     state = TrainState(jax.numpy.zeros((), int), params, optimizer.init(params))
     step = make_train_step(graph, optimizer, seed=0)

@@ -13,8 +13,9 @@ from hourglass_jax.costs import count_parameters
 from hourglass_jax.nn import layers
 from hourglass_jax.nn.layers import random_bits
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
-@pytest.mark.usefixtures("quick_compile")
+
 @pytest.mark.parametrize("hierarchy", HIERARCHIES)
 @pytest.mark.parametrize("length", [1, 7, 16])
 def test_any_length_gives_finite_float32_logits(hierarchy, length):
@@ -23,7 +24,6 @@ def test_any_length_gives_finite_float32_logits(hierarchy, length):
     assert jnp.isfinite(logits).all()
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_rows_do_not_see_each_other():
     model = make_model(small_config())
     tokens = jax.random.randint(jax.random.key(0), (3, 10), 0, 11)
@@ -31,7 +31,6 @@ def test_rows_do_not_see_each_other():
     np.testing.assert_allclose(forward(model, tokens), alone, atol=1e-5)
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("positions", ["relative", "rotary"])
 def test_bfloat16_computes_in_bfloat16_and_stays_close(positions):
     tokens = jax.random.randint(jax.random.key(0), (2, 20), 0, 11)
@@ -103,7 +102,7 @@ def test_original_project_architecture():
     )
     assert config.hierarchy == "2@1 1@2 3@8 1@2 2@1"  # each factor multiplies the ones before
     assert (config.d_model, config.d_ff, config.max_length) == (64, 256, 32)
-    model = hg.HourglassLM(config, rngs=nnx.Rngs(0))
+    model = make_model(config)
     with pytest.raises(hg.UsageError, match="max_length=32"):
         model(jnp.zeros((1, 33), int))
     hg.check_causality(model)

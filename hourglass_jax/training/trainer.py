@@ -82,7 +82,7 @@ def fit(
     schedule = learning_rate_schedule(optimizer_config, steps)
     model.train()
     graph, params = nnx.split(model)
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
     store = CheckpointStore(directory)
     start = store.latest_step() or 0
     if start:

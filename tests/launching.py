@@ -1,0 +1,52 @@
+"""Runs the launchers as processes of their own: afresh as a user does, or forked from one that has imported JAX."""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+# The launchers' programs run once: compiling them quickly matters more than how they run.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "PYTHONUTF8": "1",
+}
+
+# The imports take three seconds a process; whoever expects an error before any computation shares them.
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(["hourglass_jax", "ml_collections.config_flags", "matplotlib.pyplot", "tensorboardX"])
+
+
+def run(script, *flags, cwd):
+    """The finished process, as `subprocess.run` gives it."""
+    command = [sys.executable, EXPERIMENTS / f"{script}.py", *flags]
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=300
+    )
+
+
+def run_forked(script, *flags, cwd):
+    """Like `run`, in a fork of a process that has done the imports."""
+    with (Path(cwd) / "stdout").open("w+") as stdout, (Path(cwd) / "stderr").open("w+") as stderr:
+        process = forkserver.Process(target=_launch, args=(script, flags, cwd))
+        process.start()
+        process.join(timeout=300)
+        process.kill()
+        for file in (stdout, stderr):
+            Path(file.name).unlink()
+        return subprocess.CompletedProcess([script, *flags], process.exitcode, stdout.read(), stderr.read())
+
+
+def _launch(script, flags, cwd):
+    os.chdir(cwd)
+    os.environ.update(ENVIRONMENT)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY), descriptor)
+    path = EXPERIMENTS / f"{script}.py"
+    sys.argv = [str(path), *flags]
+    sys.path[0] = str(EXPERIMENTS)
+    runpy.run_path(str(path), run_name="__main__")
