@@ -2,7 +2,7 @@
 
 from hourglass_jax.causality import CausalityError, check_causality, influence
 from hourglass_jax.config import DataConfig, HourglassConfig, OptimizerConfig, TrainConfig
-from hourglass_jax.decoding import generate
+from hourglass_jax.decoding import generate, init_cache
 from hourglass_jax.errors import UsageError
 from hourglass_jax.evaluation import Evaluation, evaluate
 from hourglass_jax.hierarchy import Hierarchy
@@ -29,5 +29,6 @@ __all__ = [
     "evaluate",
     "generate",
     "influence",
+    "init_cache",
     "load",
 ]

@@ -1,7 +1,12 @@
-"""Sampling text from a model."""
+"""Generation with a hierarchical cache: token layers run once a token, a level at factor f once every f tokens.
+
+Exact, because the shortened vector of group g is complete the moment the group's first position is known
+(section 2 of the paper: the shift by k-1). See `nn.cache` for how ragged prompts share one clock.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -10,65 +15,148 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hourglass_jax.config import check_range
+from hourglass_jax.config import HourglassConfig, check_range
 from hourglass_jax.errors import UsageError
 from hourglass_jax.model import HourglassLM
+from hourglass_jax.nn.cache import Cache, forgotten
+from hourglass_jax.nn.transformer import Stack
+from hourglass_jax.sampling import Sampler, row_keys
 
-STREAM_BLOCK = 8  # tokens between two calls of `stream`
-
-
-def filter_logits(logits: jax.Array, temperature: float, top_k: int | None, top_p: float | None) -> jax.Array:
-    """Logits [..., V] of the distribution to sample from: tempered, then cut to top_k, then to top_p."""
-    logits = logits / max(temperature, 1e-6)
-    if top_k is not None and top_k < logits.shape[-1]:
-        lowest = jax.lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits < lowest, -jnp.inf, logits)
-    if top_p is not None and top_p < 1:
-        ordered = -jnp.sort(-logits, axis=-1)
-        # A token stays while those before it hold less than top_p, so the likeliest one always does.
-        probabilities = jax.nn.softmax(ordered, axis=-1)
-        stays = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
-        lowest = jnp.where(stays, ordered, jnp.inf).min(-1, keepdims=True)
-        logits = jnp.where(logits < lowest, -jnp.inf, logits)
-    return logits
+BLOCK = 64  # tokens between two returns from the jitted loop
+STREAM_BLOCK = 8  # the same when someone is watching
+MIN_CACHE = 256  # tokens; a cache grows with its text, since every step attends over all of it
 
 
-@partial(nnx.jit, static_argnames=("temperature", "top_k", "top_p"))
-def _extend(model, tokens, lengths, done, keys, banned, stop_token, steps, *, temperature, top_k, top_p):
-    """Runs steps[0] .. steps[1] - 1 of every row not done: step i writes tokens [B, L] at lengths + i."""
-    rows = jnp.arange(len(tokens))
+def init_cache(model: HourglassLM, batch: int, max_length: int) -> Cache:
+    """An empty cache for `batch` rows of at least `max_length` tokens, for `model.prefill` and `model.step`."""
+    check_range("batch", batch, 1)
+    check_range("max_length", max_length, 1)
+    return model.init_cache(batch, round_up(max_length, model.config.parsed_hierarchy.total_factor))
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def bucket(n: int, smallest: int) -> int:
+    """The first of smallest, 1.5 times, 2, 3, 4, 6 ... times that is at least n: few programs serve all lengths."""
+    while smallest < n:
+        if smallest + smallest // 2 >= n:
+            return smallest + smallest // 2
+        smallest *= 2
+    return smallest
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignedPrompts:
+    """Ragged prompts, cut where all rows are at the same place in their groups.
+
+    read: [B, M], what is read in one pass, M a multiple of K; row b begins at start[b].
+    origin: [B], start[b] less what is too old to be read.
+    rest: [B, K], the last 1 to K tokens of each prompt, which go through the loop.
+    lengths: [B], tokens of each prompt.
+    """
+
+    read: np.ndarray
+    start: np.ndarray
+    origin: np.ndarray
+    rest: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def align(cls, prompts: Sequence[np.ndarray], factor: int, context: int) -> AlignedPrompts:
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        ends = (lengths - 1) // factor * factor
+        skipped = forgotten(ends, context, factor)
+        longest = int((ends - skipped).max())
+        width = min(bucket(longest, factor), context) if longest else 0
+        read = np.zeros((len(prompts), width), np.int32)
+        rest = np.zeros((len(prompts), factor), np.int32)
+        start = (width - (ends - skipped)).astype(np.int32)
+        for i, prompt in enumerate(prompts):
+            read[i, start[i] :] = prompt[skipped[i] : ends[i]]
+            rest[i, : len(prompt) - ends[i]] = prompt[ends[i] :]
+        return cls(read, start, start - skipped, rest, lengths)
+
+    @property
+    def n_rest(self) -> np.ndarray:
+        return self.lengths - (self.lengths - 1) // self.rest.shape[1] * self.rest.shape[1]
+
+
+class NewText:
+    """Of what a row samples, step by step, the tokens that count: from step `begin` to `end`, or to a stop token."""
+
+    def __init__(self, begin: int, end: int, stop_token: int | None):
+        self.begin, self.end, self.stop_token = begin, end, stop_token
+        self.parts: list[np.ndarray] = []
+
+    def take(self, sampled: np.ndarray, step: int) -> np.ndarray:
+        """The tokens that count among those sampled from `step` on."""
+        part = sampled[max(self.begin - step, 0) : max(self.end - step, 0)]
+        [stops] = np.nonzero(part == self.stop_token)
+        if len(stops):
+            part, self.end = part[: stops[0]], step
+        self.parts.append(part)
+        return part
+
+    def tokens(self) -> np.ndarray:
+        return np.concatenate(self.parts)
+
+
+@nnx.jit
+def _unstacked(model: HourglassLM) -> HourglassLM:
+    """A copy whose layers lie apart; see `Stack.unstack`."""
+    model = nnx.clone(model)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Stack):
+            module.unstack()
+    model.eval()
+    return model
+
+
+@partial(jax.jit, static_argnames=("graph", "max_length", "context"))
+def _prefill(graph, params, tokens, start, origin, *, max_length, context):
+    model = nnx.merge(graph, params)
+    cache = model.init_cache(len(tokens), max_length, context)
+    return model.prefill(tokens, start, cache, origin)[1]
+
+
+@partial(jax.jit, static_argnames=("graph", "sampler"), donate_argnames="cache")
+def _extend(graph, params, cache, token, done, rest, lengths, keys, banned, stop_token, max_tokens, steps, *, sampler):
+    """Steps steps[0] .. steps[1] - 1, at most BLOCK; ends early when every row is done.
+
+    token [B]: the newest of each row, done [B]; rest, lengths: see AlignedPrompts.
+    Returns cache, token, done and what each step sampled [B, BLOCK], for prompt tokens too.
+    """
+    model = nnx.merge(graph, params)
 
     def unfinished(carry):
-        step, _, done = carry
+        step, _, _, done, _ = carry
         return (step < steps[1]) & ~done.all()
 
     def extend(carry):
-        step, tokens, done = carry
-        position = lengths + step
-        logits = jnp.where(banned, -jnp.inf, model(tokens)[rows, position - 1])
-        if temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            step_keys = jax.vmap(jax.random.fold_in)(keys, position)
-            token = jax.vmap(jax.random.categorical)(step_keys, filter_logits(logits, temperature, top_k, top_p))
-        token = jnp.where(done, stop_token, token)
-        return step + 1, tokens.at[rows, position].set(token), done | (token == stop_token)
+        step, cache, token, done, sampled = carry
+        length = cache.clock.time - cache.clock.origin
+        given = rest[:, jnp.minimum(step, rest.shape[1] - 1)]
+        logits, cache = model.step(jnp.where(length < lengths, given, token), cache)
+        token = sampler(jnp.where(banned, -jnp.inf, logits), jax.vmap(jax.random.fold_in)(keys, length + 1))
+        n_new = length + 2 - lengths
+        done |= ((token == stop_token) & (n_new >= 1)) | (n_new >= max_tokens)
+        return step + 1, cache, token, done, sampled.at[:, step - steps[0]].set(token)
 
-    _, tokens, done = jax.lax.while_loop(unfinished, extend, (steps[0], tokens, done))
-    return tokens, done
+    sampled = jnp.zeros((len(keys), BLOCK), jnp.int32)
+    return jax.lax.while_loop(unfinished, extend, (steps[0], cache, token, done, sampled))[1:]
 
 
-def row_keys(key: jax.Array, prompts: Sequence[Sequence[int]]) -> jax.Array:
-    """A key for each row [B]: it depends on `key` and on how many earlier rows have the same prompt.
+_drop = jax.jit(Cache.drop, donate_argnums=0)
 
-    So a row's sample is the same whatever batch it sits in, and equal prompts still get different samples.
-    """
-    seen: dict[tuple[int, ...], int] = {}
-    counts = []
-    for prompt in prompts:
-        counts.append(seen.get(tuple(prompt), 0))
-        seen[tuple(prompt)] = counts[-1] + 1
-    return jax.vmap(partial(jax.random.fold_in, key))(jnp.array(counts))
+
+@partial(jax.jit, static_argnames=("graph", "max_length"))
+def _grow(graph, params, cache, *, max_length):
+    """The cache with room for `max_length` tokens."""
+    model = nnx.merge(graph, params)
+    larger = model.init_cache(len(cache.clock.start), max_length, cache.context)
+    return larger.filled_from(cache)
 
 
 def generate(
@@ -83,71 +171,85 @@ def generate(
     stop_token: int | None = None,
     banned_tokens: Sequence[int] = (),
     stream: Callable[[list[np.ndarray]], None] | None = None,
+    max_context: int | None = None,
 ) -> list[np.ndarray]:
     """Continues each prompt; returns the new tokens of each row, up to and without `stop_token`.
 
     prompts: token lists of any lengths, each at least one token.
     max_tokens: new tokens a row at most.
-    key: typed PRNG key; see `row_keys` for what a row draws.
+    key: typed PRNG key; a row's sample is the same whatever batch it sits in, and equal prompts differ.
     temperature: 0 is greedy; top_k, top_p: cut the tempered distribution to the likeliest tokens.
     banned_tokens: never sampled.
     stream: called every few tokens with what each row has gained since the last call.
+    max_context: the most tokens a row sees (default: the model's `max_length`). A longer text forgets its oldest
+        groups, a quarter of the context at a time and at every level alike, so memory stays constant.
 
     Raises UsageError for empty prompts, tokens outside the vocabulary, options out of range, and a text that
     would outgrow learned positions.
     """
     check_range("max_tokens", max_tokens, 1)
-    check_range("temperature", temperature, 0)
-    if top_k is not None:
-        check_range("top_k", top_k, 1)
-    if top_p is not None:
-        check_range("top_p", top_p, 0, 1, open_low=True)
+    sampler = Sampler(temperature, top_k, top_p)
+    config = model.config
     rows = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
-    vocab_size = model.config.vocab_size
+    check_prompts(rows, config, max_tokens)
+    if not rows:
+        return []
+    factor = config.parsed_hierarchy.total_factor
+    context = config.max_length if max_context is None else max_context
+    check_range("max_context", context, 1)
+    context = round_up(context, factor)
+    aligned = AlignedPrompts.align(rows, factor, context)
+    n_steps = aligned.n_rest.max() - 1 + max_tokens
+    time, block = aligned.read.shape[1], STREAM_BLOCK if stream else BLOCK
+    limit = round_up(context + max(context // 4, BLOCK + factor), factor)
+
+    def room(n: int) -> int:
+        """A capacity for n tokens."""
+        return min(round_up(bucket(n, MIN_CACHE), factor), limit)
+
+    graph, params = nnx.split(_unstacked(model))
+    prompt = (aligned.read, aligned.start, aligned.origin)
+    cache = _prefill(graph, params, *prompt, max_length=room(time + min(block, n_steps)), context=context)
+    extend = partial(
+        _extend,
+        graph,
+        params,
+        rest=jnp.asarray(aligned.rest),
+        lengths=jnp.asarray(aligned.lengths),
+        keys=row_keys(key, [row.tolist() for row in rows]),
+        banned=jnp.asarray(np.isin(np.arange(config.vocab_size), banned_tokens)),
+        stop_token=-1 if stop_token is None else stop_token,
+        max_tokens=max_tokens,
+        sampler=sampler,
+    )
+    texts = [NewText(n - 1, n - 1 + max_tokens, stop_token) for n in aligned.n_rest]
+    token, done = jnp.zeros(len(rows), jnp.int32), jnp.zeros(len(rows), bool)
+    for start in range(0, n_steps, block):
+        end = min(start + block, n_steps)
+        if time + end - start > limit:
+            unseen = (time - context) // factor * factor
+            cache, time = _drop(cache, unseen), time - unseen
+        if time + end - start > cache.max_length:
+            cache = _grow(graph, params, cache, max_length=room(time + end - start))
+        cache, token, done, sampled = extend(cache, token, done, steps=np.array([start, end]))
+        time += end - start
+        parts = [text.take(row[: end - start], start) for text, row in zip(texts, np.array(sampled), strict=True)]
+        if stream:
+            stream(parts)
+        if done.all():
+            break
+    return [text.tokens() for text in texts]
+
+
+def check_prompts(rows: Sequence[np.ndarray], config: HourglassConfig, max_tokens: int) -> None:
+    """Raises UsageError for a prompt that is empty, has unknown tokens, or would outgrow learned positions."""
     for i, row in enumerate(rows):
         if not len(row):
             raise UsageError(f"prompt {i} is empty; give at least one token, such as the tokenizer's bos_id")
-        if row.min() < 0 or row.max() >= vocab_size:
-            raise UsageError(f"prompt {i} has tokens outside 0 .. {vocab_size - 1}, the model's vocabulary")
-    if not rows:
-        return []
-    lengths = np.array([len(row) for row in rows])
-    total = int(lengths.max()) + max_tokens
-    limit = model.config.position_limit
-    if total > limit:
-        raise UsageError(
-            f"prompt and new tokens make {total}, but learned positions end at max_length={limit}; ask for fewer tokens"
-        )
-    total = int(min(-(-total // 64) * 64, limit))  # one compilation for many prompt lengths
-    tokens = np.zeros((len(rows), total), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-    stop = -1 if stop_token is None else stop_token
-    sample = partial(
-        _extend,
-        model,
-        lengths=jnp.asarray(lengths),
-        keys=row_keys(key, [row.tolist() for row in rows]),
-        banned=jnp.asarray(np.isin(np.arange(vocab_size), banned_tokens)),
-        stop_token=stop,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-    )
-
-    def new_tokens(start: int, end: int) -> list[np.ndarray]:
-        """What steps start .. end - 1 gave each row, up to its stop token."""
-        sampled = np.asarray(buffer)
-        parts = [sampled[i, n : n + end] for i, n in enumerate(lengths)]
-        return [part[: np.argmax(part == stop) if stop in part else end][start:] for part in parts]
-
-    buffer, done = jnp.asarray(tokens), jnp.zeros(len(rows), bool)
-    block = STREAM_BLOCK if stream else max_tokens
-    for start in range(0, max_tokens, block):
-        end = min(start + block, max_tokens)
-        buffer, done = sample(tokens=buffer, done=done, steps=jnp.array([start, end]))
-        if stream:
-            stream(new_tokens(start, end))
-        if done.all():
-            break
-    return new_tokens(0, max_tokens)
+        if row.min() < 0 or row.max() >= config.vocab_size:
+            raise UsageError(f"prompt {i} has tokens outside 0 .. {config.vocab_size - 1}, the model's vocabulary")
+        if len(row) + max_tokens > config.position_limit:
+            raise UsageError(
+                f"prompt and new tokens make {len(row) + max_tokens}, but learned positions end at "
+                f"max_length={config.max_length}; ask for fewer tokens"
+            )

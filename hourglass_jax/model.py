@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Level
+from hourglass_jax.nn.cache import Cache, Clock
 from hourglass_jax.nn.layers import NORMAL_STDDEV, Dropout, layer_norm, linear, split_key
 from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS, to_groups
 from hourglass_jax.nn.transformer import Stack
@@ -21,6 +25,8 @@ class Hourglass(nnx.Module):
 
     def __init__(self, config: HourglassConfig, levels: Sequence[Level], *, rngs: nnx.Rngs):
         level, *inner = levels
+        self.unit = level.factor
+        self.d_model, self.dtype = config.d_model, config.dtype
         self.pre = Stack(config, level.pre_layers, level.factor, rngs=rngs)
         self.inner = Hourglass(config, inner, rngs=rngs) if inner else None
         if inner:
@@ -43,10 +49,63 @@ class Hourglass(nnx.Module):
         short = self.shorten(to_groups(x, self.shorten_factor, self.shift), key=keys[1])
         short = self.inner(short, keys[2])
         up = self.upsample(to_groups(x, self.shorten_factor), short, key=keys[3])
-        if self.upsample_norm is not None:
-            up = self.upsample_norm(up)
-        x = x + up.reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]
-        return self.post(x, keys[4])
+        return self.post(self.add_upsampled(x, up.reshape(x.shape[0], -1, x.shape[2])), keys[4])
+
+    def add_upsampled(self, x: jax.Array, up: jax.Array) -> jax.Array:
+        """The residual across the bottleneck."""
+        up = up[:, : x.shape[1]] if x.ndim == 3 else up
+        return x + (up if self.upsample_norm is None else self.upsample_norm(up))
+
+    def init_cache(self, batch: int, max_length: int) -> dict[str, Any]:
+        """What decoding remembers at this level and below; `max_length` in tokens."""
+        cache = {"pre": self.pre.init_cache(batch, max_length)}
+        if self.inner is not None:
+            cache |= {
+                # The outputs of the pre stack that the next group is made of.
+                "window": jnp.zeros((batch, self.shift + 1, self.d_model), self.dtype),
+                "shorten": self.shorten.init_cache(batch, max_length),
+                "inner": self.inner.init_cache(batch, max_length),
+                "upsample": self.upsample.init_cache(batch, max_length),
+                "post": self.post.init_cache(batch, max_length),
+            }
+        return cache
+
+    def prefill(self, x: jax.Array, cache: dict[str, Any], start: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """A call on rows [B, L, D] that begin at `start` [B] tokens, with L whole groups, which fills the cache."""
+        x, pre = self.pre.prefill(x, cache["pre"], start)
+        if self.inner is None:
+            return x, {"pre": pre}
+        begun = jnp.arange(x.shape[1]) >= start[:, None] // self.unit
+        known = jnp.where(begun[..., None], x, 0)  # the shift brings in zeros, not padding
+        window = jnp.concatenate([cache["window"], known], axis=1)[:, -self.shift - 1 :]
+        short = to_groups(known, self.shorten_factor, self.shift)
+        short, shorten = self.shorten.prefill(short, cache["shorten"], start)
+        short, inner = self.inner.prefill(short, cache["inner"], start)
+        groups = to_groups(x, self.shorten_factor)
+        up, upsample = self.upsample.prefill(groups, short, cache["upsample"], start)
+        x, post = self.post.prefill(self.add_upsampled(x, up.reshape(x.shape)), cache["post"], start)
+        cache = {"pre": pre, "window": window, "shorten": shorten, "inner": inner, "upsample": upsample, "post": post}
+        return x, cache
+
+    def step(self, x: jax.Array, cache: dict[str, Any], clock: Clock) -> tuple[jax.Array, dict[str, Any]]:
+        """One position, [B, D] -> [B, D]; the first position of a group lets the levels below run once."""
+        x, pre = self.pre.step(x, cache["pre"], clock)
+        if self.inner is None:
+            return x, {"pre": pre}
+        window = jnp.concatenate([cache["window"][:, 1:], x[:, None]], axis=1)
+        begins_group = clock.time // self.unit % self.shorten_factor == 0
+        below = {name: cache[name] for name in ("shorten", "inner", "upsample")}
+        below = lax.cond(begins_group, self.step_below, lambda window, below, clock: below, window, below, clock)
+        up = self.upsample.step(x, below["upsample"], clock)
+        x, post = self.post.step(self.add_upsampled(x, up), cache["post"], clock)
+        return x, {"pre": pre, "window": window, "post": post} | below
+
+    def step_below(self, window: jax.Array, cache: dict[str, Any], clock: Clock) -> dict[str, Any]:
+        """Shortens the group whose first position is the newest of the window, and runs the inner Hourglass."""
+        short, shorten = self.shorten.step(window[:, : self.shorten_factor], cache["shorten"], clock)
+        short, inner = self.inner.step(short, cache["inner"], clock)
+        upsample = self.upsample.receive(short, cache["upsample"], clock)
+        return {"shorten": shorten, "inner": inner, "upsample": upsample}
 
 
 class HourglassLM(nnx.Module):
@@ -76,22 +135,60 @@ class HourglassLM(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int [B, L] -> [B, L, D], learned positions included."""
-        x = self.embedding(tokens)
-        if self.positions is None:
-            return x
         length = tokens.shape[1]
-        if length > self.config.max_length:
+        if length > self.config.position_limit:
             raise UsageError(
                 f"{length} tokens, but learned positions end at max_length={self.config.max_length}; give fewer "
                 "tokens, or train with positions='relative' or 'rotary'"
             )
-        return x + self.positions[:length].astype(x.dtype)
+        return self.embed_at(tokens, jnp.arange(length))
+
+    def embed_at(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """int [...] -> [..., D]; positions [...] matter where they are learned, those of padding may lie outside."""
+        x = self.embedding(tokens)
+        if self.positions is None:
+            return x
+        return x + self.positions[jnp.clip(positions, 0, self.config.max_length - 1)].astype(x.dtype)
 
     def from_embeddings(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """[B, L, D] -> logits [B, L, V], float32 at least."""
         embedding_key, body_key = split_key(key, 2)
-        x = self.hourglass(self.dropout(x, embedding_key), body_key)
-        if self.norm is not None:
-            x = self.norm(x)
-        logits = self.head(x)
+        return self.logits(self.hourglass(self.dropout(x, embedding_key), body_key))
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """The Hourglass's output [..., D] -> logits [..., V], float32 at least."""
+        logits = self.head(x if self.norm is None else self.norm(x))
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+    def init_cache(self, batch: int, max_length: int, context: int | None = None) -> Cache:
+        """Room for `max_length` tokens a row, of which it may see `context` (default: all); multiples of K."""
+        factor = self.config.parsed_hierarchy.total_factor
+        context = max_length if context is None else context
+        origin, start = jnp.zeros((2, batch), jnp.int32)  # two buffers, so that a loop may be given both to reuse
+        return Cache(
+            clock=Clock(jnp.zeros((), jnp.int32), origin, start),
+            levels=self.hourglass.init_cache(batch, max_length),
+            max_length=max_length,
+            context=context,
+            factor=factor,
+        )
+
+    def prefill(
+        self, tokens: jax.Array, start: jax.Array, cache: Cache, origin: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Reads tokens [B, L] into an empty cache in one pass -> logits [B, L, V], meaningless for padding.
+
+        Row b begins at start[b], or did so at origin[b] <= start[b] and is read from there on. All are multiples of K.
+        """
+        if not tokens.shape[1]:
+            return jnp.zeros((*tokens.shape, self.config.vocab_size)), cache
+        clock = Clock(jnp.asarray(tokens.shape[1], jnp.int32), start if origin is None else origin, start)
+        x = self.embed_at(tokens, jnp.arange(tokens.shape[1]) - clock.origin[:, None])
+        x, levels = self.hourglass.prefill(x, cache.levels, start)
+        return self.logits(x), replace(cache, clock=clock, levels=levels)
+
+    def step(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """One token a row, int [B] -> logits [B, V] of the next one."""
+        clock = cache.now()
+        x, levels = self.hourglass.step(self.embed_at(tokens, clock.time - clock.origin), cache.levels, clock)
+        return self.logits(x), replace(cache, clock=replace(clock, time=clock.time + 1), levels=levels)

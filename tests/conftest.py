@@ -15,7 +15,17 @@ from hourglass_jax import HourglassConfig, HourglassLM
 from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 
 POSITIONS = ("relative", "rotary", "learned")
-METHODS = list(itertools.product(SHORTENINGS, UPSAMPLINGS, POSITIONS))
+
+
+def methods():
+    """Every shortening, upsampling and positions; a third of them has every pair of two, the others are slow."""
+    for (i, shortening), (j, upsampling) in itertools.product(enumerate(SHORTENINGS), enumerate(UPSAMPLINGS)):
+        for n, positions in enumerate(POSITIONS):
+            marks = () if (i + j) % len(POSITIONS) == n else pytest.mark.slow
+            yield pytest.param(shortening, upsampling, positions, marks=marks)
+
+
+METHODS = list(methods())
 NESTED = "0@1 1@2 1@6 0@2 1@1"  # two shortenings with few layers, all unequal: for the grid of methods
 # No shortening, equal and unequal layers before and after, one to three shortenings.
 HIERARCHIES = ("2@1", "1@1 1@3 1@1", "1@1 1@2 1@6 0@2 2@1", "0@1 1@2 0@4 1@8 1@4 0@2 1@1")

@@ -7,7 +7,8 @@ import pytest
 from conftest import forward, make_model, small_config
 
 import hourglass_jax as hg
-from hourglass_jax.decoding import filter_logits
+from hourglass_jax import decoding
+from hourglass_jax.sampling import Sampler
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 KEY = jax.random.key(0)
@@ -59,6 +60,53 @@ def test_streamed_parts_add_up(model):
     assert [list(row) for row in out] == parts
 
 
+@pytest.mark.parametrize("positions", ["relative", "rotary", "learned"])
+def test_a_growing_cache_changes_nothing(positions, monkeypatch):
+    model = make_model(small_config(positions=positions, max_length=200))
+    options = {"max_tokens": 150, "key": KEY, "stream": lambda new: None}
+    whole = hg.generate(model, PROMPTS, **options)
+    monkeypatch.setattr(decoding, "MIN_CACHE", 48)
+    for row, grown in zip(whole, hg.generate(model, PROMPTS, **options), strict=True):
+        np.testing.assert_array_equal(row, grown)
+
+
+@pytest.mark.parametrize("positions", ["relative", "rotary"])
+def test_rows_are_alone_beyond_the_context_too(positions):
+    model = make_model(small_config(positions=positions))
+    prompts = [*PROMPTS, np.arange(100) % 11]  # the last one is longer than the context
+    options = {"max_tokens": 300, "key": KEY, "max_context": 30}
+    together = hg.generate(model, prompts, **options, stream=lambda new: None)
+    for prompt, row in zip(prompts, together, strict=True):
+        assert len(row) == 300
+        np.testing.assert_array_equal(row, hg.generate(model, [prompt], **options)[0])
+    assert (hg.generate(model, PROMPTS[:1], max_tokens=300, key=KEY)[0] != together[0]).any()
+
+
+@pytest.mark.parametrize("n", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_a_long_run_compiles_nothing_new_and_keeps_its_memory(n):
+    model = make_model(small_config())
+    programs = (decoding._extend, decoding._drop, decoding._grow, decoding._prefill)
+    sizes, arrays = [], []
+
+    def observe(new):
+        sizes.append([program._cache_size() for program in programs])
+        arrays.append(sum(array.nbytes for array in jax.live_arrays()))
+
+    [text] = hg.generate(model, PROMPTS[:1], max_tokens=n, key=KEY, max_context=120, stream=observe)
+    assert len(text) == n and len(sizes) == -(-(n + 2) // decoding.STREAM_BLOCK)
+    settled = 200 // decoding.STREAM_BLOCK  # the cache has its final size, and has been emptied once
+    assert sizes[settled] == sizes[-1] and arrays[settled] == arrays[-1]
+
+
+def test_few_programs_serve_all_prompt_lengths():
+    model = make_model(small_config())
+    before = decoding._prefill._cache_size(), decoding._extend._cache_size()
+    for n in range(1, 40):
+        hg.generate(model, [np.arange(n) % 11], max_tokens=3, key=KEY)
+    assert decoding._prefill._cache_size() - before[0] <= 6  # nothing to read, and 3, 6, 12, 24 and 48 tokens
+    assert decoding._extend._cache_size() - before[1] <= 1
+
+
 def test_banned_tokens_never_come(model):
     out = hg.generate(model, PROMPTS * 4, max_tokens=20, key=KEY, temperature=5.0, banned_tokens=(0, 1, 2))
     assert min(row.min() for row in out) >= 3
@@ -67,7 +115,7 @@ def test_banned_tokens_never_come(model):
 def test_filters_against_a_naive_version():
     logits = np.random.default_rng(0).normal(size=(20, 30)).astype(np.float32)
     for top_k, top_p in [(None, None), (1, None), (5, None), (99, None), (None, 0.3), (None, 0.9), (6, 0.7)]:
-        ours = np.asarray(filter_logits(jnp.asarray(logits), 0.7, top_k, top_p))
+        ours = np.asarray(Sampler(0.7, top_k, top_p).filter(jnp.asarray(logits)))
         for row, kept in zip(logits / 0.7, np.isfinite(ours), strict=True):
             order = np.argsort(-row)[: top_k or len(row)]
             p = np.exp(row[order]) / np.exp(row[order]).sum()
@@ -84,6 +132,7 @@ def test_filters_against_a_naive_version():
         ([[1]], {"max_tokens": 0}, "max_tokens=0"),
         ([[1]], {"temperature": -0.1}, "temperature=-0.1"),
         ([[1]], {"top_k": 0}, "top_k=0"),
+        ([[1]], {"max_context": 0}, "max_context=0"),
         ([[1]], {"top_p": 0.0}, "top_p=0.0"),
         ([[1]], {"top_p": 1.1}, "top_p=1.1"),
     ],

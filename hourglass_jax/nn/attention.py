@@ -11,57 +11,27 @@ with `unit` the total factor of the finer of the two sequences: token units at e
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from hourglass_jax.config import HourglassConfig
+from hourglass_jax.nn.cache import Clock, KeyValueCache
 from hourglass_jax.nn.layers import Dropout, kernel_init, linear, split_key
+from hourglass_jax.nn.positions import align_lags, align_newest, rotate, sinusoids, slot_distances
 
 QUERY_ROWS = 64  # rows of a query block; blocks never touch the upper triangle and recompute their scores
-
-
-def sinusoids(distances: jax.Array, d_model: int) -> jax.Array:
-    """R of Transformer-XL: [...] distances -> [..., d_model], sines in the first half, cosines in the second."""
-    n = (d_model + 1) // 2
-    frequencies = 10_000.0 ** (-jnp.arange(n) / n)
-    angles = distances[..., None] * frequencies
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :d_model]
-
-
-def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotary positions: x [..., H, K] at positions [...], pairs (i, i + K/2) turned by 10000^(-2i/K) a token."""
-    half = x.shape[-1] // 2
-    frequencies = 10_000.0 ** (-jnp.arange(half) / half)
-    angles = positions[..., None, None] * frequencies
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-    left, right = x[..., :half], x[..., half:]
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-
-
-def slot_distances(groups: int, query_slots: int, key_slots: int, unit: int) -> jax.Array:
-    """[G, P, S] in tokens; row e is for groups that lie G - 1 - e apart (farthest first)."""
-    lag = jnp.arange(groups)[::-1, None, None] * (query_slots * key_slots)
-    return unit * (lag + jnp.arange(query_slots)[:, None] - jnp.arange(key_slots))
-
-
-def align_lags(x: jax.Array) -> jax.Array:
-    """Turns scores by lag into scores by key: [..., b, N, S] -> [..., b, N, S].
-
-    Row i belongs to query group N - b + i. Its entry e comes in for lag N - 1 - e and goes out at key group m,
-    lag N - b + i - m; what lies beyond the diagonal is left undefined for the causal mask to cover.
-    """
-    *lead, b, n, s = x.shape
-    padded = jnp.pad(x, [(0, 0)] * len(lead) + [(0, 0), (0, 1), (0, 0)])
-    flat = padded.reshape(*lead, b * (n + 1), s)
-    return flat[..., b - 1 : b - 1 + b * n, :].reshape(*lead, b, n, s)
 
 
 class Attention(nnx.Module):
     """Multi-head attention with the configured positions; no bias in the query, key and value projections."""
 
-    def __init__(self, config: HourglassConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: HourglassConfig, unit: int, *, query_slots: int = 1, key_slots: int = 1, rngs: nnx.Rngs):
         d_model = config.d_model
+        self.unit, self.query_slots, self.key_slots = unit, query_slots, key_slots
         self.n_heads = config.n_heads
         self.positions = config.positions
         self.query = linear(config, d_model, d_model, bias=False, rngs=rngs)
@@ -78,50 +48,142 @@ class Attention(nnx.Module):
     def split_heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.n_heads, -1)
 
+    def merge_heads(self, x: jax.Array) -> jax.Array:
+        return self.out(x.reshape(*x.shape[:-2], -1))
+
     def relative_keys(self, distances: jax.Array) -> jax.Array:
         """W_r R of the formula: [...] distances in tokens -> [..., H, K]."""
         d_model = self.relative.in_features
         return self.split_heads(self.relative(sinusoids(distances, d_model)))
 
-    def __call__(self, queries: jax.Array, keys: jax.Array, *, unit: int, key: jax.Array | None = None) -> jax.Array:
-        """[B, G, P, D], [B, G, S, D] -> [B, G, P, D]; `unit` in tokens; `key` turns dropout on."""
-        _, groups, p, _ = queries.shape
-        s = keys.shape[2]
+    def content_and_position(self, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """q + u, which meets keys, and q + v, which meets relative keys."""
+        return q + self.content_bias[...].astype(q.dtype), q + self.position_bias[...].astype(q.dtype)
+
+    def __call__(self, queries: jax.Array, keys: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """[B, G, P, D], [B, G, S, D] -> [B, G, P, D]; `key` turns dropout on."""
+        return self.merge_heads(self.attend_in_blocks(*self.project(queries, keys), key=key))
+
+    def project(self, queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, G, P, H, K], k and v [B, G, S, H, K]; q and k turned where positions are rotary."""
         q, k, v = (self.split_heads(f(x)) for f, x in ((self.query, queries), (self.key, keys), (self.value, keys)))
+        if self.positions == "rotary":
+            start = jnp.arange(q.shape[1])[:, None] * (self.query_slots * self.key_slots)
+            q = rotate(q, self.unit * (start + jnp.arange(self.query_slots)))
+            k = rotate(k, self.unit * (start + jnp.arange(self.key_slots)))
+        return q, k, v
+
+    def attend_in_blocks(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, first: jax.Array | None = None, key: jax.Array | None = None
+    ) -> jax.Array:
+        """-> [B, G, P, H, K]. Groups before `first` [B] are padding, seen by themselves alone."""
+        groups = q.shape[1]
         r = None
         if self.positions == "relative":
-            r = self.relative_keys(slot_distances(groups, p, s, unit))
-        elif self.positions == "rotary":
-            start = jnp.arange(groups)[:, None] * (p * s)
-            q = rotate(q, unit * (start + jnp.arange(p)))
-            k = rotate(k, unit * (start + jnp.arange(s)))
-
-        block = max(1, QUERY_ROWS // p)
+            r = self.relative_keys(slot_distances(groups, self.query_slots, self.key_slots, self.unit))
+        block = max(1, QUERY_ROWS // self.query_slots)
         starts = range(0, groups, block)
         attend = jax.checkpoint(self.attend) if len(starts) > 1 else self.attend
         outputs = []
         for start, block_key in zip(starts, split_key(key, len(starts)), strict=True):
             end = min(start + block, groups)
-            visible = None if r is None else r[groups - end :]
-            outputs.append(attend(q[:, start:end], k[:, :end], v[:, :end], visible, block_key))
-        out = jnp.concatenate(outputs, axis=1)
-        return self.out(out.reshape(*out.shape[:-2], -1))
+            seen = None if r is None else r[groups - end :]
+            outputs.append(attend(q[:, start:end], k[:, :end], v[:, :end], seen, first, block_key))
+        return jnp.concatenate(outputs, axis=1)
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, r: jax.Array | None, key: jax.Array | None) -> jax.Array:
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        r: jax.Array | None,
+        first: jax.Array | None,
+        key: jax.Array | None,
+    ) -> jax.Array:
         """The last b of N groups attend: q [B, b, P, H, K], k, v [B, N, S, H, K], r [N, P, S, H, K] by lag."""
         b, n = q.shape[1], k.shape[1]
         if r is None:
             scores = jnp.einsum("bgphk,bmshk->bhpgms", q, k)
         else:
-            scores = jnp.einsum("bgphk,bmshk->bhpgms", q + self.content_bias[...].astype(q.dtype), k)
-            by_lag = jnp.einsum("bgphk,npshk->bhpgns", q + self.position_bias[...].astype(q.dtype), r)
-            scores += align_lags(by_lag)
-        causal = jnp.arange(n) <= jnp.arange(n - b, n)[:, None]
-        probabilities = masked_softmax(scores * q.shape[-1] ** -0.5, causal[..., None]).astype(v.dtype)
-        return jnp.einsum("bhpgms,bmshk->bgphk", self.dropout(probabilities, key), v)
+            content, position = self.content_and_position(q)
+            scores = jnp.einsum("bgphk,bmshk->bhpgms", content, k)
+            scores += align_lags(jnp.einsum("bgphk,npshk->bhpgns", position, r))
+        query_groups = jnp.arange(n - b, n)[:, None]
+        visible = jnp.arange(n) <= query_groups
+        if first is not None:
+            visible &= jnp.arange(n) >= jnp.minimum(first[:, None, None, None, None], query_groups)
+        probabilities = masked_softmax(scores * q.shape[-1] ** -0.5, visible[..., None], axis=(-2, -1))
+        return jnp.einsum("bhpgms,bmshk->bgphk", self.dropout(probabilities.astype(v.dtype), key), v)
+
+    def init_cache(self, batch: int, max_length: int) -> KeyValueCache:
+        """For `max_length` tokens, a multiple of the total factor."""
+        stride = self.unit * self.query_slots
+        rows = max_length // stride
+        head_dim = self.out.in_features // self.n_heads
+        relative = None
+        if self.positions == "relative":
+            slots = jnp.arange(self.query_slots)[:, None] + 1 - self.key_slots
+            relative = self.relative_keys(jnp.arange(rows) * stride + self.unit * slots).swapaxes(1, 2)
+        keys, values = jnp.zeros((2, batch, self.n_heads, rows, head_dim), self.out.dtype)
+        return KeyValueCache(keys, values, relative, stride, self.positions == "rotary")
+
+    def prefill(
+        self, queries: jax.Array, keys: jax.Array, cache: KeyValueCache, start: jax.Array
+    ) -> tuple[jax.Array, KeyValueCache]:
+        """A call on rows that begin at `start` [B] tokens, whose keys and values fill the cache from the front."""
+        q, k, v = self.project(queries, keys)
+        out = self.attend_in_blocks(q, k, v, first=start // (self.unit * self.query_slots * self.key_slots))
+        cache = cache.write(*(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v)), row=0)
+        return self.merge_heads(out), cache
+
+    def step(
+        self, query: jax.Array, keys: jax.Array | None, cache: KeyValueCache, clock: Clock
+    ) -> tuple[jax.Array, KeyValueCache]:
+        """One query [B, D] at `clock.time` -> [B, D]; `keys` [B, S, D] or [B, D], where new, are its group's."""
+        if keys is not None:
+            cache = self.write(keys, cache, clock)
+        q = self.split_heads(self.query(query))
+        slot = clock.time // self.unit % self.query_slots
+        if cache.rotary:
+            q = rotate(q, clock.time)
+        newest = self.group_row(clock) + self.key_slots - 1
+        arguments = (q, cache, newest, clock.start // cache.stride, slot)
+        # On a CPU in a branch of its own: fused with the write before it, it would take seven times as long.
+        in_branch = partial(lax.cond, newest >= 0, self.attend_to_cache, lambda q, *_: q)
+        out = lax.platform_dependent(*arguments, cpu=in_branch, default=self.attend_to_cache)
+        return self.merge_heads(out), cache
+
+    def group_row(self, clock: Clock) -> jax.Array:
+        """The first row of the current group's keys."""
+        return clock.time // (self.unit * self.query_slots * self.key_slots) * self.key_slots
+
+    def write(self, keys: jax.Array, cache: KeyValueCache, clock: Clock) -> KeyValueCache:
+        """Puts the keys and values of the current group, from [B, S, D] (or [B, D]), into the cache."""
+        row = self.group_row(clock)
+        keys = keys.reshape(keys.shape[0], self.key_slots, -1)
+        k, v = self.split_heads(self.key(keys)), self.split_heads(self.value(keys))
+        if cache.rotary:
+            k = rotate(k, (row + jnp.arange(self.key_slots)) * cache.stride)
+        return cache.write(k, v, row)
+
+    def attend_to_cache(
+        self, q: jax.Array, cache: KeyValueCache, newest: jax.Array, first: jax.Array, slot: jax.Array
+    ) -> jax.Array:
+        """q [B, H, K] sees the rows first [B] .. newest -> [B, H, K]."""
+        if cache.relative is None:
+            scores = jnp.einsum("bhk,bhnk->bhn", q, cache.keys)
+        else:
+            content, position = self.content_and_position(q)
+            r = lax.dynamic_index_in_dim(cache.relative, slot, keepdims=False)
+            scores = jnp.einsum("bhk,bhnk->bhn", content, cache.keys)
+            scores += align_newest(jnp.einsum("bhk,hnk->bhn", position, r), newest)
+        rows = jnp.arange(scores.shape[-1])
+        visible = (rows <= newest) & (rows >= first[:, None])
+        probabilities = masked_softmax(scores * q.shape[-1] ** -0.5, visible[:, None], axis=-1)
+        return jnp.einsum("bhn,bhnk->bhk", probabilities.astype(q.dtype), cache.values)
 
 
-def masked_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
-    """Softmax over the last two axes where `visible`, exactly zero elsewhere; float32 at least."""
+def masked_softmax(scores: jax.Array, visible: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+    """Softmax where `visible`, exactly zero elsewhere; float32 at least."""
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=(-2, -1))
+    return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=axis)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 from flax import nnx
 from jax import lax
 
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.nn.attention import Attention
+from hourglass_jax.nn.cache import Clock, KeyValueCache
 from hourglass_jax.nn.layers import Dropout, layer_norm, linear, split_key
 
 
@@ -32,25 +35,55 @@ class Block(nnx.Module):
     attention shortening and upsampling.
     """
 
-    def __init__(self, config: HourglassConfig, *, cross: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: HourglassConfig,
+        unit: int,
+        *,
+        cross: bool = False,
+        query_slots: int = 1,
+        key_slots: int = 1,
+        rngs: nnx.Rngs,
+    ):
         self.attention_norm = layer_norm(config, rngs=rngs)
         self.memory_norm = layer_norm(config, rngs=rngs) if cross else None
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, unit, query_slots=query_slots, key_slots=key_slots, rngs=rngs)
         self.feed_forward_norm = layer_norm(config, rngs=rngs)
         self.feed_forward = FeedForward(config, rngs=rngs)
         self.dropout = Dropout(config.dropout)
 
-    def __call__(
-        self, x: jax.Array, memory: jax.Array | None = None, *, unit: int, key: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, memory: jax.Array | None = None, *, key: jax.Array | None = None) -> jax.Array:
         """x [B, G, P, D], memory [B, G, S, D] (none: x itself) -> [B, G, P, D]; see `nn.attention`."""
-        attention_key, residual_key, feed_forward_key = split_key(key, 3)
+        attention_key, *residual_keys = split_key(key, 3)
+        return self.residual(x, self.attention(*self.normalize(x, memory), key=attention_key), *residual_keys)
+
+    def prefill(
+        self, x: jax.Array, memory: jax.Array | None = None, *, cache: KeyValueCache, start: jax.Array
+    ) -> tuple[jax.Array, KeyValueCache]:
+        """A call on rows that begin at `start` [B] tokens, which fills the cache."""
+        y, cache = self.attention.prefill(*self.normalize(x, memory), cache, start)
+        return self.residual(x, y), cache
+
+    def step(
+        self, x: jax.Array, memory: jax.Array | None = None, *, cache: KeyValueCache, clock: Clock
+    ) -> tuple[jax.Array, KeyValueCache]:
+        """One position x [B, D]; `memory` [B, S, D], where there is new one, is its group's."""
+        y, cache = self.attention.step(*self.normalize(x, memory), cache, clock)
+        return self.residual(x, y), cache
+
+    def normalize(self, x: jax.Array, memory: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """What attention takes as queries and keys."""
         queries = self.attention_norm(x)
-        keys = queries if memory is None else self.memory_norm(memory)
-        y = self.attention(queries, keys, unit=unit, key=attention_key)
-        x = x + self.dropout(y, residual_key)
-        y = self.feed_forward(self.feed_forward_norm(x))
-        return x + self.dropout(y, feed_forward_key)
+        if self.memory_norm is None:
+            return queries, queries
+        return queries, None if memory is None else self.memory_norm(memory)
+
+    def residual(
+        self, x: jax.Array, y: jax.Array, attention_key: jax.Array | None = None, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Adds the attention's result y, then the feed-forward's."""
+        x = x + self.dropout(y, attention_key)
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)), key)
 
 
 class Stack(nnx.Module):
@@ -58,9 +91,8 @@ class Stack(nnx.Module):
 
     def __init__(self, config: HourglassConfig, n_layers: int, unit: int, *, rngs: nnx.Rngs):
         self.n_layers = n_layers
-        self.unit = unit
         self.unrolled = n_layers <= config.max_unrolled_layers
-        make_layers = nnx.vmap(lambda rngs: Block(config, rngs=rngs))
+        make_layers = nnx.vmap(lambda rngs: Block(config, unit, rngs=rngs))
         self.layers = make_layers(rngs.fork(split=n_layers)) if n_layers else None
         self.norm = layer_norm(config, rngs=rngs) if config.norm == "stack" else None
 
@@ -68,6 +100,9 @@ class Stack(nnx.Module):
         """[B, L, D] -> [B, L, D]."""
         if self.layers is not None:
             x = self.run_layers(x[:, :, None], key)[:, :, 0]
+        return self.normalize(x)
+
+    def normalize(self, x: jax.Array) -> jax.Array:
         return x if self.norm is None else self.norm(x)
 
     def run_layers(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -76,7 +111,7 @@ class Stack(nnx.Module):
 
         def layer(x, inputs):
             state, key = inputs
-            return nnx.merge(graph, state)(x, unit=self.unit, key=key), None
+            return nnx.merge(graph, state)(x, key=key), None
 
         if self.unrolled:
             for i in range(self.n_layers):
@@ -84,3 +119,39 @@ class Stack(nnx.Module):
             return x
         # The body is rematerialised: the gradient through a plain scan takes 1.7 times as long on a CPU.
         return lax.scan(jax.checkpoint(layer), x, (state, keys))[0]
+
+    def blocks(self) -> Sequence[Block]:
+        """One by one, for decoding: a scan would copy every layer's cache at every step."""
+        if self.layers is None:
+            return []
+        if isinstance(self.layers, nnx.List):
+            return self.layers
+        graph, state = nnx.split(self.layers)
+        return [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state)) for i in range(self.n_layers)]
+
+    def unstack(self) -> None:
+        """Keeps the layers apart, so that a loop around decoding steps does not cut them out every time."""
+        if self.layers is not None:
+            self.layers = nnx.data(nnx.List(self.blocks()))
+
+    def init_cache(self, batch: int, max_length: int) -> list[KeyValueCache]:
+        """One for each layer; `max_length` in tokens."""
+        return [block.attention.init_cache(batch, max_length) for block in self.blocks()]
+
+    def prefill(
+        self, x: jax.Array, cache: list[KeyValueCache], start: jax.Array
+    ) -> tuple[jax.Array, list[KeyValueCache]]:
+        """A call on rows [B, L, D] that begin at `start` [B] tokens, which fills the cache."""
+        x, filled = x[:, :, None], []
+        for block, layer_cache in zip(self.blocks(), cache, strict=True):
+            x, layer_cache = block.prefill(x, cache=layer_cache, start=start)
+            filled.append(layer_cache)
+        return self.normalize(x[:, :, 0]), filled
+
+    def step(self, x: jax.Array, cache: list[KeyValueCache], clock: Clock) -> tuple[jax.Array, list[KeyValueCache]]:
+        """One position, [B, D] -> [B, D]."""
+        advanced = []
+        for block, layer_cache in zip(self.blocks(), cache, strict=True):
+            x, layer_cache = block.step(x, cache=layer_cache, clock=clock)
+            advanced.append(layer_cache)
+        return self.normalize(x), advanced

@@ -1,0 +1,52 @@
+"""What attention knows of distances: Transformer-XL's sinusoids and rotary turns."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def sinusoids(distances: jax.Array, d_model: int) -> jax.Array:
+    """R of Transformer-XL: [...] distances -> [..., d_model], sines in the first half, cosines in the second."""
+    n = (d_model + 1) // 2
+    frequencies = 10_000.0 ** (-jnp.arange(n) / n)
+    angles = distances[..., None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :d_model]
+
+
+def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotary positions: x [..., H, K] at positions [...], pairs (i, i + K/2) turned by 10000^(-2i/K) a token."""
+    half = x.shape[-1] // 2
+    frequencies = 10_000.0 ** (-jnp.arange(half) / half)
+    angles = positions[..., None, None] * frequencies
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    left, right = x[..., :half], x[..., half:]
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+def slot_distances(groups: int, query_slots: int, key_slots: int, unit: int) -> jax.Array:
+    """[G, P, S] in tokens; row e is for groups that lie G - 1 - e apart (farthest first)."""
+    lag = jnp.arange(groups)[::-1, None, None] * (query_slots * key_slots)
+    return unit * (lag + jnp.arange(query_slots)[:, None] - jnp.arange(key_slots))
+
+
+def align_lags(x: jax.Array) -> jax.Array:
+    """Turns scores by lag into scores by key: [..., b, N, S] -> [..., b, N, S].
+
+    Row i belongs to query group N - b + i. Its entry e comes in for lag N - 1 - e and goes out at key group m,
+    lag N - b + i - m; what lies beyond the diagonal is left undefined for the causal mask to cover.
+    """
+    *lead, b, n, s = x.shape
+    padded = jnp.pad(x, [(0, 0)] * len(lead) + [(0, 0), (0, 1), (0, 0)])
+    flat = padded.reshape(*lead, b * (n + 1), s)
+    return flat[..., b - 1 : b - 1 + b * n, :].reshape(*lead, b, n, s)
+
+
+def align_newest(x: jax.Array, newest: jax.Array) -> jax.Array:
+    """Turns scores by lag into scores by key for the query of row `newest`: [..., n] -> [..., n].
+
+    Entry e comes in for the key e rows before the newest; what lies beyond the newest is left undefined.
+    """
+    n = x.shape[-1]
+    reversed_twice_as_long = jnp.pad(x[..., ::-1], [(0, 0)] * (x.ndim - 1) + [(0, n)])
+    return jax.lax.dynamic_slice_in_dim(reversed_twice_as_long, n - 1 - newest, n, axis=-1)

@@ -1,0 +1,65 @@
+"""From logits to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from hourglass_jax.config import check_range
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """temperature: 0 is greedy; top_k, top_p: cut the tempered distribution to its likeliest tokens.
+
+    Raises UsageError for options out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        check_range("temperature", self.temperature, 0)
+        if self.top_k is not None:
+            check_range("top_k", self.top_k, 1)
+        if self.top_p is not None:
+            check_range("top_p", self.top_p, 0, 1, open_low=True)
+
+    def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
+        """logits [B, V], keys [B] -> int [B]; row b draws from keys[b] alone."""
+        if self.temperature == 0:
+            return logits.argmax(-1).astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(keys, self.filter(logits)).astype(jnp.int32)
+
+    def filter(self, logits: jax.Array) -> jax.Array:
+        """Logits [..., V] of the distribution to sample from: tempered, then cut to top_k, then to top_p."""
+        logits = logits / max(self.temperature, 1e-6)
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            lowest = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
+            logits = jnp.where(logits < lowest, -jnp.inf, logits)
+        if self.top_p is not None and self.top_p < 1:
+            ordered = -jnp.sort(-logits, axis=-1)
+            # A token stays while those before it hold less than top_p, so the likeliest one always does.
+            probabilities = jax.nn.softmax(ordered, axis=-1)
+            stays = jnp.cumsum(probabilities, axis=-1) - probabilities < self.top_p
+            lowest = jnp.where(stays, ordered, jnp.inf).min(-1, keepdims=True)
+            logits = jnp.where(logits < lowest, -jnp.inf, logits)
+        return logits
+
+
+def row_keys(key: jax.Array, prompts: Sequence[Sequence[int]]) -> jax.Array:
+    """A key for each row [B]: it depends on `key` and on how many earlier rows have the same prompt.
+
+    So a row's sample is the same whatever batch it sits in, and equal prompts still get different samples.
+    """
+    seen: dict[tuple[int, ...], int] = {}
+    counts = []
+    for prompt in prompts:
+        counts.append(seen.get(tuple(prompt), 0))
+        seen[tuple(prompt)] = counts[-1] + 1
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.array(counts))
