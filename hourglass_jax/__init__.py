@@ -4,7 +4,7 @@ from hourglass_jax.causality import CausalityError, check_causality, influence
 from hourglass_jax.config import DataConfig, HourglassConfig, OptimizerConfig, TrainConfig
 from hourglass_jax.decoding import generate, init_cache
 from hourglass_jax.errors import UsageError
-from hourglass_jax.evaluation import Evaluation, evaluate
+from hourglass_jax.evaluation import Evaluation, evaluate, score
 from hourglass_jax.hierarchy import Hierarchy
 from hourglass_jax.model import Hourglass, HourglassLM
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer
@@ -31,4 +31,5 @@ __all__ = [
     "influence",
     "init_cache",
     "load",
+    "score",
 ]

@@ -7,7 +7,10 @@ Exact, because the shortened vector of group g is complete the moment the group'
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -25,6 +28,7 @@ from hourglass_jax.sampling import Sampler, row_keys
 BLOCK = 64  # tokens between two returns from the jitted loop
 STREAM_BLOCK = 8  # the same when someone is watching
 MIN_CACHE = 256  # tokens; a cache grows with its text, since every step attends over all of it
+ROWS_PER_CORE = 4  # on a CPU, where a step of few rows keeps one core busy, larger batches are split over the cores
 
 
 def init_cache(model: HourglassLM, batch: int, max_length: int) -> Cache:
@@ -194,10 +198,43 @@ def generate(
     check_prompts(rows, config, max_tokens)
     if not rows:
         return []
-    factor = config.parsed_hierarchy.total_factor
     context = config.max_length if max_context is None else max_context
     check_range("max_context", context, 1)
-    context = round_up(context, factor)
+    factor = config.parsed_hierarchy.total_factor
+    row_texts = partial(
+        _continue_rows,
+        *nnx.split(_unstacked(model)),
+        factor=factor,
+        context=round_up(context, factor),
+        max_tokens=max_tokens,
+        stop_token=stop_token,
+        banned=jnp.asarray(np.isin(np.arange(config.vocab_size), banned_tokens)),
+        sampler=sampler,
+        stream=stream,
+    )
+    keys = row_keys(key, [row.tolist() for row in rows])
+    n_parts = 1 if stream or jax.default_backend() != "cpu" else os.cpu_count() or 1
+    bounds = np.linspace(0, len(rows), max(min(n_parts, len(rows) // ROWS_PER_CORE), 1) + 1).astype(int)
+    parts = [(rows[start:end], keys[start:end]) for start, end in itertools.pairwise(bounds)]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return [text for texts in pool.map(row_texts, *zip(*parts, strict=True)) for text in texts]
+
+
+def _continue_rows(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    rows: Sequence[np.ndarray],
+    keys: jax.Array,
+    *,
+    factor: int,
+    context: int,
+    max_tokens: int,
+    stop_token: int | None,
+    banned: jax.Array,
+    sampler: Sampler,
+    stream: Callable[[list[np.ndarray]], None] | None,
+) -> list[np.ndarray]:
+    """The new tokens of each row: one pass over the prompts, then blocks of the jitted loop."""
     aligned = AlignedPrompts.align(rows, factor, context)
     n_steps = aligned.n_rest.max() - 1 + max_tokens
     time, block = aligned.read.shape[1], STREAM_BLOCK if stream else BLOCK
@@ -207,7 +244,6 @@ def generate(
         """A capacity for n tokens."""
         return min(round_up(bucket(n, MIN_CACHE), factor), limit)
 
-    graph, params = nnx.split(_unstacked(model))
     prompt = (aligned.read, aligned.start, aligned.origin)
     cache = _prefill(graph, params, *prompt, max_length=room(time + min(block, n_steps)), context=context)
     extend = partial(
@@ -216,8 +252,8 @@ def generate(
         params,
         rest=jnp.asarray(aligned.rest),
         lengths=jnp.asarray(aligned.lengths),
-        keys=row_keys(key, [row.tolist() for row in rows]),
-        banned=jnp.asarray(np.isin(np.arange(config.vocab_size), banned_tokens)),
+        keys=keys,
+        banned=banned,
         stop_token=-1 if stop_token is None else stop_token,
         max_tokens=max_tokens,
         sampler=sampler,

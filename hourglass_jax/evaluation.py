@@ -35,16 +35,16 @@ class Evaluation:
         return f"loss {self.loss:.4f} | perplexity {self.perplexity:.3f} | BPC {self.bits_per_character:.4f}"
 
 
-def token_losses(model: HourglassLM, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """-log p(token t + 1 | tokens <= t) in nats: int [B, L + 1] -> float [B, L]."""
-    logits = model(tokens[:, :-1], key)
+def score(model: HourglassLM, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """log p(token t + 1 | tokens <= t) in nats: int [B, L + 1] -> float [B, L]; `key` turns dropout on."""
+    logits = model(jnp.asarray(tokens)[:, :-1], key)
     target = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - target
+    return target - jax.nn.logsumexp(logits, axis=-1)
 
 
 @nnx.jit
 def _batch_sums(model: HourglassLM, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return (token_losses(model, tokens) * weights).sum(), weights.sum()
+    return -(score(model, tokens) * weights).sum(), weights.sum()
 
 
 def evaluate_batches(model: HourglassLM, batches: Iterable[Batch]) -> Evaluation:

@@ -38,6 +38,16 @@ def test_rows_are_what_they_would_be_alone_and_equal_prompts_differ(model):
     assert (hg.generate(model, PROMPTS, max_tokens=12, key=jax.random.key(1))[0] != together[0]).any()
 
 
+def test_rows_split_over_cores_are_the_same(model, monkeypatch):
+    prompts = [*PROMPTS * 3, PROMPTS[0]]
+    results = []
+    for n_cores in (1, 2):
+        monkeypatch.setattr(decoding.os, "cpu_count", lambda n_cores=n_cores: n_cores)
+        results.append(hg.generate(model, prompts, max_tokens=12, key=KEY))
+    for whole, split in zip(*results, strict=True):
+        np.testing.assert_array_equal(whole, split)
+
+
 def test_rows_stop_by_themselves(model):
     free = hg.generate(model, PROMPTS, max_tokens=20, key=KEY)
     stop = int(free[0][5])

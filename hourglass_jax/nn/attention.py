@@ -123,7 +123,7 @@ class Attention(nnx.Module):
         relative = None
         if self.positions == "relative":
             slots = jnp.arange(self.query_slots)[:, None] + 1 - self.key_slots
-            relative = self.relative_keys(jnp.arange(rows) * stride + self.unit * slots).swapaxes(1, 2)
+            relative = self.relative_keys(jnp.arange(rows)[::-1] * stride + self.unit * slots).swapaxes(1, 2)
         keys, values = jnp.zeros((2, batch, self.n_heads, rows, head_dim), self.out.dtype)
         return KeyValueCache(keys, values, relative, stride, self.positions == "rotary")
 

@@ -49,7 +49,8 @@ class KeyValueCache:
     """Keys and values of one attention layer, a row for each key position.
 
     keys, values: [B, H, R, K], the keys already turned where positions are rotary.
-    relative: [P, H, R, K], W_r R of the Transformer-XL formula for query slot p and a key e rows before the newest.
+    relative: [P, H, R, K], W_r R of the Transformer-XL formula for query slot p; row e is for the key R - 1 - e rows
+        before the newest.
     stride: tokens a row.
     """
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from hourglass_jax.config import OptimizerConfig, TrainConfig
 from hourglass_jax.data.pipeline import Batch, BatchAt, stream
 from hourglass_jax.errors import UsageError
-from hourglass_jax.evaluation import Evaluation, evaluate_batches, token_losses
+from hourglass_jax.evaluation import Evaluation, evaluate_batches, score
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.training.checkpoints import CheckpointStore
 from hourglass_jax.training.metrics import CurveWriter
@@ -51,8 +51,7 @@ def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def mean_loss(params):
-            losses = token_losses(nnx.merge(graph, params), tokens, key)
-            return (losses * weights).sum() / weights.sum()
+            return -(score(nnx.merge(graph, params), tokens, key) * weights).sum() / weights.sum()
 
         loss, gradients = jax.value_and_grad(mean_loss)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
