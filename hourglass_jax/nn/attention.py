@@ -23,7 +23,8 @@ from hourglass_jax.nn.cache import Clock, KeyValueCache
 from hourglass_jax.nn.layers import Dropout, kernel_init, linear, split_key
 from hourglass_jax.nn.positions import align_lags, align_newest, rotate, sinusoids, slot_distances
 
-QUERY_ROWS = 64  # rows of a query block; blocks never touch the upper triangle and recompute their scores
+QUERY_ROWS = 64  # rows of a query block, on accelerators eight times as many; blocks recompute their scores
+SEGMENTS = 8  # into which a sequence is cut at most; each sees only the keys before its end, its blocks are one loop
 
 
 class Attention(nnx.Module):
@@ -76,23 +77,31 @@ class Attention(nnx.Module):
     def attend_in_blocks(
         self, q: jax.Array, k: jax.Array, v: jax.Array, *, first: jax.Array | None = None, key: jax.Array | None = None
     ) -> jax.Array:
-        """-> [B, G, P, H, K]. Groups before `first` [B] are padding, seen by themselves alone."""
+        """-> [B, G, P, H, K]. Groups before `first` [B] are padding, seen by themselves alone.
+
+        Scores exist for one block of queries at a time, forward and backward: memory grows linearly with length.
+        """
         groups = q.shape[1]
         r = None
         if self.positions == "relative":
             r = self.relative_keys(slot_distances(groups, self.query_slots, self.key_slots, self.unit))
-        block = max(1, QUERY_ROWS // self.query_slots)
-        starts = range(0, groups, block)
-        attend = jax.checkpoint(self.attend) if len(starts) > 1 else self.attend
+        rows = QUERY_ROWS if jax.default_backend() == "cpu" else 8 * QUERY_ROWS
+        block = max(1, rows // self.query_slots)
+        segment = -(-groups // (block * SEGMENTS)) * block
+        starts = range(0, groups, segment)
         outputs = []
-        for start, block_key in zip(starts, split_key(key, len(starts)), strict=True):
-            end = min(start + block, groups)
-            seen = None if r is None else r[groups - end :]
-            outputs.append(attend(q[:, start:end], k[:, :end], v[:, :end], seen, first, block_key))
+        for start, segment_key in zip(starts, split_key(key, len(starts)), strict=True):
+            attend = partial(self.attend_segment, start, min(start + segment, groups), block)
+            if len(starts) > 1:  # sliced inside, so that what is kept for the backward pass is shared by all segments
+                attend = jax.checkpoint(attend)
+            outputs.append(attend(q, k, v, r, first, segment_key))
         return jnp.concatenate(outputs, axis=1)
 
-    def attend(
+    def attend_segment(
         self,
+        start: int,
+        end: int,
+        block: int,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
@@ -100,15 +109,51 @@ class Attention(nnx.Module):
         first: jax.Array | None,
         key: jax.Array | None,
     ) -> jax.Array:
-        """The last b of N groups attend: q [B, b, P, H, K], k, v [B, N, S, H, K], r [N, P, S, H, K] by lag."""
+        """The query groups start .. end - 1, in one block or in a loop over blocks."""
+        r = None if r is None else r[q.shape[1] - end :]
+        q, k, v = q[:, start:end], k[:, :end], v[:, :end]
+        if end - start <= block:
+            return self.attend(q, k, v, r, start, first, key)
+        n_blocks = -(-(end - start) // block)
+        missing = n_blocks * block - (end - start)
+        q = jnp.pad(q, [(0, 0), (0, missing)] + [(0, 0)] * 3)
+        blocks = q.reshape(q.shape[0], n_blocks, block, *q.shape[2:]).swapaxes(0, 1)
+        if r is not None:  # in front lags of the missing queries, behind those of keys yet to come: none is looked at
+            r = jnp.pad(r, [(missing, n_blocks * block)] + [(0, 0)] * 4)
+
+        def attend(inputs: tuple[jax.Array, ...]) -> jax.Array:
+            i, q, key = inputs
+            seen = None
+            if r is not None:
+                seen = lax.dynamic_slice_in_dim(r, (n_blocks - 1 - i) * block, end + missing)
+            return self.attend(q, k, v, seen, start + i * block, first, key)
+
+        keys = None if key is None else jax.random.split(key, n_blocks)
+        out = lax.map(jax.checkpoint(attend), (jnp.arange(n_blocks), blocks, keys))
+        return out.swapaxes(0, 1).reshape(q.shape)[:, : end - start]
+
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        r: jax.Array | None,
+        offset: jax.Array | int,
+        first: jax.Array | None,
+        key: jax.Array | None,
+    ) -> jax.Array:
+        """Query groups offset .. offset + b - 1 of q [B, b, P, H, K] see k, v [B, N, S, H, K] up to themselves.
+
+        r [M, P, S, H, K], M at least N and offset + b: row e is for a lag of offset + b - 1 - e groups.
+        """
         b, n = q.shape[1], k.shape[1]
         if r is None:
             scores = jnp.einsum("bgphk,bmshk->bhpgms", q, k)
         else:
             content, position = self.content_and_position(q)
             scores = jnp.einsum("bgphk,bmshk->bhpgms", content, k)
-            scores += align_lags(jnp.einsum("bgphk,npshk->bhpgns", position, r))
-        query_groups = jnp.arange(n - b, n)[:, None]
+            scores += align_lags(jnp.einsum("bgphk,npshk->bhpgns", position, r))[..., :n, :]
+        query_groups = offset + jnp.arange(b)[:, None]
         visible = jnp.arange(n) <= query_groups
         if first is not None:
             visible &= jnp.arange(n) >= jnp.minimum(first[:, None, None, None, None], query_groups)
