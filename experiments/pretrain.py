@@ -27,8 +27,8 @@ from hourglass_jax import (
     check_causality,
     generate,
 )
-from hourglass_jax.data.corpora import load_text, make_tokenizer, split_tokens
-from hourglass_jax.data.pipeline import consecutive_windows, random_windows
+from hourglass_jax.data.corpora import load_tokens, split_tokens
+from hourglass_jax.data.pipeline import consecutive_windows, training_batches
 from hourglass_jax.tokenizers import CharTokenizer
 from hourglass_jax.training.checkpoints import write_run
 from hourglass_jax.training.metrics import plot_curves
@@ -101,12 +101,11 @@ def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:
 def main(_: list[str]) -> None:
     started = time.perf_counter()
     data, optimizer, train = read_configs()
-    text = load_text(data.path)
     if VOCAB_PATH.value and data.tokenizer == "byte":
         raise UsageError("--vocab_path lists characters, but --data.tokenizer=byte has none; give one of the two")
-    tokenizer = CharTokenizer.load(Path(VOCAB_PATH.value)) if VOCAB_PATH.value else make_tokenizer(text, data)
-    tokens = tokenizer.encode(text)
-    train_tokens, valid_tokens = split_tokens(tokens, data)
+    vocabulary = CharTokenizer.load(Path(VOCAB_PATH.value)) if VOCAB_PATH.value else None
+    tokens, tokenizer = load_tokens(data, vocabulary)
+    train_tokens, valid_tokens, _ = split_tokens(tokens, data)
     config = launcher.read_config("model", HourglassConfig, vocab_size=tokenizer.vocab_size)
     if data.block_size > config.position_limit:
         raise UsageError(
@@ -127,7 +126,7 @@ def main(_: list[str]) -> None:
     write_run(out, config, tokenizer, settings)
     result = fit(
         model,
-        random_windows(train_tokens, data.block_size, data.batch_size, train.seed),
+        training_batches(train_tokens, data, train.seed),
         consecutive_windows(valid_tokens, data.block_size, data.batch_size),
         out,
         optimizer_config=optimizer,

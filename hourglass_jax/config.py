@@ -120,15 +120,19 @@ class HourglassConfig:
 class DataConfig:
     """Which text, and how it is cut into batches."""
 
-    path: str = ""  # a UTF-8 text file; empty: the built-in corpus
+    path: str = ""  # a UTF-8 text file, any file where tokenizer is byte; empty: the built-in corpus
     tokenizer: str = "char"  # char | byte
     clean: bool = False  # lower-case, strip accents, keep "\n !&'$,-.:;?" and a-z (characters only)
     block_size: int = 128  # tokens a training window
     batch_size: int = 16  # windows a step
+    order: str = "random"  # random (windows start anywhere) | epochs (consecutive windows, each once an epoch)
+    split: str = "fraction"  # fraction (by train_fraction, no test) | enwik8 (90M train, 5M validation, 5M test)
     train_fraction: float = 0.9  # the rest is for validation
 
     def __post_init__(self) -> None:
         check_choice("tokenizer", self.tokenizer, ("char", "byte"))
+        check_choice("order", self.order, ("random", "epochs"))
+        check_choice("split", self.split, ("fraction", "enwik8"))
         check_range("block_size", self.block_size, 1)
         check_range("batch_size", self.batch_size, 1)
         if not 0 < self.train_fraction < 1:

@@ -1,132 +1,25 @@
-"""Laws of the corpora and of the batches cut from them."""
+"""Laws of the corpora: reading, encoding, splitting, fingerprints; and of the haiku."""
 
 from importlib import resources
 
 import numpy as np
 import pytest
 
+from experiments.launcher import N_PIECES, PIECE, fingerprint
 from hourglass_jax import CharTokenizer, DataConfig, UsageError
 from hourglass_jax.data.corpora import (
     builtin_text,
     load_text,
+    load_tokens,
     make_tokenizer,
+    map_bytes,
     read_text,
     split_tokens,
 )
 from hourglass_jax.data.haiku import is_haiku, load_haiku, make_examples, parse_haiku, usable_haiku
-from hourglass_jax.data.pipeline import (
-    consecutive_windows,
-    pack_examples,
-    random_windows,
-    shuffled_examples,
-    stream,
-)
+from hourglass_jax.tokenizers import ByteTokenizer
 
 TEXT = np.arange(1000, dtype=np.int32)
-
-
-def same(first, second):
-    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def rows_seen(batch_at, start, stop):
-    """The row numbers of steps start .. stop - 1, for examples whose tokens hold their row number."""
-    return np.concatenate([batch_at(step)[0][:, 0] for step in range(start, stop)])
-
-
-def numbered_examples(n_rows):
-    tokens = np.repeat(np.arange(n_rows, dtype=np.int32)[:, None], 4, axis=1)
-    return tokens, tokens[:, 1:].astype(np.float32)
-
-
-def test_random_windows_are_a_function_of_seed_and_step():
-    batch_at, again = (random_windows(TEXT, 16, 8, seed=3) for _ in range(2))
-    later = batch_at(7)
-    batch_at(2)
-    assert same(batch_at(7), later) and same(again(7), later)
-    assert not same(batch_at(8), later)
-    assert not same(random_windows(TEXT, 16, 8, seed=4)(7), later)
-
-
-def test_random_windows_are_slices_of_the_text():
-    tokens, weights = random_windows(TEXT, 16, 8, seed=0)(0)
-    assert tokens.shape == (8, 17) and weights.shape == (8, 16)
-    assert (np.diff(tokens) == 1).all()
-    assert (weights == 1).all()
-
-
-@pytest.mark.parametrize("extra", [1, 2, 5])
-def test_random_windows_start_everywhere_and_never_run_over(extra):
-    block_size = 16
-    batch_at = random_windows(TEXT[: block_size + extra], block_size, 8, seed=0)
-    starts = rows_seen(batch_at, 0, 50)
-    assert set(starts.tolist()) == set(range(extra))
-
-
-@pytest.mark.parametrize(("n_rows", "batch_size"), [(6, 3), (7, 3), (5, 5), (3, 7), (1, 2)])
-def test_each_epoch_shows_each_row_once(n_rows, batch_size):
-    batch_at = shuffled_examples(numbered_examples(n_rows), batch_size, seed=1)
-    rows = rows_seen(batch_at, 0, 4 * n_rows)
-    for epoch in range(len(rows) // n_rows):
-        assert sorted(rows[epoch * n_rows : (epoch + 1) * n_rows]) == list(range(n_rows))
-
-
-def test_every_epoch_has_another_order():
-    rows = rows_seen(shuffled_examples(numbered_examples(20), 10, seed=0), 0, 10).reshape(5, 20)
-    assert len({tuple(order) for order in rows.tolist()}) == 5
-
-
-def test_shuffled_examples_are_a_function_of_seed_and_step():
-    batch_at, again = (shuffled_examples(numbered_examples(20), 6, seed=3) for _ in range(2))
-    later = batch_at(9)
-    batch_at(0)
-    assert same(batch_at(9), later) and same(again(9), later)
-    assert not same(shuffled_examples(numbered_examples(20), 6, seed=4)(9), later)
-
-
-def test_shuffled_examples_keep_tokens_and_weights_together():
-    tokens, weights = shuffled_examples(numbered_examples(20), 6, seed=0)(3)
-    assert (tokens[:, 1:] == weights).all()
-
-
-def test_packed_weights_count_from_the_start_of_the_loss_to_the_end():
-    rng = np.random.default_rng(0)
-    sequences = [rng.integers(5, 50, length) for length in (2, 9, 5, 7, 9)]
-    loss_from, pad_id = [1, 4, 0, 6, 8], 0
-    tokens, weights = pack_examples(sequences, loss_from, pad_id)
-    assert tokens.shape == (5, 9) and weights.shape == (5, 8)
-    for i, (sequence, start) in enumerate(zip(sequences, loss_from, strict=True)):
-        for t in range(9):
-            assert tokens[i, t] == (sequence[t] if t < len(sequence) else pad_id)
-        for predicted in range(1, 9):
-            assert weights[i, predicted - 1] == (start <= predicted < len(sequence))
-
-
-def test_the_last_token_of_a_packed_sequence_is_predicted_even_where_it_is_the_padding():
-    _, weights = pack_examples([np.array([2, 5, 6, 0]), np.array([2, 5, 6, 7, 8, 0])], [1, 1], pad_id=0)
-    assert weights.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-
-
-@pytest.mark.parametrize("block_size", [1, 4, 7])
-@pytest.mark.parametrize("length", [2, 3, 4, 5, 7, 8, 9, 12, 13, 14, 15, 16, 28, 29, 30, 57])
-def test_consecutive_windows_predict_every_token_once(length, block_size):
-    text = TEXT[100 : 100 + length]
-    batches = consecutive_windows(text, block_size, batch_size=2)
-    tokens, weights = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    counted = weights == 1
-    assert all(t.shape == (2, block_size + 1) and w.shape == (2, block_size) for t, w in batches)
-    assert np.isin(weights, (0, 1)).all()
-    assert tokens[:, 1:][counted].tolist() == text[1:].tolist()
-    assert tokens[:, :-1][counted].tolist() == text[:-1].tolist()
-
-
-@pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 30), (13, 40), (5, 5)])
-def test_stream_yields_the_batches_of_its_steps_in_order(start, stop):
-    batch_at = random_windows(TEXT, 8, 2, seed=0)
-    streamed = list(stream(batch_at, start, stop))
-    assert len(streamed) == stop - start
-    for step, batch in zip(range(start, stop), streamed, strict=True):
-        assert same(batch, batch_at(step))
 
 
 def test_text_file_comes_back_with_plain_line_ends(tmp_path):
@@ -172,10 +65,112 @@ def test_tokenizer_follows_the_configuration():
     assert make_tokenizer("Ab", DataConfig(clean=True)).characters == ["a", "b"]
 
 
+def test_bytes_of_a_file_are_its_tokens_as_they_stand(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(b"\xef\xbb\xbfa\r\n\xff")
+    for config, given in (
+        (DataConfig(path=str(path), tokenizer="byte"), None),
+        (DataConfig(path=str(path)), ByteTokenizer()),
+    ):
+        tokens, tokenizer = load_tokens(config, given)
+        assert bytes(tokens) == path.read_bytes() and tokenizer.kind == "byte"
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "no such file"), (b"", "the file is empty")])
+def test_missing_or_empty_bytes_are_refused(tmp_path, content, words):
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        load_tokens(DataConfig(path=str(path), tokenizer="byte"))
+    assert words in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("n_characters", "dtype"),
+    [(3, np.uint8), (253, np.uint8), (254, np.uint16), (65_533, np.uint16), (65_534, np.int32)],
+)
+def test_characters_are_stored_in_the_smallest_type(tmp_path, n_characters, dtype):
+    text = "".join(map(chr, range(0x10000, 0x10000 + n_characters)))
+    path = tmp_path / "text"
+    path.write_text(text, encoding="utf-8")
+    tokens, tokenizer = load_tokens(DataConfig(path=str(path)))
+    assert tokens.dtype == dtype and tokenizer.decode(tokens) == text
+    assert load_tokens(DataConfig(path=str(path)), tokenizer)[0].tolist() == tokens.tolist()
+
+
+def test_builtin_text_has_tokens_of_either_kind():
+    tokens, tokenizer = load_tokens(DataConfig())
+    assert tokens.dtype == np.uint8 and tokenizer.decode(tokens) == builtin_text()
+    tokens, _ = load_tokens(DataConfig(tokenizer="byte"))
+    assert tokens.dtype == np.uint8 and bytes(tokens).decode() == builtin_text()
+
+
+def test_enwik8_has_its_standard_split(tmp_path):
+    path = tmp_path / "enwik8"
+    with path.open("wb") as file:
+        file.truncate(100_000_000)
+        for start, mark in ((0, b"a"), (89_999_999, b"bc"), (94_999_999, b"de"), (99_999_999, b"f")):
+            file.seek(start)
+            file.write(mark)
+    config = DataConfig(path=str(path), tokenizer="byte", split="enwik8")
+    splits = split_tokens(load_tokens(config)[0], config)
+    assert [len(part) for part in splits] == [90_000_000, 5_000_000, 5_000_000]
+    assert [bytes(part[[0, -1]]) for part in splits] == [b"ab", b"cd", b"ef"]
+    assert splits.valid is splits[1] and splits.test is splits[2]
+
+
+@pytest.mark.parametrize("size", [1000, 99_999_999, 100_000_001])
+def test_another_size_is_not_enwik8(size):
+    with pytest.raises(UsageError) as error:
+        split_tokens(np.broadcast_to(np.uint8(0), size), DataConfig(split="enwik8"))
+    assert "100,000,000" in str(error.value) and f"{size:,}" in str(error.value) and "\n" not in str(error.value)
+
+
+LONG = N_PIECES * PIECE + 1000
+
+
+@pytest.mark.parametrize("length", [0, 1, 1000, N_PIECES * PIECE, LONG])
+def test_a_fingerprint_is_of_the_text_whatever_its_type(length):
+    text = np.random.default_rng(0).integers(0, 256, length, np.uint8)
+    assert len({fingerprint(text.astype(dtype)) for dtype in (np.uint8, np.uint16, np.int32, np.int64)}) == 1
+
+
+@pytest.mark.parametrize("changed", [0, PIECE - 1, LONG - PIECE, LONG - 1, 10 * (LONG - PIECE) // (N_PIECES - 1)])
+@pytest.mark.parametrize("length", [1000, LONG])
+def test_a_fingerprint_tells_texts_apart(length, changed):
+    text = np.zeros(length, np.uint8)
+    other = text.copy()
+    other[changed % length] = 1
+    assert len({fingerprint(some) for some in (text, other, text[:-1], np.zeros(length + 1, np.uint8))}) == 4
+
+
+def test_a_fingerprint_of_examples_is_of_all_rows():
+    tokens = np.arange(80).reshape(20, 4)
+    assert fingerprint(tokens) == fingerprint(tokens.reshape(-1)) != fingerprint(tokens[::-1])
+
+
+def test_a_fingerprint_reads_little_of_a_huge_file(tmp_path):
+    path = tmp_path / "huge"
+    with path.open("wb") as file:
+        file.truncate(20 * 10**9)
+    empty = fingerprint(map_bytes(path))
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"a")
+    assert fingerprint(map_bytes(path)) != empty
+
+
+@pytest.mark.parametrize("name", ["order", "split"])
+def test_unknown_choices_are_refused(name):
+    with pytest.raises(UsageError, match=f"{name}='other'"):
+        DataConfig(**{name: "other"})
+
+
 @pytest.mark.parametrize("fraction", [0.5, 0.9])
 def test_split_cuts_the_text_in_two(fraction):
-    train, valid = split_tokens(TEXT, DataConfig(block_size=16, train_fraction=fraction))
-    assert np.concatenate([train, valid]).tolist() == TEXT.tolist()
+    train, valid, test = split_tokens(TEXT, DataConfig(block_size=16, train_fraction=fraction))
+    assert np.concatenate([train, valid]).tolist() == TEXT.tolist() and len(test) == 0
     assert len(train) == fraction * len(TEXT)
 
 

@@ -1,14 +1,25 @@
-"""Readers of text: a UTF-8 file, the built-in corpus."""
+"""Readers of text: a UTF-8 file, any file as bytes, the built-in corpus; and how a text is split."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from hourglass_jax.config import DataConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
+
+ENWIK8_SPLIT = (90_000_000, 5_000_000, 5_000_000)  # of enwik8 and text8, as in the literature; one token a byte
+
+
+class Splits(NamedTuple):
+    """The parts of a text, tokens [N] each; `test` may be empty."""
+
+    train: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
 
 
 def read_text(path: str | Path) -> str:
@@ -48,14 +59,50 @@ def make_tokenizer(text: str, config: DataConfig) -> Tokenizer:
     return CharTokenizer.from_text(text, clean=config.clean)
 
 
-def split_tokens(tokens: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """The first `train_fraction` of a text for training, the rest for validation."""
-    cut = int(len(tokens) * config.train_fraction)
-    train, valid = tokens[:cut], tokens[cut:]
+def map_bytes(path: str | Path) -> np.memmap:
+    """A file's bytes as uint8 [N], untouched and left on disk. Raises UsageError where it is missing or empty."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; give the path of a file to read as bytes")
+    if not path.stat().st_size:
+        raise UsageError(f"{path}: the file is empty; give a file with text")
+    return np.memmap(path, np.uint8, mode="r")
+
+
+def load_tokens(config: DataConfig, tokenizer: Tokenizer | None = None) -> tuple[np.ndarray, Tokenizer]:
+    """The text of `config` as tokens [N], and its tokenizer: the one given, or the one that `config` asks for.
+
+    A file read as bytes is memory-mapped: it starts at once whatever its size, and line ends stay as they are.
+    Other tokens come in the smallest of uint8, uint16 and int32 that holds the vocabulary.
+    """
+    kind = config.tokenizer if tokenizer is None else tokenizer.kind
+    if config.path and kind == "byte":
+        return map_bytes(config.path), ByteTokenizer()
+    text = load_text(config.path)
+    if tokenizer is None:
+        tokenizer = make_tokenizer(text, config)
+    smallest = next((t for t in (np.uint8, np.uint16) if tokenizer.vocab_size - 1 <= np.iinfo(t).max), np.int32)
+    return tokenizer.encode(text).astype(smallest), tokenizer
+
+
+def split_tokens(tokens: np.ndarray, config: DataConfig) -> Splits:
+    """By `config.split`: the first `train_fraction` to train on, the rest for validation; or enwik8's 90 / 5 / 5 M."""
+    n_tokens = len(tokens)
+    if config.split == "enwik8":
+        if n_tokens != sum(ENWIK8_SPLIT):
+            raise UsageError(
+                f"split='enwik8' takes exactly {sum(ENWIK8_SPLIT):,} tokens, one a byte of enwik8 or text8, and this "
+                f"text has {n_tokens:,}; give that file with tokenizer='byte', or use split='fraction'"
+            )
+        n_train, n_valid, _ = ENWIK8_SPLIT
+    else:
+        n_train = int(n_tokens * config.train_fraction)
+        n_valid = n_tokens - n_train
+    splits = Splits(tokens[:n_train], tokens[n_train : n_train + n_valid], tokens[n_train + n_valid :])
     needed = config.block_size + 1
-    if len(train) < needed or len(valid) < 2:
+    if n_train < needed or n_valid < 2:
         raise UsageError(
-            f"the text has {len(tokens)} tokens, {len(train)} of them for training, but one block takes {needed} "
+            f"the text has {n_tokens} tokens, {n_train} of them for training, but one block takes {needed} "
             f"(block_size={config.block_size} and the next); give a longer text or a smaller block_size"
         )
-    return train, valid
+    return splits

@@ -1,28 +1,56 @@
 """Batches as functions of (seed, step), so that a resumed run needs nothing but its step.
 
 A batch is a pair: tokens int32 [B, L + 1] and weights float32 [B, L], the weight of predicting token t + 1
-at position t. Grain prefetches them.
+at position t. A text is an array [N] of any integer type, a memory-mapped file too: only what a batch needs is
+read of it. Grain prefetches the batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import grain
 import numpy as np
 
+from hourglass_jax.config import DataConfig
+
 Batch = tuple[np.ndarray, np.ndarray]
-BatchAt = Callable[[int], Batch]
+Rows = slice | np.ndarray  # of a global batch: a slice, or row numbers int [R]
+
+
+class BatchAt(Protocol):
+    def __call__(self, step: int, rows: Rows = slice(None)) -> Batch:
+        """The given rows of the batch of `step`; the others are not read, so each host can ask for its own."""
+
+
+def training_batches(tokens: np.ndarray, config: DataConfig, seed: int) -> BatchAt:
+    """Windows of a text in the order `config.order`."""
+    windows = {"random": random_windows, "epochs": shuffled_windows}[config.order]
+    return windows(tokens, config.block_size, config.batch_size, seed)
 
 
 def random_windows(tokens: np.ndarray, block_size: int, batch_size: int, seed: int) -> BatchAt:
     """Windows of block_size + 1 tokens that start anywhere."""
 
-    def batch_at(step: int) -> Batch:
+    def batch_at(step: int, rows: Rows = slice(None)) -> Batch:
         rng = np.random.default_rng((seed, step))
         starts = rng.integers(0, len(tokens) - block_size, batch_size)
-        windows = tokens[starts[:, None] + np.arange(block_size + 1)]
-        return windows, np.ones((batch_size, block_size), np.float32)
+        return _full_windows(tokens, starts[rows], block_size)
+
+    return batch_at
+
+
+def shuffled_windows(tokens: np.ndarray, block_size: int, batch_size: int, seed: int) -> BatchAt:
+    """Consecutive windows of block_size predictions, each once an epoch, every epoch in another order.
+
+    Fewer than block_size predictions at the end of the text are left out.
+    """
+    order = shuffled_order((len(tokens) - 1) // block_size, seed)
+
+    def batch_at(step: int, rows: Rows = slice(None)) -> Batch:
+        windows = order(step * batch_size + np.arange(batch_size)[rows])
+        return _full_windows(tokens, windows * block_size, block_size)
 
     return batch_at
 
@@ -30,17 +58,29 @@ def random_windows(tokens: np.ndarray, block_size: int, batch_size: int, seed: i
 def shuffled_examples(examples: Batch, batch_size: int, seed: int) -> BatchAt:
     """Rows of `examples`, each once an epoch, every epoch in another order."""
     tokens, weights = examples
+    order = shuffled_order(len(tokens), seed)
 
-    def batch_at(step: int) -> Batch:
-        positions = np.arange(step * batch_size, (step + 1) * batch_size)
-        rows = np.empty(batch_size, int)
-        for epoch in np.unique(positions // len(tokens)):
-            order = np.random.default_rng((seed, int(epoch))).permutation(len(tokens))
-            in_epoch = positions // len(tokens) == epoch
-            rows[in_epoch] = order[positions[in_epoch] % len(tokens)]
-        return tokens[rows], weights[rows]
+    def batch_at(step: int, rows: Rows = slice(None)) -> Batch:
+        chosen = order(step * batch_size + np.arange(batch_size)[rows])
+        return tokens[chosen], weights[chosen]
 
     return batch_at
+
+
+def shuffled_order(n_items: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Positions int [R] -> the items that stand there; n_items positions are an epoch and hold each item once.
+
+    No permutation is stored: memory and the time of a position do not depend on n_items.
+    """
+    # Grain shuffles epoch e by seed + e: without hashing, neighbouring seeds would share all but one of their orders.
+    [hashed] = np.random.SeedSequence(seed).generate_state(1).tolist()
+    order = grain.MapDataset.range(n_items).shuffle(seed=hashed).repeat()
+    return lambda positions: np.fromiter((order[i] for i in positions.tolist()), np.int64, len(positions))
+
+
+def _full_windows(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> Batch:
+    windows = np.asarray(tokens[starts[:, None] + np.arange(block_size + 1)], np.int32)
+    return windows, np.ones((len(starts), block_size), np.float32)
 
 
 def pack_examples(sequences: Sequence[np.ndarray], loss_from: Sequence[int], pad_id: int) -> Batch:
@@ -57,19 +97,36 @@ def pack_examples(sequences: Sequence[np.ndarray], loss_from: Sequence[int], pad
     return tokens, weights
 
 
-def consecutive_windows(tokens: np.ndarray, block_size: int, batch_size: int) -> list[Batch]:
+class LazyBatches(Sequence[Batch]):
+    """A sequence of batches, each made when it is asked for; a slice of it is one too."""
+
+    def __init__(self, batch_at: Callable[[int], Batch], steps: range):
+        self._batch_at = batch_at
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, index: int | slice) -> Batch | LazyBatches:
+        steps = self._steps[index]
+        return LazyBatches(self._batch_at, steps) if isinstance(index, slice) else self._batch_at(steps)
+
+
+def consecutive_windows(tokens: np.ndarray, block_size: int, batch_size: int) -> LazyBatches:
     """The whole text once, in windows of at most block_size predictions without context before them."""
     n_windows = -(-(len(tokens) - 1) // block_size)
-    windows = [tokens[i * block_size : (i + 1) * block_size + 1] for i in range(n_windows)]
-    padded = np.zeros((-(-n_windows // batch_size) * batch_size, block_size + 1), np.int32)
-    weights = np.zeros((len(padded), block_size), np.float32)
-    for i, window in enumerate(windows):
-        padded[i, : len(window)] = window
-        weights[i, : len(window) - 1] = 1
-    return [(padded[i : i + batch_size], weights[i : i + batch_size]) for i in range(0, len(padded), batch_size)]
+
+    def batch_at(step: int) -> Batch:
+        starts = (step * batch_size + np.arange(batch_size)) * block_size
+        positions = starts[:, None] + np.arange(block_size + 1)
+        inside = (positions < len(tokens)) & (starts < len(tokens) - 1)[:, None]
+        windows = np.where(inside, tokens[np.minimum(positions, len(tokens) - 1)], 0)
+        return windows.astype(np.int32), inside[:, 1:].astype(np.float32)
+
+    return LazyBatches(batch_at, range(-(-n_windows // batch_size)))
 
 
-def stream(batch_at: BatchAt, start: int, stop: int) -> Iterator[Batch]:
-    """The batches of steps start .. stop - 1, prepared ahead in a background thread."""
-    steps = grain.MapDataset.range(start, stop).map(batch_at)
+def stream(batch_at: BatchAt, start: int, stop: int, rows: Rows = slice(None)) -> Iterator[Batch]:
+    """The batches of steps start .. stop - 1, of each the given rows, prepared ahead in a background thread."""
+    steps = grain.MapDataset.range(start, stop).map(lambda step: batch_at(step, rows))
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))

@@ -1,0 +1,89 @@
+"""Standard corpora from the network: enwik8 and text8, checked to the last byte."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import urllib.request
+import zipfile
+import zlib
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+from hourglass_jax.config import check_choice
+from hourglass_jax.errors import UsageError
+
+TIMEOUT = 60  # seconds without an answer
+
+
+class Corpus(NamedTuple):
+    """A zip archive at `url` with one file, named as the corpus; size and SHA-256 are the unpacked file's."""
+
+    url: str
+    n_bytes: int
+    sha256: str
+
+
+CORPORA = {
+    "enwik8": Corpus(
+        url="http://mattmahoney.net/dc/enwik8.zip",
+        n_bytes=100_000_000,
+        sha256="2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
+    ),
+    "text8": Corpus(
+        url="http://mattmahoney.net/dc/text8.zip",
+        n_bytes=100_000_000,
+        sha256="6e890197040d37d85beb962ae1f041ff1d9a9ca8d20c7d99c85027eebf51dca7",
+    ),
+}
+
+
+def fetch(name: str, directory: str | Path) -> Path:
+    """The path of corpus `name` (enwik8 | text8) in `directory`, downloaded first where it is not there yet.
+
+    Checks the file either way, and raises UsageError where it is not the true one. What fails or is interrupted
+    leaves no file behind.
+    """
+    check_choice("corpus", name, CORPORA)
+    corpus, path = CORPORA[name], Path(directory) / name
+    if path.exists():
+        check_file(path, corpus, f"{path}: not the true {name}: {{}}; remove it to download it again")
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    failure = f"{corpus.url}: {name} did not come through: {{}}; try again, or put the unpacked file at {path}"
+    # Beside its place, so that the rename at the end is within one file system and happens at once or not at all.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{name}-") as temporary:
+        archive = Path(temporary) / "archive.zip"
+        unpacked = Path(temporary) / name
+        try:
+            download(corpus.url, archive)
+            with zipfile.ZipFile(archive) as opened, opened.open(name) as source, unpacked.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        except (OSError, EOFError, KeyError, HTTPException, zipfile.BadZipFile, zlib.error) as error:
+            raise UsageError(failure.format(" ".join(str(error).split()))) from error
+        check_file(unpacked, corpus, failure)
+        unpacked.replace(path)
+    return path
+
+
+def download(url: str, path: Path) -> None:
+    """Writes what is at `url` to `path`; raises OSError where less arrives than the server announced."""
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as response, path.open("wb") as file:
+        shutil.copyfileobj(response, file)
+        announced = response.headers["Content-Length"]
+    arrived = path.stat().st_size
+    if announced is not None and arrived != int(announced):
+        raise OSError(f"{arrived:,} of {int(announced):,} bytes arrived")
+
+
+def check_file(path: Path, corpus: Corpus, message: str) -> None:
+    """Raises UsageError, its reason put into `message`, unless size and SHA-256 are the corpus's."""
+    n_bytes = path.stat().st_size
+    if n_bytes != corpus.n_bytes:
+        raise UsageError(message.format(f"{n_bytes:,} bytes instead of {corpus.n_bytes:,}"))
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != corpus.sha256:
+        raise UsageError(message.format(f"SHA-256 {sha256} instead of {corpus.sha256}"))
