@@ -1,18 +1,68 @@
-"""What a configuration costs, before it is built."""
+"""What a configuration costs, before it is built: FLOPs and memory, from its shapes alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from hourglass_jax.config import HourglassConfig
+from hourglass_jax.hierarchy import Level
 from hourglass_jax.model import HourglassLM
 
 
-def count_parameters(config: HourglassConfig) -> int:
-    """Trainable parameters, embeddings and head included; allocates nothing."""
-    abstract = nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param)))
+class Work(NamedTuple):
+    """What one position of a level takes part in, counted in vectors of d_model numbers."""
+
+    queries: float  # each with an output and a feed-forward
+    keys: float  # each with a value
+    pairs: float  # of a query and a key it sees
+    distances: float  # relative keys, the same for every sequence of a batch
+    mixed: float = 0  # projections of linear shortening and upsampling
+
+
+def work_by_level(config: HourglassConfig, seen: Callable[[Level], float]) -> Iterator[tuple[Level, Work, Work]]:
+    """Each level with the work of one of its layers and of its resampling; `seen(level)` positions meet a query.
+
+    The shortening that feeds a level counts as its own, and so do the keys that it offers to the upsampling.
+    """
+    shortens = config.shortening.startswith("attention")
+    upsamples = config.upsampling.startswith("attention")
+    linears = config.shortening.endswith("linear") + config.upsampling.endswith("linear")
+    levels = config.parsed_hierarchy.levels
+    k = 0  # nothing feeds the tokens
+    for level, inner in zip(levels, (*levels[1:], None), strict=True):
+        rows = seen(level)
+        down, up = shortens and k > 0, upsamples and inner is not None
+        resampling = Work(
+            queries=down + up,
+            keys=k * down + (upsamples and k > 0),
+            pairs=k * rows * down + (seen(inner) if up else 0),
+            distances=k * down + up,
+            mixed=k * linears,
+        )
+        yield level, Work(queries=1, keys=1, pairs=rows, distances=1), resampling
+        k = level.shorten_factor
+
+
+def position_flops(config: HourglassConfig, seen: Callable[[Level], float], *, distances: bool) -> dict[int, float]:
+    """FLOPs of matrix products for one position of each level, by its factor; with relative keys if `distances`."""
+    d = config.d_model
+    relative = config.positions == "relative"
+
+    def flops(work: Work) -> float:
+        projected = 2 * work.queries + 2 * work.keys + work.mixed + work.distances * (relative and distances)
+        return 2 * d * (d * projected + 2 * config.d_ff * work.queries + (2 + relative) * work.pairs)
+
+    totals = {
+        level.factor: (level.pre_layers + level.post_layers) * flops(layer) + flops(resampling)
+        for level, layer, resampling in work_by_level(config, seen)
+    }
+    totals[1] += 2 * d * config.vocab_size
+    return totals
 
 
 def decoding_flops(config: HourglassConfig, length: int) -> dict[int, float]:
@@ -21,29 +71,74 @@ def decoding_flops(config: HourglassConfig, length: int) -> dict[int, float]:
     With `length` tokens in the cache; the shortening that feeds a level counts as its own, the head as the tokens'.
     So a token costs the sum of flops / factor: the point of the hierarchy.
     """
+    return position_flops(config, lambda level: length / level.factor, distances=False)
+
+
+def forward_flops(config: HourglassConfig, length: int) -> dict[int, float]:
+    """Floating-point operations of matrix products over one sequence of `length` tokens, by level as its factor.
+
+    Attention counts the pairs that the causal mask leaves. Relative keys, which a batch shares, count in full.
+    """
+    positions = {f: -(-length // f) for _, f in config.parsed_hierarchy.stages}
+    flops = position_flops(config, lambda level: (positions[level.factor] + 1) / 2, distances=True)
+    return {f: positions[f] * per_position for f, per_position in flops.items()}
+
+
+def training_flops(config: HourglassConfig, length: int) -> float:
+    """Of a training step for each sequence: three forward passes, as model FLOP utilisation is commonly defined.
+
+    The backward pass is two; what deep stacks and attention compute again is not counted.
+    """
+    return 3 * sum(forward_flops(config, length).values())
+
+
+def count_parameters(config: HourglassConfig) -> int:
+    """Trainable parameters, embeddings and head included; allocates nothing."""
+    abstract = nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param)))
+
+
+def state_bytes(config: HourglassConfig) -> int:
+    """Of the float32 parameters and AdamW's two moments; gradients take a third as much again during a step."""
+    return 3 * 4 * count_parameters(config)
+
+
+def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> int:
+    """Estimate of the activations that a gradient over [batch, length] tokens needs at its peak.
+
+    A block keeps its input, both norms, queries, keys, values, what attention returns, the sum after it and the
+    feed-forward's hidden vector before and after the activation, for GELU its tanh too; attention scores are
+    computed again, 64 queries at a time. A stack of more than `max_unrolled_layers` keeps one vector a layer; its
+    blocks are computed again, and the largest of them counts once. Around them: the norms of stacks and upsampling,
+    relative keys (once a batch) and float32 logits. Left out are dropout's masks, gradients and the copies that the
+    compiler makes, so it is a lower bound: XLA:CPU takes 1.0 to 1.7 times as much for a further layer of short
+    sequences, and has taken 3 times as much in all for 512 tokens, whose blocks of queries each copy their keys.
+    """
     d = config.d_model
-    feed_forward = 4 * d * config.d_ff
-    projection = 2 * d * d
-    products = 6 if config.positions == "relative" else 4  # with keys, values and relative keys, 2 d each
+    hidden = config.d_ff * (3 if config.activation == "gelu" else 2)
+    relative = config.positions == "relative"
+    kept, recomputed = 0, 0  # numbers
+    for level, layer, resampling in work_by_level(config, lambda level: 0):
+        positions = -(-length // level.factor)
 
-    def attend(rows: float) -> float:
-        """Query, output, scores and feed-forward of one position; keys and values come extra."""
-        return 2 * projection + products * d * rows + feed_forward
+        def intermediates(work: Work, key_vectors: int, positions: int = positions) -> int:
+            vectors = 6 * work.queries + key_vectors * work.keys + work.mixed
+            shared = work.distances * d * relative
+            return positions * (batch * (vectors * d + work.queries * hidden) + shared)
 
-    flops = {}
-    k = 1
-    for level, inner in zip(config.parsed_hierarchy.levels, (*config.parsed_hierarchy.levels[1:], None), strict=True):
-        n_layers = level.pre_layers + level.post_layers
-        total = n_layers * (attend(length / level.factor) + 2 * projection)
-        if level.factor > 1:  # what comes in is shortened, what goes out is made ready for upsampling
-            total += k * projection * (config.shortening.endswith("linear") + config.upsampling.endswith("linear"))
-            if config.shortening.startswith("attention"):
-                total += attend(length * k / level.factor) + 2 * k * projection
-            if config.upsampling.startswith("attention"):
-                total += 2 * projection
-        if inner is not None and config.upsampling.startswith("attention"):
-            total += attend(length / inner.factor)
-        flops[level.factor] = total
-        k = level.shorten_factor
-    flops[1] += 2 * d * config.vocab_size
-    return flops
+        block = intermediates(layer, key_vectors=2)  # keys share the queries' norm; resampling has one for them
+        kept += intermediates(resampling, key_vectors=3) + positions * batch * 3 * d
+        for n_layers in (level.pre_layers, level.post_layers):
+            if n_layers <= config.max_unrolled_layers:
+                kept += n_layers * block
+            else:
+                kept += n_layers * positions * batch * d
+                recomputed = max(recomputed, block)
+    logits = 4 * batch * length * config.vocab_size
+    return (kept + recomputed) * jnp.dtype(config.dtype).itemsize + logits
+
+
+def cache_bytes(config: HourglassConfig, length: int, batch: int = 1) -> int:
+    """Of the cache in which `batch` rows of up to `length` tokens decode, a multiple of the total factor."""
+    cache = jax.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0)).init_cache(batch, length))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
