@@ -10,24 +10,23 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import flags
 
 from experiments import launcher
-from hourglass_jax import OptimizerConfig, TrainConfig, UsageError, generate, load
+from hourglass_jax import OptimizerConfig, TrainConfig, UsageError, load
 from hourglass_jax.config import check_range
 from hourglass_jax.data.haiku import load_haiku, make_examples, usable_haiku
 from hourglass_jax.data.pipeline import shuffled_examples
-from hourglass_jax.training.checkpoints import read_run, write_run
+from hourglass_jax.training.checkpoints import read_run
 from hourglass_jax.training.metrics import plot_curves
+from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
 
 LOAD = flags.DEFINE_string("load_model_path", "runs/pretrain", "Directory of the pretrained model.")
 DATA_PATH = flags.DEFINE_string("data_path", "", "UTF-8 file of three-line haiku; empty: the built-in ones.")
 OUT = flags.DEFINE_string("out", "runs/finetune", "Directory for the fine-tuned model.")
 flags.DEFINE_alias("model_save_path", "out")
-OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Remove another run found in the output directory.")
 FORMAT = flags.DEFINE_enum(
     "format", "haiku", ["haiku", "prompt"], "haiku: write all three lines; prompt: the first line is given."
 )
@@ -37,10 +36,17 @@ EPOCHS = flags.DEFINE_integer("epochs", 3, "Times each haiku is seen.")
 VALIDATION = flags.DEFINE_float("validation_fraction", 0.05, "Share of the haiku held back, the last of the file.")
 launcher.define_config("optimizer", OptimizerConfig(learning_rate=3e-4, warmup_steps=20))
 launcher.define_alias("learning_rate", "optimizer.learning_rate", float)
+launcher.define_runtime()
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the order and of dropout.", lower_bound=0)
 
 
 def main(_: list[str]) -> None:
+    with Signals() as signals:
+        finetune(signals)
+
+
+def finetune(signals: Signals) -> None:
+    runtime = launcher.read_runtime()
     for name in ("block_size", "batch_size", "epochs"):
         check_range(name, flags.FLAGS[name].value, 1)
     if not 0 < VALIDATION.value < 1:
@@ -73,9 +79,15 @@ def main(_: list[str]) -> None:
         "train": dataclasses.asdict(train),
     }
     out = Path(OUT.value)
-    launcher.prepare_directory(out, settings, overwrite=OVERWRITE.value)
+    launcher.start_run(out, config, tokenizer, settings, runtime, BATCH_SIZE.value)
     print(f"{len(examples[0]):,} haiku to train on, {len(valid[0]):,} held back, {train.steps} steps -> {out}")
-    write_run(out, config, tokenizer, settings)
+    mode, first_line = ["--gen_mode=scratch"], ""
+    if FORMAT.value == "prompt":
+        first_line = haiku[-1].split("\n")[0]
+        mode = ["--gen_mode=prompt", f"--prompt={first_line}"]
+        first_line += "\n"
+    prompt = np.concatenate([[tokenizer.bos_id], tokenizer.encode(first_line)])
+    sample = launcher.make_sampler(tokenizer, prompt, 250, train.seed, signals, ends=True)
     batches = [
         tuple(part[i : i + BATCH_SIZE.value] for part in valid) for i in range(0, len(valid[0]), BATCH_SIZE.value)
     ]
@@ -86,25 +98,12 @@ def main(_: list[str]) -> None:
         out,
         optimizer_config=optimizer,
         train_config=train,
+        runtime_config=runtime,
+        sample=lambda model: first_line + sample(model),
+        signals=signals,
     )
     print(f"held-back haiku: {result} (curves in {plot_curves(out)})")
-
-    mode, first_line = ["--gen_mode=scratch"], ""
-    if FORMAT.value == "prompt":
-        first_line = haiku[-1].split("\n")[0]
-        mode = ["--gen_mode=prompt", f"--prompt={first_line}"]
-        first_line += "\n"
-    prompt = np.concatenate([[tokenizer.bos_id], tokenizer.encode(first_line)])
-    [sample] = generate(
-        model,
-        [prompt],
-        max_tokens=min(250, config.position_limit - len(prompt)),
-        key=jax.random.key(train.seed),
-        temperature=0.8,
-        stop_token=tokenizer.eos_id,
-        banned_tokens=[token for token in (tokenizer.unk_id, tokenizer.bos_id) if token is not None],
-    )
-    print(f"sample:\n{first_line}{tokenizer.decode(sample)}")
+    print(f"sample:\n{first_line}{sample(model)}")
     command = ["python", "experiments/generate.py", f"--load_model_path={out}", *mode]
     print(f"\nnext: {shlex.join(command)}")
 

@@ -1,10 +1,11 @@
-"""What the launchers share: configurations as flags, one-line errors."""
+"""What the launchers share: configurations as flags, run directories, samples, one-line errors."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging as python_logging
+import os
 import shutil
 import sys
 import zlib
@@ -12,12 +13,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from absl import app, flags, logging
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
-from hourglass_jax.errors import UsageError
-from hourglass_jax.training.checkpoints import CONFIG, read_run
+from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, UsageError, generate
+from hourglass_jax.tokenizers import Tokenizer
+from hourglass_jax.training.checkpoints import CONFIG, read_run, write_run
+from hourglass_jax.training.sharding import check_batch, make_mesh
+from hourglass_jax.training.signals import Interrupted, Signals
 
 FLAGS = flags.FLAGS
 Config = TypeVar("Config")
@@ -71,7 +77,52 @@ def parse_flag(flag: str, text: str, parse: Callable[[str], Any]) -> Any:
         raise UsageError(f"--{flag}={text}: cannot be read as a value of this flag ({error})") from error
 
 
-def prepare_directory(directory: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+def define_runtime() -> None:
+    """Flags of a run's devices and of going on with it."""
+    define_config("runtime", RuntimeConfig())
+    for name in ("fsdp", "accumulate", "checkpoint_interval", "sample_interval"):
+        define_alias(name, f"runtime.{name}", int)
+    define_alias("profile_steps", "runtime.profile_steps", str)
+    flags.DEFINE_enum("resume", "auto", ["auto", "never"], "Go on with a run of the same settings, or refuse to.")
+    flags.DEFINE_boolean("overwrite", False, "Remove another run found in the output directory.")
+    flags.DEFINE_string("coordinator", None, "host:port of the first of several processes; give all three.")
+    flags.DEFINE_integer("num_processes", None, "Of how many processes this is one.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Which one, from 0; the first prints and writes.", lower_bound=0)
+
+
+def read_runtime() -> RuntimeConfig:
+    """The runtime's flags; joins the other processes where there are any, so call it before any computation."""
+    runtime = read_config("runtime", RuntimeConfig)
+    processes = [FLAGS[name].value for name in ("coordinator", "num_processes", "process_id")]
+    if processes != [None] * 3:
+        if None in processes or processes[2] >= processes[1]:
+            raise UsageError(
+                "several processes need --coordinator=host:port, --num_processes=N and --process_id below N"
+            )
+        jax.distributed.initialize(*processes)
+        if jax.process_index() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+    return runtime
+
+
+def start_run(
+    directory: Path,
+    config: HourglassConfig,
+    tokenizer: Tokenizer,
+    settings: Mapping[str, Any],
+    runtime: RuntimeConfig,
+    batch_size: int,
+) -> None:
+    """Makes the directory ready for a run to start or go on in; raises UsageError where it must not or cannot."""
+    check_batch(make_mesh(runtime), batch_size, runtime.accumulate)
+    if jax.process_index() == 0:
+        prepare_directory(directory, settings, overwrite=FLAGS.overwrite, resume=FLAGS.resume == "auto")
+        write_run(directory, config, tokenizer, dict(settings))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the run directory is ready")
+
+
+def prepare_directory(directory: Path, settings: Mapping[str, Any], *, overwrite: bool, resume: bool = True) -> None:
     """Lets a run start or go on in `directory`, or raises UsageError; nothing is written.
 
     A run with the same settings goes on; another one is refused, or removed with `overwrite`.
@@ -83,6 +134,8 @@ def prepare_directory(directory: Path, settings: Mapping[str, Any], *, overwrite
     if overwrite:
         shutil.rmtree(directory)
         return
+    if not resume:
+        raise UsageError(f"{directory}: holds a run; go on with --resume=auto, or pass --overwrite to remove it")
     found = read_run(directory)[2]
     asked = json.loads(json.dumps(settings))
     if found != asked:
@@ -91,6 +144,28 @@ def prepare_directory(directory: Path, settings: Mapping[str, Any], *, overwrite
             f"{directory}: holds a run with another configuration ({different}); choose another directory, "
             "or pass --overwrite to remove it"
         )
+
+
+def make_sampler(
+    tokenizer: Tokenizer, prompt: np.ndarray, max_tokens: int, seed: int, signals: Signals, *, ends: bool = False
+) -> Callable[[HourglassLM], str]:
+    """What a model makes of `prompt`, up to <EOS> if it `ends` by itself; a signal interrupts it."""
+    special = (tokenizer.unk_id, tokenizer.bos_id, None if ends else tokenizer.eos_id)
+
+    def sample(model: HourglassLM) -> str:
+        [tokens] = generate(
+            model,
+            [prompt],
+            max_tokens=int(min(max_tokens, model.config.position_limit - len(prompt))),
+            key=jax.random.key(seed),
+            temperature=0.8,
+            stop_token=tokenizer.eos_id if ends else None,
+            banned_tokens=[token for token in special if token is not None],
+            stream=lambda _: signals.check(),
+        )
+        return tokenizer.decode(tokens)
+
+    return sample
 
 
 def fingerprint(tokens: np.ndarray) -> int:
@@ -120,7 +195,7 @@ def difference(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """absl's app.run, with bad input reported in one line on stderr and exit code 2."""
+    """absl's app.run, with bad input reported in one line on stderr and exit code 2; 0 where a signal ends a run."""
 
     def parse(argv: list[str]) -> list[str]:
         try:
@@ -135,6 +210,8 @@ def run(main: Callable[[list[str]], None]) -> None:
             if len(argv) > 1:
                 raise UsageError(f"unexpected argument {argv[1]!r}; options are given as --name=value")
             main(argv)
+        except Interrupted as interruption:
+            print(f"\n{interruption}")
         except (UsageError, OSError) as error:
             fail(argv[0], str(error))
 

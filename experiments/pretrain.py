@@ -25,23 +25,21 @@ from hourglass_jax import (
     TrainConfig,
     UsageError,
     check_causality,
-    generate,
 )
 from hourglass_jax.data.corpora import load_tokens, split_tokens
 from hourglass_jax.data.pipeline import consecutive_windows, training_batches
 from hourglass_jax.tokenizers import CharTokenizer
-from hourglass_jax.training.checkpoints import write_run
 from hourglass_jax.training.metrics import plot_curves
+from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
 
 # Sized so that the built-in corpus trains in about two minutes on two CPU cores.
 MODEL = HourglassConfig(vocab_size=1, hierarchy="1@1 3@3 1@1", d_model=192, n_heads=6, d_ff=768, max_length=1024)
 DATA = DataConfig(block_size=128, batch_size=8)
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
-TRAIN = TrainConfig(steps=700, eval_interval=100)
+TRAIN = TrainConfig(steps=600, eval_interval=100)
 
 OUT = flags.DEFINE_string("out", "runs/pretrain", "Directory for checkpoints, curves and plots.")
-OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Remove another run found in the output directory.")
 VOCAB_PATH = flags.DEFINE_string("vocab_path", "", "Use this vocabulary (JSON) instead of the text's own.")
 EPOCHS = flags.DEFINE_integer("epochs", None, "With --iter: train for epochs * iter steps.", lower_bound=1)
 ITER = flags.DEFINE_integer("iter", None, "Steps an epoch; an evaluation follows each.", lower_bound=1)
@@ -51,6 +49,7 @@ launcher.define_config("model", MODEL, without=("vocab_size",))
 launcher.define_config("data", DATA)
 launcher.define_config("optimizer", OPTIMIZER)
 launcher.define_config("train", TRAIN)
+launcher.define_runtime()
 
 
 def parse_factors(text: str) -> str:
@@ -99,7 +98,13 @@ def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:
 
 
 def main(_: list[str]) -> None:
+    with Signals() as signals:
+        pretrain(signals)
+
+
+def pretrain(signals: Signals) -> None:
     started = time.perf_counter()
+    runtime = launcher.read_runtime()
     data, optimizer, train = read_configs()
     if VOCAB_PATH.value and data.tokenizer == "byte":
         raise UsageError("--vocab_path lists characters, but --data.tokenizer=byte has none; give one of the two")
@@ -116,14 +121,15 @@ def main(_: list[str]) -> None:
     settings = {name: dataclasses.asdict(part) for name, part in parts.items()}
     settings["text_fingerprint"] = launcher.fingerprint(tokens)
     out = Path(OUT.value)
-    launcher.prepare_directory(out, settings, overwrite=OVERWRITE.value)
+    launcher.start_run(out, config, tokenizer, settings, runtime, data.batch_size)
 
     model = nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed))
     check_causality(model)
     n_parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     print(f"{config.hierarchy}, {n_parameters / 1e6:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes")
     print(f"{len(train_tokens):,} tokens to train on, {len(valid_tokens):,} for validation -> {out}")
-    write_run(out, config, tokenizer, settings)
+    prompt = valid_tokens[: int(min(32, config.position_limit / 2))]
+    sample = launcher.make_sampler(tokenizer, prompt, 200, train.seed, signals)
     result = fit(
         model,
         training_batches(train_tokens, data, train.seed),
@@ -131,21 +137,13 @@ def main(_: list[str]) -> None:
         out,
         optimizer_config=optimizer,
         train_config=train,
+        runtime_config=runtime,
+        sample=sample,
+        signals=signals,
     )
     plot = plot_curves(out)
     print(f"validation: {result} ({time.perf_counter() - started:.0f} s, curves in {plot})")
-    prompt = valid_tokens[: int(min(32, config.position_limit / 2))]
-    banned = [token for token in (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) if token is not None]
-    max_tokens = min(200, config.position_limit - len(prompt))
-    [sample] = generate(
-        model,
-        [prompt],
-        max_tokens=max_tokens,
-        key=jax.random.key(train.seed),
-        temperature=0.8,
-        banned_tokens=banned,
-    )
-    print(f"sample: {tokenizer.decode(prompt)!r} goes on:\n{tokenizer.decode(sample)}")
+    print(f"sample: {tokenizer.decode(prompt)!r} goes on:\n{sample(model)}")
     print(f"\nnext: python experiments/finetune.py --load_model_path={shlex.quote(str(out))}")
 
 

@@ -1,7 +1,7 @@
 """Hierarchical (Hourglass) character- and pixel-level language models in JAX/Flax."""
 
 from hourglass_jax.causality import CausalityError, check_causality, influence
-from hourglass_jax.config import DataConfig, HourglassConfig, OptimizerConfig, TrainConfig
+from hourglass_jax.config import DataConfig, HourglassConfig, OptimizerConfig, RuntimeConfig, TrainConfig
 from hourglass_jax.decoding import generate, init_cache
 from hourglass_jax.errors import UsageError
 from hourglass_jax.evaluation import Evaluation, evaluate, score
@@ -23,6 +23,7 @@ __all__ = [
     "HourglassConfig",
     "HourglassLM",
     "OptimizerConfig",
+    "RuntimeConfig",
     "TrainConfig",
     "UsageError",
     "check_causality",

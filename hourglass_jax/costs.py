@@ -108,7 +108,7 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
 
     A block keeps its input, both norms, queries, keys, values, what attention returns, the sum after it and the
     feed-forward's hidden vector before and after the activation, for GELU its tanh too; attention scores are
-    computed again, 64 queries at a time. A stack of more than `max_unrolled_layers` keeps one vector a layer; its
+    computed again, 64 queries at a time. A stack that `remat` recomputes in full keeps one vector a layer; its
     blocks are computed again, and the largest of them counts once. Around them: the norms of stacks and upsampling,
     relative keys (once a batch) and float32 logits. Left out are dropout's masks, gradients and the copies that the
     compiler makes, so it is a lower bound: XLA:CPU takes 1.0 to 1.7 times as much for a further layer of short
@@ -129,7 +129,7 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
         block = intermediates(layer, key_vectors=2)  # keys share the queries' norm; resampling has one for them
         kept += intermediates(resampling, key_vectors=3) + positions * batch * 3 * d
         for n_layers in (level.pre_layers, level.post_layers):
-            if n_layers <= config.max_unrolled_layers:
+            if config.remat_of(n_layers) != "full":
                 kept += n_layers * block
             else:
                 kept += n_layers * positions * batch * d

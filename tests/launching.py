@@ -21,12 +21,13 @@ forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(["hourglass_jax", "ml_collections.config_flags", "matplotlib.pyplot", "tensorboardX"])
 
 
-def run(script, *flags, cwd):
+def run(script, *flags, cwd, **environment):
     """The finished process, as `subprocess.run` gives it."""
-    command = [sys.executable, EXPERIMENTS / f"{script}.py", *flags]
-    return subprocess.run(
-        command, cwd=cwd, env=os.environ | ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=300
+    command, environment = (
+        [sys.executable, EXPERIMENTS / f"{script}.py", *flags],
+        os.environ | ENVIRONMENT | environment,
     )
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=300)
 
 
 def run_forked(script, *flags, cwd):

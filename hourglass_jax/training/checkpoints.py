@@ -2,27 +2,36 @@
 
 config.json   format version, model configuration, tokenizer, the settings of the run
 vocab.json    characters and their tokens (character models)
-checkpoints/  one folder a step, written by orbax's CheckpointManager
+checkpoints/  one folder a step, written by orbax's CheckpointManager and sealed by a manifest
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from flax import nnx
 
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
+from hourglass_jax.training.manifest import damage, read_manifest, write_manifest
+from hourglass_jax.training.sharding import on_one_device
 
 FORMAT_VERSION = 1
 CONFIG, VOCABULARY, CHECKPOINTS = "config.json", "vocab.json", "checkpoints"
+METRIC = "valid_loss"
 
 
 def write_run(directory: Path, config: HourglassConfig, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
@@ -73,63 +82,126 @@ def read_run(directory: str | Path) -> tuple[HourglassConfig, Tokenizer, dict[st
 
 
 class CheckpointStore:
-    """Checkpoints of a run by step; keeps the latest, to go on from, and the best by validation loss."""
+    """Checkpoints of a run by step, each sealed by a manifest; keeps the two latest and the best by validation loss.
 
-    def __init__(self, directory: str | Path):
+    Two, so that there is a whole one while the other is written or found damaged.
+    """
+
+    def __init__(self, directory: str | Path, *, for_training: bool = False):
+        self.directory = (Path(directory) / CHECKPOINTS).absolute()
         policies = ocp.checkpoint_managers
-        best = policies.BestN(get_metric_fn=lambda m: m["valid_loss"], reverse=True, n=1)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
-            best_fn=lambda metrics: metrics["valid_loss"],
-            best_mode="min",
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), self]),
+            cleanup_tmp_directories=for_training,
         )
-        self._manager = ocp.CheckpointManager(
-            (Path(directory) / CHECKPOINTS).absolute(), options=options, item_names=("params", "opt_state")
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("params", "opt_state"))
+        self._sealer = ThreadPoolExecutor(1)
+        self._sealing: Future[None] | None = None
+
+    def sound_step(self, *, best: bool = False) -> int | None:
+        """The newest whole step, or the one of lowest validation loss if any was evaluated; None if there is no step.
+
+        Warns of each one passed over. Raises UsageError where there are steps and none is whole.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if best:
+            steps.sort(key=self._valid_loss)
+        for step in steps:
+            problem = damage(self.directory / str(step))
+            if not problem:
+                return step
+            logging.warning("checkpoint of step %d is passed over: %s", step, problem)
+        if steps:
+            raise UsageError(
+                f"{self.directory}: all checkpoints are damaged or unfinished (steps {sorted(steps)}); restore them "
+                "from a copy, or train anew with --overwrite"
+            )
+        return None
+
+    def _valid_loss(self, step: int) -> float:
+        return read_manifest(self.directory / str(step)).get(METRIC, math.inf)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's question, which of the steps to keep: as far as this method goes, the best one."""
+        losses = [self._valid_loss(checkpoint.step) for checkpoint in checkpoints]
+        return [math.isfinite(loss) and loss == min(losses) for loss in losses]
+
+    def rewind(self, step: int) -> None:
+        """Removes the steps after `step`."""
+        for later in self._manager.all_steps():
+            if later > step:
+                self._manager.delete(later)
+
+    def save(self, step: int, params: Any, opt_state: Any, valid_loss: float | None = None) -> None:
+        """Writes in the background; waits for the save before. Raises UsageError where that one failed."""
+        self.wait()
+        needed, free = (
+            sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt_state))),
+            disk_usage(self.directory).free,
         )
-
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
-
-    def best_step(self) -> int | None:
-        return self._manager.best_step()
-
-    def save(self, step: int, params: Any, opt_state: Any, valid_loss: float) -> None:
-        """Writes in the background; `wait` or `close` waits for it."""
+        if free < needed:
+            raise UsageError(
+                f"{self.directory}: the checkpoint of step {step} needs {needed / 1e6:,.0f} MB and the disk has "
+                f"{free / 1e6:,.0f}; earlier ones are intact: make room and give the same command again"
+            )
         items = ocp.args.Composite(params=ocp.args.StandardSave(params), opt_state=ocp.args.StandardSave(opt_state))
-        self._manager.save(step, args=items, metrics={"valid_loss": valid_loss})
+        metrics = {} if valid_loss is None else {METRIC: valid_loss}
+        with _explained(step):
+            self._manager.save(step, args=items, force=True)
+        self._sealing = self._sealer.submit(self._seal, step, metrics)
+
+    def _seal(self, step: int, metrics: dict[str, float]) -> None:
+        with _explained(step):
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                write_manifest(self.directory / str(step), **metrics)
 
     def restore(self, step: int, **templates: Any) -> dict[str, Any]:
-        """The items of `step` named by the keywords, each in the shape of its template."""
-        items = {name: ocp.args.StandardRestore(_placed(t)) for name, t in templates.items()}
+        """The items of `step` named by the keywords; templates give shapes and, as ShapeDtypeStructs, shardings."""
+        # Without an explicit sharding orbax would ask for the devices the checkpoint was written on.
+        items = {name: ocp.args.StandardRestore(template) for name, template in templates.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         return {name: restored[name] for name in templates}
 
+    def wait(self) -> None:
+        """Until the last save is sealed."""
+        if self._sealing is not None:
+            sealing, self._sealing = self._sealing, None
+            sealing.result()
+
     def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._sealer.shutdown()
+            with suppress(Exception):  # it would raise again what `wait` has raised
+                self._manager.close()
 
 
-def _placed(tree: Any) -> Any:
-    # Without an explicit sharding orbax asks for the devices the checkpoint was written on.
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+@contextmanager
+def _explained(step: int) -> Iterator[None]:
+    """What goes wrong while a step is written comes as bare exceptions of many kinds."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(
+            f"the checkpoint of step {step} could not be written ({error}); earlier ones are intact: "
+            "make room on the disk and give the same command again"
+        ) from error
 
 
 def load(path: str | Path) -> tuple[HourglassLM, Tokenizer, HourglassConfig]:
     """Any run directory of this library -> (model, tokenizer, config), at the step of lowest validation loss.
 
-    Raises UsageError where `path` is no such directory, holds no checkpoint, or does not match its vocabulary.
+    Raises UsageError where `path` is no such directory, holds no whole checkpoint, or does not match its vocabulary.
     """
     config, tokenizer, _ = read_run(path)
-    abstract = nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0)))
-    graph, params = nnx.split(abstract)
-    if not (Path(path) / CHECKPOINTS).is_dir():
-        raise UsageError(f"{path}: holds no checkpoint yet; let pretrain.py reach its first evaluation")
-    store = CheckpointStore(path)
-    step = store.best_step()
+    graph, params = nnx.split(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))
+    store = CheckpointStore(path) if (Path(path) / CHECKPOINTS).is_dir() else None
+    step = store.sound_step(best=True) if store else None
     if step is None:
         raise UsageError(f"{path}: holds no checkpoint yet; let pretrain.py reach its first evaluation")
-    params = store.restore(step, params=params)["params"]
+    params = store.restore(step, params=on_one_device(params))["params"]
     store.close()
     model = nnx.merge(graph, params)
     model.eval()

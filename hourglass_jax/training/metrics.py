@@ -1,16 +1,24 @@
-"""Curves of a run: JSON lines, TensorBoard, a picture."""
+"""Curves of a run: JSON lines, TensorBoard, a picture; and what the machine can do and has used."""
 
 from __future__ import annotations
 
+import functools
 import json
+import resource
+import statistics
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from tensorboardX import SummaryWriter
 
 CURVES = "metrics.jsonl"
 
 
-def read_curves(directory: Path) -> list[dict[str, float]]:
+def read_curves(directory: Path) -> list[dict[str, Any]]:
     """The records of a run, oldest first; a half-written last line is left out."""
     path = Path(directory) / CURVES
     lines = path.read_text().splitlines() if path.exists() else []
@@ -37,6 +45,10 @@ class CurveWriter:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
+    def write_text(self, step: int, sample: str) -> None:
+        self._file.write(json.dumps({"step": step, "sample": sample}) + "\n")
+        self._board.add_text("sample", sample, step)
+
     def close(self) -> None:
         self._file.close()
         self._board.close()
@@ -59,3 +71,24 @@ def plot_curves(directory: Path) -> Path:
     path = Path(directory) / "loss.png"
     figure.savefig(path, dpi=120)
     return path
+
+
+@functools.cache
+def matmul_ceiling(dtype: str) -> float:
+    """Floating-point operations a second that one device reaches on a large square matrix product, measured."""
+    n = 1024 if jax.default_backend() == "cpu" else 8192
+    x = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
+    multiply = jax.jit(jnp.matmul)
+    seconds = []
+    for _ in range(6):  # the first compiles
+        started = time.perf_counter()
+        multiply(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - started)
+    return 2 * n**3 / statistics.median(seconds[1:])
+
+
+def peak_memory_bytes() -> int:
+    """The most memory a device of this process has held so far; on a CPU, the process."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,65 +1,33 @@
-"""The training step as a pure function, and the loop around it."""
+"""The loop around the training step: logs, evaluates, samples, saves, and goes on after anything."""
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from hourglass_jax.config import OptimizerConfig, TrainConfig
+from hourglass_jax.config import OptimizerConfig, RuntimeConfig, TrainConfig
+from hourglass_jax.costs import training_flops
 from hourglass_jax.data.pipeline import Batch, BatchAt, stream
 from hourglass_jax.errors import UsageError
-from hourglass_jax.evaluation import Evaluation, evaluate_batches, score
+from hourglass_jax.evaluation import Evaluation, evaluate_batches
 from hourglass_jax.model import HourglassLM
+from hourglass_jax.training import sharding
 from hourglass_jax.training.checkpoints import CheckpointStore
-from hourglass_jax.training.metrics import CurveWriter
+from hourglass_jax.training.metrics import CurveWriter, matmul_ceiling, peak_memory_bytes
 from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from hourglass_jax.training.signals import Interrupted, Signals
+from hourglass_jax.training.step import TrainState, make_train_step
 
 LOG_INTERVAL = 10  # steps between records of the training loss
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything a step changes."""
-
-    step: jax.Array  # int32 []
-    params: nnx.State
-    opt_state: Any
-
-
-TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
-
-
-def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, seed: int) -> TrainStep:
-    """A jitted (state, tokens [B, L + 1], weights [B, L]) -> (state, metrics); the state's buffers are donated.
-
-    Dropout draws from (seed, step) alone.
-    """
-
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, tokens: jax.Array, weights: jax.Array):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-
-        def mean_loss(params):
-            return -(score(nnx.merge(graph, params), tokens, key) * weights).sum() / weights.sum()
-
-        loss, gradients = jax.value_and_grad(mean_loss)(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"train_loss": loss, "gradient_norm": optax.global_norm(gradients)}
-        return TrainState(state.step + 1, params, opt_state), metrics
-
-    return train_step
 
 
 def fit(
@@ -70,65 +38,225 @@ def fit(
     *,
     optimizer_config: OptimizerConfig,
     train_config: TrainConfig,
+    runtime_config: RuntimeConfig | None = None,
+    sample: Callable[[HourglassLM], str] | None = None,
+    signals: Signals | None = None,
 ) -> Evaluation:
     """Trains `model` in place to `train_config.steps` and returns its evaluation on the whole validation set.
 
-    Goes on from the latest checkpoint under `directory` if there is one. Writes checkpoints and curves there.
-    On return the model holds the parameters of lowest validation loss.
+    Goes on from the newest whole checkpoint under `directory` if there is one. Writes checkpoints and curves there,
+    and what `sample` returns. On return the model holds the parameters of lowest validation loss.
+
+    Raises Interrupted, after a checkpoint, where `signals` noted one; UsageError for a loss that is not finite, a
+    checkpoint that cannot be written, or devices that the batch cannot be divided among.
     """
-    steps = train_config.steps
-    optimizer = make_optimizer(optimizer_config, steps)
-    schedule = learning_rate_schedule(optimizer_config, steps)
-    model.train()
-    graph, params = nnx.split(model)
-    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
-    store = CheckpointStore(directory)
-    start = store.latest_step() or 0
-    if start:
-        state = TrainState(
-            jnp.asarray(start, jnp.int32), **store.restore(start, params=params, opt_state=state.opt_state)
+    runtime_config = runtime_config or RuntimeConfig()
+    return _Training(
+        model, batch_at, validation, directory, optimizer_config, train_config, runtime_config, sample, signals
+    ).run()
+
+
+class _Training:
+    """One run, from where its directory stands to its last step."""
+
+    def __init__(
+        self,
+        model: HourglassLM,
+        batch_at: BatchAt,
+        validation: Sequence[Batch],
+        directory: Path,
+        optimizer_config: OptimizerConfig,
+        train_config: TrainConfig,
+        runtime_config: RuntimeConfig,
+        sample: Callable[[HourglassLM], str] | None,
+        signals: Signals | None,
+    ):
+        self.model, self.batch_at, self.validation, self.directory = model, batch_at, validation, directory
+        self.config, self.runtime = train_config, runtime_config
+        self.sample, self.signals = sample, signals or Signals()
+        self.schedule = learning_rate_schedule(optimizer_config, train_config.steps)
+        optimizer = make_optimizer(optimizer_config, train_config.steps)
+
+        self.mesh = sharding.make_mesh(runtime_config)
+        self.batch_sharding = sharding.batch_sharding(self.mesh)
+        self.batch_size, self.block_size = batch_at(0)[1].shape
+        sharding.check_batch(self.mesh, self.batch_size, runtime_config.accumulate)
+        self.rows = sharding.local_rows(self.batch_sharding, self.batch_size)
+
+        model.train()
+        self.graph, params = nnx.split(model)
+        params = jax.device_get(params)  # host arrays may go to the devices of any process
+
+        def first_state(params: nnx.State) -> TrainState:
+            return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+        state = jax.eval_shape(first_state, params)
+        shardings = sharding.state_shardings(self.mesh, state)
+        self.store = CheckpointStore(directory, for_training=True)
+        self.saved_step = self.store.sound_step()
+        self.step = self.saved_step or 0
+        if self.saved_step is None:
+            self.state = jax.jit(first_state, out_shardings=shardings)(params)
+        else:
+            self.store.rewind(self.step)
+            places = sharding.abstract(state, shardings)
+            items = self.store.restore(self.step, params=places.params, opt_state=places.opt_state)
+            self.state = TrainState(jax.device_put(np.int32(self.step), shardings.step), **items)
+        self.train_step = make_train_step(
+            self.graph, optimizer, train_config.seed, accumulate=runtime_config.accumulate, shardings=shardings
         )
-    curves = CurveWriter(directory, start)
-    train_step = make_train_step(graph, optimizer, train_config.seed)
+        self.curves = CurveWriter(directory, self.step) if jax.process_index() == 0 else None
+        self.flops = training_flops(model.config, self.block_size) * self.batch_size
+        self.ceiling = matmul_ceiling(model.config.dtype) * jax.device_count()
+        self.recent: list[tuple[int, dict[str, jax.Array]]] = []  # metrics not yet looked at
+        self.shown: dict[str, str] = {}
+        self.start_clock()
 
-    def evaluate_now(batches: Sequence[Batch]) -> Evaluation:
-        current = nnx.merge(graph, state.params)
-        current.eval()
-        return evaluate_batches(current, batches)
+    def run(self) -> Evaluation:
+        steps = range(self.step + 1, self.config.steps + 1)
+        batches = stream(self.batch_at, self.step, self.config.steps, self.rows)
+        self.progress = tqdm(
+            total=self.config.steps,
+            initial=self.step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=jax.process_index() > 0,
+        )
+        try:
+            self.check_signals()
+            for step, batch in zip(steps, batches, strict=True):
+                self.train_on(step, batch)
+                self.check_signals()
+        except Interrupted as interruption:
+            if self.saved_step != self.step:
+                self.save()
+            raise Interrupted(
+                f"{interruption} after step {self.step}, which is saved in {self.directory}; the same command goes on"
+            ) from None
+        finally:
+            self.progress.close()
+            if self.curves:
+                self.curves.close()
+            self.store.close()
+        return self.finish()
 
-    progress = tqdm(
-        zip(range(start + 1, steps + 1), stream(batch_at, start, steps), strict=True),
-        total=steps,
-        initial=start,
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=0.5,
-    )
-    shown: dict[str, str] = {}
-    logged_at, characters = time.perf_counter(), 0
-    for step, (tokens, weights) in progress:
-        state, metrics = train_step(state, tokens, weights)
-        characters += int(weights.sum())
-        if step % LOG_INTERVAL == 0 or step == steps:
+    def train_on(self, step: int, batch: Batch) -> None:
+        first, last = self.runtime.profiled
+        if step == first:
+            jax.profiler.start_trace(str(self.directory / "profile"))
+        placed = sharding.place(batch, self.batch_sharding, self.batch_size)
+        self.state, metrics = self.train_step(self.state, *placed)
+        self.step = step
+        self.recent.append((step, metrics))
+        self.characters += np.count_nonzero(batch[1]) * jax.process_count()
+        if step == last:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+
+        def due(interval: int) -> bool:
+            return bool(interval) and step % interval == 0
+
+        finished = step == self.config.steps
+        if due(LOG_INTERVAL) or finished:
+            self.log()
+        self.progress.update()
+        if due(self.runtime.sample_interval) and self.sample:
+            self.write_sample()
+        if due(self.config.eval_interval) or finished:
+            self.save(self.evaluate())
+        elif due(self.runtime.checkpoint_interval):
+            self.save()
+
+    def check_signals(self) -> None:
+        """Several processes stop together, at the steps at which they log: to ask the others costs time."""
+        if jax.process_count() == 1:
+            self.signals.check()
+        elif self.step % LOG_INTERVAL == 0 and sharding.any_process(self.signals.received is not None):
+            raise Interrupted("stopped by a signal")
+
+    def start_clock(self) -> None:
+        self.started, self.characters, self.clock_step = time.perf_counter(), 0, self.step
+
+    def look(self) -> dict[str, float]:
+        """The newest metrics. Raises UsageError at the first step, since the last look, with one that is not finite."""
+        values: dict[str, float] = {}
+        for step, metrics in self.recent:
             values = {name: float(value) for name, value in metrics.items()}
-            now = time.perf_counter()
-            rate = characters / (now - logged_at)
-            logged_at, characters = now, 0
-            curves.write(step, **values, learning_rate=float(schedule(step - 1)), characters_per_second=rate)
-            shown |= {"loss": f"{values['train_loss']:.3f}", "char/s": f"{rate:,.0f}"}
-            progress.set_postfix(shown, refresh=False)
-        if step % train_config.eval_interval == 0 or step == steps:
-            result = evaluate_now(validation[: train_config.eval_batches])
-            curves.write(step, valid_loss=result.loss, valid_bpc=result.bits_per_character)
-            store.save(step, state.params, state.opt_state, result.loss)
-            shown["valid BPC"] = f"{result.bits_per_character:.3f}"
-            progress.set_postfix(shown)
-            logged_at, characters = time.perf_counter(), 0
-    curves.close()
-    best = store.best_step()
-    if best is None:
-        raise UsageError(f"{directory}: no checkpoint to evaluate; train for at least one step")
-    nnx.update(model, store.restore(best, params=state.params)["params"])
-    store.close()
-    model.eval()
-    return evaluate_batches(model, validation)
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    raise UsageError(
+                        f"step {step}: {name} is {value}, on batch {step - 1} in the order of seed {self.config.seed}; "
+                        f"the last good checkpoint is that of step {self.saved_step} in {self.directory}; lower the "
+                        "learning rate or set a clip_norm"
+                    )
+        self.recent = []
+        return values
+
+    def log(self) -> None:
+        values = self.look()
+        seconds = (time.perf_counter() - self.started) / max(self.step - self.clock_step, 1)
+        rate = self.characters / (time.perf_counter() - self.started)
+        if self.curves:
+            self.curves.write(
+                self.step,
+                **values,
+                learning_rate=float(self.schedule(self.step - 1)),
+                characters_per_second=rate,
+                step_seconds=seconds,
+                flop_utilisation=self.flops / seconds / self.ceiling,
+                peak_memory_bytes=peak_memory_bytes(),
+            )
+        self.show(loss=f"{values['train_loss']:.3f}", **{"char/s": f"{rate:,.0f}"})
+        self.start_clock()
+
+    def show(self, **figures: str) -> None:
+        self.shown |= figures
+        self.progress.set_postfix(self.shown, refresh=False)
+
+    def placed(self, batches: Sequence[Batch]) -> Iterator[tuple[jax.Array, ...]]:
+        """Validation batches on the mesh, with rows of no weight added where the devices do not divide them."""
+        for batch in batches:
+            self.check_signals()
+            size = -(-len(batch[0]) // self.mesh.size) * self.mesh.size
+            padded = [np.pad(part, [(0, size - len(part)), (0, 0)]) for part in batch]
+            rows = sharding.local_rows(self.batch_sharding, size)
+            yield sharding.place(tuple(part[rows] for part in padded), self.batch_sharding, size)
+
+    def evaluate(self) -> float:
+        model = nnx.merge(self.graph, self.state.params)
+        model.eval()
+        result = evaluate_batches(model, self.placed(self.validation[: self.config.eval_batches]))
+        if self.curves:
+            self.curves.write(self.step, valid_loss=result.loss, valid_bpc=result.bits_per_character)
+        self.show(**{"valid BPC": f"{result.bits_per_character:.3f}"})
+        self.start_clock()
+        return result.loss
+
+    def write_sample(self) -> None:
+        model = nnx.merge(self.graph, sharding.gather(self.state.params))
+        model.eval()
+        text = self.sample(model) if jax.process_index() == 0 else ""
+        if self.curves:
+            self.curves.write_text(self.step, text)
+        self.progress.write(f"step {self.step}: {text}")
+        self.start_clock()
+
+    def save(self, valid_loss: float | None = None) -> None:
+        self.look()  # nothing that is not finite may replace a good checkpoint
+        self.store.save(self.step, self.state.params, self.state.opt_state, valid_loss)
+        self.saved_step = self.step
+        self.start_clock()
+
+    def finish(self) -> Evaluation:
+        """Puts the best parameters into the model and evaluates them on all of the validation data."""
+        store = CheckpointStore(self.directory)
+        params = self.state.params
+        places = sharding.abstract(params, jax.tree.map(lambda leaf: leaf.sharding, params))
+        params: Any = store.restore(store.sound_step(best=True), params=places)["params"]
+        store.close()
+        self.model.eval()
+        nnx.update(self.model, params)
+        result = evaluate_batches(self.model, self.placed(self.validation))
+        nnx.update(self.model, sharding.gather(params))
+        return result

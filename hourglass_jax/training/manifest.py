@@ -1,0 +1,54 @@
+"""Checksums of a checkpoint, written last: a directory without them is incomplete, one that differs is damaged.
+
+Orbax restores an array with a flipped bit silently, and cannot tell a step that was cut off while it was removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "MANIFEST.json"
+
+
+def write_manifest(directory: Path, **facts: Any) -> None:
+    """Seals `directory` with the SHA-256 of each of its files, and `facts` as JSON."""
+    temporary = directory / f"{MANIFEST}.tmp"
+    with temporary.open("w") as file:
+        json.dump({"files": _checksums(directory), **facts}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(directory / MANIFEST)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """What `write_manifest` wrote; empty where the directory was never sealed."""
+    try:
+        return json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def damage(directory: Path) -> str:
+    """What is wrong with a sealed directory, in words; empty if nothing is."""
+    expected = read_manifest(directory).get("files")
+    if not isinstance(expected, dict):
+        return "it was not finished"
+    found = _checksums(directory)
+    if missing := sorted(expected.keys() - found.keys()):
+        return f"{missing[0]} is missing"
+    if changed := [name for name in sorted(expected) if expected[name] != found[name]]:
+        return f"{changed[0]} was changed since it was written"
+    return ""
+
+
+def _checksums(directory: Path) -> dict[str, str]:
+    checksums = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and not path.name.startswith(MANIFEST):
+            with path.open("rb") as file:
+                checksums[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return checksums

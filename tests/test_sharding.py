@@ -1,0 +1,122 @@
+"""Many devices and processes: the same losses, the same checkpoints, parameters really divided."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import forward
+from launching import ENVIRONMENT, run
+
+import hourglass_jax as hg
+
+FLAGS = ["--hierarchy=1@1 1@2 1@1", "--d_model=32", "--n_heads=2", "--d_ff=64", "--block_size=32", "--batch_size=16"]
+FLAGS += ["--steps=20", "--train.eval_interval=10", "--optimizer.warmup_steps=5", "--data_path=text.txt"]
+DEVICES = "--xla_force_host_platform_device_count"
+
+
+def pretrain(home, out, *flags, devices=1, steps=20):
+    result = run(
+        "pretrain", *FLAGS, f"--out={out}", f"--steps={steps}", *flags, cwd=home, XLA_FLAGS=f"{DEVICES}={devices}"
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def curve(home, out, name):
+    records = map(json.loads, (home / out / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record[name] for record in records if name in record}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("sharding")
+    ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
+    (home / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 300)
+    pretrain(home, "one")
+    return home
+
+
+def assert_same_curves(home, out):
+    for name, tolerance in (("train_loss", 1e-5), ("valid_loss", 1e-5), ("gradient_norm", 1e-4)):
+        expected, found = curve(home, "one", name), curve(home, out, name)
+        assert expected.keys() == found.keys() and len(expected) == 2
+        np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=tolerance)
+
+
+MESHES = [["--fsdp=4", "--accumulate=2"], *(pytest.param([f"--fsdp={n}"], marks=pytest.mark.slow) for n in (1, 2, 8))]
+
+
+@pytest.mark.parametrize("flags", MESHES, ids=str)
+def test_eight_devices_learn_as_one(home, flags):
+    out = f"eight{'_'.join(flags)}"
+    pretrain(home, out, *flags, devices=8)
+    assert_same_curves(home, out)
+
+
+@pytest.mark.slow
+def test_accumulated_gradients_are_those_of_the_large_batch(home):
+    pretrain(home, "accumulated", "--accumulate=4")
+    assert_same_curves(home, "accumulated")
+
+
+def test_two_processes_of_four_devices_learn_as_one(home):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+
+    def process(i):
+        flags = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={i}", "--fsdp=2"]
+        return pretrain(home, "processes", *flags, devices=4)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(process, range(2))
+    assert "sample: " in first.stdout and "sample: " not in second.stdout
+    assert_same_curves(home, "processes")
+
+
+def test_a_run_goes_on_with_other_devices_and_loads_on_one(home):
+    pretrain(home, "moved", "--fsdp=8", devices=8)
+    shutil.rmtree(home / "moved" / "checkpoints" / "20")
+    pretrain(home, "moved", "--fsdp=2", devices=4)  # from step 10
+    assert_same_curves(home, "moved")
+    tokens = np.arange(20)[None]
+    moved, one = (forward(hg.load(home / out)[0], tokens) for out in ("moved", "one"))
+    np.testing.assert_allclose(moved, one, atol=1e-4)
+
+
+def test_devices_that_do_not_fit_are_refused(home):
+    for flags, words in (
+        (["--fsdp=3"], "choose factors of 8"),
+        (["--batch_size=12"], "batch_size=12 cannot be divided among 8 devices"),
+        (["--accumulate=3"], "8 devices in accumulate=3 parts; choose a multiple of 24"),
+        (["--num_processes=2"], "--coordinator"),
+        (["--profile_steps=3"], "first and last step"),
+    ):
+        result = run("pretrain", *FLAGS, "--out=refused", *flags, cwd=home, XLA_FLAGS=f"{DEVICES}=8")
+        assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+PLACES = """
+import jax
+from flax import nnx
+from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig
+from hourglass_jax.training.sharding import make_mesh, state_shardings
+
+params = nnx.state(HourglassLM(HourglassConfig(vocab_size=64, hierarchy="1@1 2@3 1@1", d_model=64, d_ff=128),
+                               rngs=nnx.Rngs(0)))
+placed = jax.device_put(params, state_shardings(make_mesh(RuntimeConfig(fsdp=4)), params))
+held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
+print(held / sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+"""
+
+
+def test_parameters_are_divided_over_fsdp():
+    environment = os.environ | {"XLA_FLAGS": f"{DEVICES}=8"}
+    result = subprocess.run([sys.executable, "-c", PLACES], env=environment, capture_output=True, encoding="utf-8")
+    assert float(result.stdout) == 1 / 4, result.stderr
