@@ -27,7 +27,7 @@ setup(
     author="the hourglass_jax authors",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["hourglass_jax", "hourglass_jax.*", "experiments"]),
+    packages=find_packages(include=["hourglass_jax", "hourglass_jax.*", "experiments", "experiments.*"]),
     package_data={"hourglass_jax": ["py.typed", "data/haiku.txt"]},
     install_requires=CORE,
     extras_require={

@@ -46,6 +46,7 @@ class HourglassConfig:
     shift: str = "paper"  # paper (k-1) | original (k, the original project's, one character staler)
     dtype: str = "float32"  # of the computation: float32 | bfloat16 | float64; parameters stay float32
     max_unrolled_layers: int = 4  # deeper stacks are one scanned body: compile time stays flat
+    attention: str = "blocked"  # blocked | fused (JAX's kernel where it can: no relative positions, no dropout)
     remat: str = "auto"  # recomputed in the backward pass: none | dots (all but matrix products) | full layers | auto
 
     def __post_init__(self) -> None:
@@ -69,6 +70,7 @@ class HourglassConfig:
         check_choice("norm", self.norm, ("stack", "final"))
         check_choice("shift", self.shift, ("paper", "original"))
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float64"))
+        check_choice("attention", self.attention, ("blocked", "fused"))
         check_choice("remat", self.remat, ("auto", "none", "dots", "full"))
         if self.positions == "rotary" and self.head_dim % 2:
             raise UsageError(f"positions='rotary' needs an even head size, not d_model / n_heads = {self.head_dim}")

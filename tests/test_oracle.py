@@ -6,7 +6,7 @@ import oracle
 import pytest
 from conftest import HIERARCHIES, METHODS, NESTED, forward, make_model, small_config
 
-from hourglass_jax.nn import attention
+from hourglass_jax.nn import blocked
 
 TOKENS = np.random.default_rng(0).integers(0, 11, 13)
 
@@ -33,10 +33,13 @@ def test_every_method_equals_its_formula(shortening, upsampling, positions):
 
 @pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("hierarchy", HIERARCHIES)
-@pytest.mark.parametrize("option", ["activation=relu", "norm=final", "shift=original", "initialization=xavier"])
+@pytest.mark.parametrize(
+    "option", ["activation=relu", "norm=final", "shift=original", "initialization=xavier", "attention=fused"]
+)
 def test_every_hierarchy_and_option_equals_its_formula(hierarchy, option):
     name, value = option.split("=")
-    assert largest_error(small_config(hierarchy=hierarchy, dtype="float64", **{name: value})) < 1e-10
+    options = {name: value} | ({"positions": "rotary"} if value == "fused" else {})
+    assert largest_error(small_config(hierarchy=hierarchy, dtype="float64", **options)) < 1e-10
 
 
 def test_float32_is_close_to_the_formula():
@@ -60,8 +63,8 @@ def test_the_oracle_notices_a_wrong_distance_unit():
 def test_attention_does_not_depend_on_its_query_blocks(positions, rows, segments, monkeypatch):
     config = small_config(positions=positions, dtype="float64")
     whole = largest_error(config)
-    monkeypatch.setattr(attention, "QUERY_ROWS", rows)
-    monkeypatch.setattr(attention, "SEGMENTS", segments)
+    monkeypatch.setattr(blocked, "QUERY_ROWS", rows)
+    monkeypatch.setattr(blocked, "SEGMENTS", segments)
     jax.clear_caches()
     assert max(whole, largest_error(config)) < 1e-10
     jax.clear_caches()

@@ -19,12 +19,10 @@ from flax import nnx
 from jax import lax
 
 from hourglass_jax.config import HourglassConfig
+from hourglass_jax.nn.blocked import Attend, Inputs, blocked_attention
 from hourglass_jax.nn.cache import Clock, KeyValueCache
-from hourglass_jax.nn.layers import Dropout, kernel_init, linear, split_key
-from hourglass_jax.nn.positions import align_lags, align_newest, rotate, sinusoids, slot_distances
-
-QUERY_ROWS = 64  # rows of a query block, on accelerators eight times as many; blocks recompute their scores
-SEGMENTS = 8  # into which a sequence is cut at most; each sees only the keys before its end, its blocks are one loop
+from hourglass_jax.nn.layers import Dropout, kernel_init, linear
+from hourglass_jax.nn.positions import align_newest, rotate, sinusoids, slot_distances
 
 
 class Attention(nnx.Module):
@@ -33,8 +31,8 @@ class Attention(nnx.Module):
     def __init__(self, config: HourglassConfig, unit: int, *, query_slots: int = 1, key_slots: int = 1, rngs: nnx.Rngs):
         d_model = config.d_model
         self.unit, self.query_slots, self.key_slots = unit, query_slots, key_slots
-        self.n_heads = config.n_heads
-        self.positions = config.positions
+        self.n_heads, self.head_dim = config.n_heads, config.head_dim
+        self.positions, self.fused = config.positions, config.attention == "fused"
         self.query = linear(config, d_model, d_model, bias=False, rngs=rngs)
         self.key = linear(config, d_model, d_model, bias=False, rngs=rngs)
         self.value = linear(config, d_model, d_model, bias=False, rngs=rngs)
@@ -63,7 +61,7 @@ class Attention(nnx.Module):
 
     def __call__(self, queries: jax.Array, keys: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """[B, G, P, D], [B, G, S, D] -> [B, G, P, D]; `key` turns dropout on."""
-        return self.merge_heads(self.attend_in_blocks(*self.project(queries, keys), key=key))
+        return self.merge_heads(self.attend(*self.project(queries, keys), key=key))
 
     def project(self, queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q [B, G, P, H, K], k and v [B, G, S, H, K]; q and k turned where positions are rotary."""
@@ -74,102 +72,37 @@ class Attention(nnx.Module):
             k = rotate(k, self.unit * (start + jnp.arange(self.key_slots)))
         return q, k, v
 
-    def attend_in_blocks(
+    def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, *, first: jax.Array | None = None, key: jax.Array | None = None
     ) -> jax.Array:
-        """-> [B, G, P, H, K]. Groups before `first` [B] are padding, seen by themselves alone.
-
-        Scores exist for one block of queries at a time, forward and backward: memory grows linearly with length.
-        """
-        groups = q.shape[1]
-        r = None
+        """-> [B, G, P, H, K]. Groups before `first` [B] are padding, seen by themselves alone."""
+        key = self.dropout.used(key)
+        one_slot = self.query_slots == self.key_slots == 1  # so that there are as many queries as keys
+        if self.fused and one_slot and self.positions != "relative" and first is None and key is None:
+            q, k, v = (x[:, :, 0] for x in (q, k, v))
+            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel(q))[:, :, None]
+        scale = self.head_dim**-0.5
+        q_position = r = None
         if self.positions == "relative":
-            r = self.relative_keys(slot_distances(groups, self.query_slots, self.key_slots, self.unit))
-        rows = QUERY_ROWS if jax.default_backend() == "cpu" else 8 * QUERY_ROWS
-        block = max(1, rows // self.query_slots)
-        segment = -(-groups // (block * SEGMENTS)) * block
-        starts = range(0, groups, segment)
-        outputs = []
-        for start, segment_key in zip(starts, split_key(key, len(starts)), strict=True):
-            attend = partial(self.attend_segment, start, min(start + segment, groups), block)
-            if len(starts) > 1:  # sliced inside, so that what is kept for the backward pass is shared by all segments
-                attend = jax.checkpoint(attend)
-            outputs.append(attend(q, k, v, r, first, segment_key))
-        return jnp.concatenate(outputs, axis=1)
-
-    def attend_segment(
-        self,
-        start: int,
-        end: int,
-        block: int,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        r: jax.Array | None,
-        first: jax.Array | None,
-        key: jax.Array | None,
-    ) -> jax.Array:
-        """The query groups start .. end - 1, in one block or in a loop over blocks."""
-        r = None if r is None else r[q.shape[1] - end :]
-        q, k, v = q[:, start:end], k[:, :end], v[:, :end]
-        if end - start <= block:
-            return self.attend(q, k, v, r, start, first, key)
-        n_blocks = -(-(end - start) // block)
-        missing = n_blocks * block - (end - start)
-        q = jnp.pad(q, [(0, 0), (0, missing)] + [(0, 0)] * 3)
-        blocks = q.reshape(q.shape[0], n_blocks, block, *q.shape[2:]).swapaxes(0, 1)
-        if r is not None:  # in front lags of the missing queries, behind those of keys yet to come: none is looked at
-            r = jnp.pad(r, [(missing, n_blocks * block)] + [(0, 0)] * 4)
-
-        def attend(inputs: tuple[jax.Array, ...]) -> jax.Array:
-            i, q, key = inputs
-            seen = None
-            if r is not None:
-                seen = lax.dynamic_slice_in_dim(r, (n_blocks - 1 - i) * block, end + missing)
-            return self.attend(q, k, v, seen, start + i * block, first, key)
-
-        keys = None if key is None else jax.random.split(key, n_blocks)
-        out = lax.map(jax.checkpoint(attend), (jnp.arange(n_blocks), blocks, keys))
-        return out.swapaxes(0, 1).reshape(q.shape)[:, : end - start]
-
-    def attend(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        r: jax.Array | None,
-        offset: jax.Array | int,
-        first: jax.Array | None,
-        key: jax.Array | None,
-    ) -> jax.Array:
-        """Query groups offset .. offset + b - 1 of q [B, b, P, H, K] see k, v [B, N, S, H, K] up to themselves.
-
-        r [M, P, S, H, K], M at least N and offset + b: row e is for a lag of offset + b - 1 - e groups.
-        """
-        b, n = q.shape[1], k.shape[1]
-        if r is None:
-            scores = jnp.einsum("bgphk,bmshk->bhpgms", q, k)
-        else:
-            content, position = self.content_and_position(q)
-            scores = jnp.einsum("bgphk,bmshk->bhpgms", content, k)
-            scores += align_lags(jnp.einsum("bgphk,npshk->bhpgns", position, r))[..., :n, :]
-        query_groups = offset + jnp.arange(b)[:, None]
-        visible = jnp.arange(n) <= query_groups
-        if first is not None:
-            visible &= jnp.arange(n) >= jnp.minimum(first[:, None, None, None, None], query_groups)
-        probabilities = masked_softmax(scores * q.shape[-1] ** -0.5, visible[..., None], axis=(-2, -1))
-        return jnp.einsum("bhpgms,bmshk->bgphk", self.dropout(probabilities.astype(v.dtype), key), v)
+            distances = slot_distances(q.shape[1], self.query_slots, self.key_slots, self.unit)
+            r = jnp.einsum("gpshk->phgsk", self.relative_keys(distances))
+            r = r.reshape(*r.shape[:2], -1, self.head_dim)
+            q, q_position = self.content_and_position(q)
+            q_position = heads_first(q_position * scale)
+        inputs = Inputs(heads_first(q * scale), heads_first(k), heads_first(v), q_position, r)
+        attend = Attend(self.query_slots, self.key_slots, self.dropout.rate)
+        out = blocked_attention(attend, inputs, first, key)
+        return out.swapaxes(1, 2).reshape(q.shape)
 
     def init_cache(self, batch: int, max_length: int) -> KeyValueCache:
         """For `max_length` tokens, a multiple of the total factor."""
         stride = self.unit * self.query_slots
         rows = max_length // stride
-        head_dim = self.out.in_features // self.n_heads
         relative = None
         if self.positions == "relative":
             slots = jnp.arange(self.query_slots)[:, None] + 1 - self.key_slots
             relative = self.relative_keys(jnp.arange(rows)[::-1] * stride + self.unit * slots).swapaxes(1, 2)
-        keys, values = jnp.zeros((2, batch, self.n_heads, rows, head_dim), self.out.dtype)
+        keys, values = jnp.zeros((2, batch, self.n_heads, rows, self.head_dim), self.out.dtype)
         return KeyValueCache(keys, values, relative, stride, self.positions == "rotary")
 
     def prefill(
@@ -177,7 +110,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, KeyValueCache]:
         """A call on rows that begin at `start` [B] tokens, whose keys and values fill the cache from the front."""
         q, k, v = self.project(queries, keys)
-        out = self.attend_in_blocks(q, k, v, first=start // (self.unit * self.query_slots * self.key_slots))
+        out = self.attend(q, k, v, first=start // (self.unit * self.query_slots * self.key_slots))
         cache = cache.write(*(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v)), row=0)
         return self.merge_heads(out), cache
 
@@ -228,7 +161,17 @@ class Attention(nnx.Module):
         return jnp.einsum("bhn,bhnk->bhk", probabilities.astype(q.dtype), cache.values)
 
 
-def masked_softmax(scores: jax.Array, visible: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+def kernel(x: jax.Array) -> str:
+    """The implementation of `jax.nn.dot_product_attention` for this type and machine."""
+    return "cudnn" if jax.default_backend() == "gpu" and x.dtype in (jnp.bfloat16, jnp.float16) else "xla"
+
+
+def heads_first(x: jax.Array) -> jax.Array:
+    """[B, G, P, H, K] -> [B, H, G P, K]."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:]).swapaxes(1, 2)
+
+
+def masked_softmax(scores: jax.Array, visible: jax.Array, axis: int) -> jax.Array:
     """Softmax where `visible`, exactly zero elsewhere; float32 at least."""
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=axis)

@@ -11,7 +11,7 @@ from jax import lax
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.nn.attention import Attention
 from hourglass_jax.nn.cache import Clock, KeyValueCache
-from hourglass_jax.nn.layers import Dropout, layer_norm, linear, split_key
+from hourglass_jax.nn.layers import Dropout, layer_norm, linear, on_matrix, split_key
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
@@ -25,6 +25,9 @@ class FeedForward(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return on_matrix(self.on_rows, x)
+
+    def on_rows(self, x: jax.Array) -> jax.Array:
         x = self.up(x)
         x = jax.nn.gelu(x, approximate=True) if self.activation == "gelu" else jax.nn.relu(x)
         return self.down(x)

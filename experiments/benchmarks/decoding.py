@@ -1,0 +1,105 @@
+"""Characters a second of generation, beside a peer that runs the whole model for every character."""
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments.benchmarks import models, timing
+from experiments.reports import markdown_table
+from hourglass_jax import HourglassLM, generate
+
+PEER_LENGTHS = (1, 64, 256, 512, 1024, 2048, 4096)  # where the peer's cost is measured; linear in between
+
+
+def peer_step(model: Any, n: int) -> None:
+    """The next character's logits after n characters."""
+    import torch
+
+    with torch.no_grad():
+        model(torch.zeros((1, n), dtype=torch.long))[:, -1]
+
+
+def measure(lengths: list[int], batches: list[int], repeats: int, *, peer: bool) -> list[dict[str, Any]]:
+    """One row for each model, batch and length; the peer only with a batch of one."""
+    runs: dict[tuple[str, int, int], Any] = {}
+    for name in models.METHODS:
+        model = HourglassLM(models.config(name, max_length=max(lengths) + 1), rngs=nnx.Rngs(0))
+        for batch in batches:
+            prompts = [[i % 256] for i in range(batch)]
+            for length in lengths if batch == batches[0] else [n for n in lengths if n <= 512]:
+                runs[name, batch, length] = partial(
+                    generate, model, prompts, max_tokens=length, key=jax.random.key(length)
+                )
+    peer_lengths = [n for n in PEER_LENGTHS if n <= max(lengths)] if peer else []
+    if peer:
+        peer_model = models.make_peer(max(lengths)).eval()
+        runs |= {("peer", 0, n): partial(peer_step, peer_model, n) for n in peer_lengths}
+    seconds = timing.in_turn(runs, repeats)
+    rows = [
+        {"model": name, "batch": batch, "length": length, "seconds": taken}
+        for (name, batch, length), taken in seconds.items()
+        if batch
+    ]
+    if peer:
+        steps = [statistics.median(seconds["peer", 0, n]) for n in peer_lengths]
+        for length in lengths:
+            total = float(np.interp(np.arange(1, length + 1), peer_lengths, steps).sum())
+            rows.append({"model": "peer", "batch": 1, "length": length, "seconds": [total]})
+    for row in rows:
+        row["characters_per_second"] = row["batch"] * row["length"] / statistics.median(row["seconds"])
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, with the ratios to the peer and to one text at a time, at the same length."""
+    speeds = {(row["model"], row["batch"], row["length"]): row["characters_per_second"] for row in rows}
+
+    def ratio(row: dict[str, Any], other: tuple[str, int, int]) -> str:
+        return f"{row['characters_per_second'] / speeds[other]:.1f}" if other in speeds else ""
+
+    header = ["model", "batch", "characters generated", "characters/s", "times the peer", "times batch 1"]
+    cells = []
+    for row in rows:
+        model, batch, length = row["model"], row["batch"], row["length"]
+        speed = f"{row['characters_per_second']:,.1f}"
+        beside_peer = ratio(row, ("peer", batch, length))
+        cells.append([model, batch, length, speed, beside_peer, ratio(row, (model, 1, length)) if batch > 1 else ""])
+    return markdown_table(header, cells)
+
+
+def describe(rows: list[dict[str, Any]], repeats: int) -> str:
+    sizes = models.SIZES
+    return f"""# Characters per second of generation
+
+{sizes["hierarchy"]}, d_model {sizes["d_model"]}, {sizes["n_heads"]} heads, vocabulary {sizes["vocab_size"]}, float32,
+from a prompt of one character; medians of {repeats} runs in turn, compilation left out. The peer
+({models.PEER}) runs the whole model for every character: its cost was timed at
+{", ".join(map(str, PEER_LENGTHS))} characters and summed, linear in between.
+`learned` is the peer's architecture, `relative` this library's default.
+
+{table(rows)}
+"""
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(row["model"] for row in rows):
+        points = [
+            (row["length"], row["characters_per_second"]) for row in rows if row["model"] == name and row["batch"] == 1
+        ]
+        label = models.PEER if name == "peer" else f"hourglass_jax, {name} positions"
+        axes.loglog(*zip(*points, strict=True), marker="o", label=label)
+    axes.set(xlabel="characters generated", ylabel="characters/s, batch 1")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=120)

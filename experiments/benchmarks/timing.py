@@ -1,0 +1,29 @@
+"""Timing side by side: machines drift, so what is compared runs in turn, and medians are quoted."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+def in_turn(runs: Mapping[Name, Callable[[], Any]], repeats: int) -> dict[Name, list[float]]:
+    """Seconds of each of `repeats` calls of every run, one of each after the other; a first round is not counted."""
+    seconds: dict[Name, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+        print(f"round {repeat} of {repeats} done", file=sys.stderr, flush=True)
+    return seconds
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """What a report keeps of repeated timings."""
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}

@@ -1,0 +1,224 @@
+"""Characters a second of training, beside a peer; the share of the machine's matrix products; the cost of input."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.benchmarks import models, timing
+from experiments.reports import markdown_table
+from hourglass_jax import HourglassConfig, HourglassLM, OptimizerConfig
+from hourglass_jax.costs import training_flops
+from hourglass_jax.data.corpora import builtin_text
+from hourglass_jax.data.pipeline import Batch, random_windows, stream
+from hourglass_jax.tokenizers import ByteTokenizer
+from hourglass_jax.training.metrics import matmul_ceiling
+from hourglass_jax.training.optimizer import make_optimizer
+from hourglass_jax.training.step import TrainState, make_train_step
+
+LENGTH, BATCH = 512, 8
+DROPOUTS = (0.0, 0.1)
+
+
+class Step:
+    """One training step after another, each on the next of `batches`; a call returns when it is done."""
+
+    def __init__(self, config: HourglassConfig, batches: Iterator[Batch]):
+        model = HourglassLM(config, rngs=nnx.Rngs(0))
+        optimizer = make_optimizer(OptimizerConfig(), 1000)
+        graph, params = nnx.split(model)
+        self.config, self.batches = config, batches
+        self.state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+        self.step = make_train_step(graph, optimizer, seed=0)
+
+    def __call__(self) -> None:
+        self.state, metrics = self.step(self.state, *next(self.batches))
+        jax.block_until_ready((self.state, metrics))
+
+    def memory_bytes(self, batch: Batch) -> int:
+        """Arguments and temporaries of the compiled step."""
+        analysis = self.step.lower(self.state, *batch).compile().memory_analysis()
+        return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+
+
+def synthetic(batch: int, length: int) -> Iterator[Batch]:
+    """The same random batch again and again."""
+    tokens = np.random.default_rng(0).integers(0, 256, (batch, length + 1)).astype(np.int32)
+    while True:
+        yield tokens, np.ones((batch, length), np.float32)
+
+
+def real() -> Iterator[Batch]:
+    """Windows of the built-in text, through the input pipeline."""
+    tokens = ByteTokenizer().encode(builtin_text()).astype(np.uint8)
+    return stream(random_windows(tokens, LENGTH, BATCH, seed=0), 0, 10_000)
+
+
+def peer_step(dropout: float) -> Callable[[], None]:
+    """A training step of the peer: forward, backward, AdamW, eagerly."""
+    import torch
+
+    model = models.make_peer(LENGTH, dropout).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4)
+    tokens = torch.tensor(next(synthetic(BATCH, LENGTH))[0], dtype=torch.long)
+
+    def step() -> None:
+        logits = model(tokens[:, :-1])
+        torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(repeats: int, *, peer: bool) -> list[dict[str, Any]]:
+    """One row for each model, dropout and source of input."""
+    runs: dict[tuple[str, float, str], Callable[[], None]] = {}
+    for name in models.METHODS:
+        for dropout in DROPOUTS:
+            config = models.config(name, dropout=dropout, max_length=LENGTH)
+            runs[name, dropout, "synthetic"] = Step(config, synthetic(BATCH, LENGTH))
+    runs["learned", 0.0, "real"] = Step(models.config("learned", max_length=LENGTH), real())
+    if peer:
+        runs |= {("peer", dropout, "synthetic"): peer_step(dropout) for dropout in DROPOUTS}
+    seconds = timing.in_turn(runs, repeats)
+    ceiling = matmul_ceiling("float32")
+    rows = []
+    for (name, dropout, source), taken in seconds.items():
+        median = statistics.median(taken)
+        row = {"model": name, "dropout": dropout, "input": source, "seconds": taken}
+        row |= {"characters_per_second": BATCH * LENGTH / median, "matmul_ceiling": ceiling}
+        if name != "peer":
+            flops = BATCH * training_flops(runs[name, dropout, source].config, LENGTH)
+            row |= {"flops": flops, "utilisation": flops / median / ceiling}
+        rows.append(row)
+    return rows
+
+
+def paired(rows: list[dict[str, Any]], one: tuple[str, float, str], other: tuple[str, float, str]) -> float | None:
+    """How many times as fast `one` is as `other`: the median over rounds of their ratio."""
+    seconds = {(row["model"], row["dropout"], row["input"]): row["seconds"] for row in rows}
+    if other not in seconds:
+        return None
+    return statistics.median(b / a for a, b in zip(seconds[one], seconds[other], strict=True))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    def times(ratio: float | None) -> str:
+        return "" if ratio is None else f"{ratio:.2f}"
+
+    header = ["model", "dropout", "input", "ms a step", "characters/s", "times the peer", "of the matmul ceiling"]
+    cells = []
+    for row in rows:
+        key = (row["model"], row["dropout"], row["input"])
+        milliseconds = f"{statistics.median(row['seconds']) * 1e3:,.0f}"
+        share = f"{row['utilisation']:.0%}" if "utilisation" in row else ""
+        beside_peer = times(paired(rows, key, ("peer", row["dropout"], "synthetic")))
+        cells.append([*key, milliseconds, f"{row['characters_per_second']:,.0f}", beside_peer, share])
+    return markdown_table(header, cells)
+
+
+def describe(rows: list[dict[str, Any]], repeats: int) -> str:
+    dropout_costs = [
+        f"{name} {paired(rows, (name, 0.0, 'synthetic'), (name, 0.1, 'synthetic')) - 1:+.0%}" for name in models.METHODS
+    ]
+    input_cost = paired(rows, ("learned", 0.0, "synthetic"), ("learned", 0.0, "real")) - 1
+    ceiling = rows[0]["matmul_ceiling"] / 1e9
+    return f"""# Characters per second of training
+
+{models.SIZES["hierarchy"]}, d_model {models.SIZES["d_model"]}, {models.SIZES["n_heads"]} heads, vocabulary 256, length
+{LENGTH}, batch {BATCH}, AdamW, float32; {repeats} steps of each in turn, compilation left out. The peer is
+{models.PEER}, eager. Ratios are medians over rounds, times are medians.
+`learned` is the peer's architecture, `relative` this library's default.
+
+{table(rows)}
+
+- Dropout 0.1 costs: {", ".join(dropout_costs)}.
+- Windows of a real text through the input pipeline instead of one batch in memory cost: {input_cost:+.1%}.
+- A square matrix product reached {ceiling:,.0f} GFLOP/s in the same run; the last column is the model's own
+  operations ({rows[0]["flops"] / 1e9:,.0f} GFLOP a step for `learned`, recomputation not counted) over that.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """Sizes of the accelerator suite; the defaults are the paper's enwik8 model at length 4096."""
+
+    d_model: int = 768
+    n_heads: int = 8
+    length: int = 4096
+    batch: int = 8
+    dtype: str = "bfloat16"
+
+    def configs(self) -> dict[str, HourglassConfig]:
+        """Hourglass with both kinds of positions, a plain model of its depth, and one of its FLOPs."""
+
+        def config(hierarchy: str, **options: Any) -> HourglassConfig:
+            return HourglassConfig(
+                vocab_size=256,
+                hierarchy=hierarchy,
+                d_model=self.d_model,
+                n_heads=self.n_heads,
+                d_ff=4 * self.d_model,
+                dtype=self.dtype,
+                max_length=self.length,
+                shortening="attention_average",
+                upsampling="attention_repeat",
+                **options,
+            )
+
+        hourglass = "4@1 8@3 4@1"
+        rotary = {"positions": "rotary", "attention": "fused"}
+        flops = training_flops(config(hourglass, **rotary), self.length)
+        n_layers = min(range(1, 17), key=lambda n: abs(training_flops(config(f"{n}@1", **rotary), self.length) - flops))
+        return {
+            f"{hourglass}, relative": config(hourglass),
+            f"{hourglass}, rotary, fused": config(hourglass, **rotary),
+            "16@1, rotary, fused (its parameters)": config("16@1", **rotary),
+            f"{n_layers}@1, rotary, fused (its FLOPs)": config(f"{n_layers}@1", **rotary),
+        }
+
+
+def measure_accelerator(sizes: Accelerator, repeats: int) -> list[dict[str, Any]]:
+    """One row a configuration, one after another: several states at once would not fit."""
+    ceiling, rows = matmul_ceiling(sizes.dtype), []
+    for name, config in sizes.configs().items():
+        batches = synthetic(sizes.batch, sizes.length)
+        step = Step(config, batches)
+        [seconds] = timing.in_turn({name: step}, repeats).values()
+        median = statistics.median(seconds)
+        row = {"model": name, "seconds": seconds, "characters_per_second": sizes.batch * sizes.length / median}
+        flops = sizes.batch * training_flops(config, sizes.length)
+        row |= {"utilisation": flops / median / ceiling, "flops": flops, "matmul_ceiling": ceiling}
+        rows.append(row | {"memory_bytes": step.memory_bytes(next(batches))})
+        del step
+    return rows
+
+
+def describe_accelerator(rows: list[dict[str, Any]], sizes: Accelerator, repeats: int) -> str:
+    header = ["model", "ms a step", "characters/s", "of the matmul ceiling", "memory, GB"]
+    cells = [
+        [
+            row["model"],
+            f"{statistics.median(row['seconds']) * 1e3:,.1f}",
+            f"{row['characters_per_second']:,.0f}",
+            f"{row['utilisation']:.0%}",
+            f"{row['memory_bytes'] / 1e9:.2f}",
+        ]
+        for row in rows
+    ]
+    return f"""# Training on an accelerator
+
+d_model {sizes.d_model}, {sizes.n_heads} heads, length {sizes.length}, batch {sizes.batch}, {sizes.dtype} with float32
+parameters, AdamW, without dropout; medians of {repeats} steps. Memory is the compiled step's arguments and temporaries.
+The matmul ceiling measured in the same run is {rows[0]["matmul_ceiling"] / 1e12:,.2f} TFLOP/s.
+
+{markdown_table(header, cells)}
+"""

@@ -1,0 +1,204 @@
+"""Causal attention in blocks of queries, with a backward pass of its own: memory grows linearly with length.
+
+Keys beyond a block's last query are hardly touched. Of the scores only each query's log-sum-exp is kept; from it the
+backward pass has a block's probabilities again, without a sum over keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hourglass_jax.nn.layers import dropped
+from hourglass_jax.nn.positions import align_lags
+
+QUERY_ROWS = 64  # of a block on a CPU; on accelerators eight times as many
+HEADS_IN_CACHE = 16  # of a few rows of the batch together, on a CPU
+SEGMENTS = 8  # into which a sequence is cut at most; the blocks of a segment are one loop, and all see its last key
+
+
+class Inputs(NamedTuple):
+    """Of G groups with P query slots and S key slots each, of which a query sees the groups up to its own.
+
+    q: [B, H, G P, K], scaled.
+    k, v: [B, H, G S, K].
+    q_position: as q, with the other bias of the Transformer-XL formula; None without relative positions.
+    r: [P, H, G S, K], W_r R for each query slot; its groups of S rows are for lags of G - 1 groups down to 0.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    q_position: jax.Array | None = None
+    r: jax.Array | None = None
+
+
+class Segment(NamedTuple):
+    """Query groups start .. end - 1 in blocks; with groups that do not exist after the last where it is not full."""
+
+    start: int
+    end: int
+    block: int
+    n_blocks: int
+
+    @property
+    def missing(self) -> int:
+        return self.start + self.block * self.n_blocks - self.end
+
+    def blocks_of(self, x: jax.Array | None, slots: int) -> jax.Array | None:
+        """[B, H, G P, K] -> [n_blocks, B, H, block P, K]."""
+        if x is None:
+            return None
+        x = x[:, :, self.start * slots : self.end * slots]
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, self.missing * slots), (0, 0)])
+        return jnp.moveaxis(x.reshape(*x.shape[:2], self.n_blocks, self.block * slots, x.shape[3]), 2, 0)
+
+    def rows_of(self, blocks: jax.Array, slots: int) -> jax.Array:
+        """Undoes `blocks_of`."""
+        x = jnp.moveaxis(blocks, 0, 2)
+        return x.reshape(*x.shape[:2], -1, x.shape[4])[:, :, : (self.end - self.start) * slots]
+
+    def seen(self, inputs: Inputs, slots: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """The keys, values and relative keys that the segment's queries meet."""
+        n, r = self.end * slots, inputs.r
+        if r is not None:  # in front the lags of groups that do not exist, behind those of keys yet to come
+            padding = (self.missing * slots, self.n_blocks * self.block * slots)
+            r = jnp.pad(r[:, :, r.shape[2] - n :], [(0, 0), (0, 0), padding, (0, 0)])
+        return inputs.k[:, :, :n], inputs.v[:, :, :n], r
+
+    def loop(self, body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, blocks: Any) -> tuple[Any, Any]:
+        """`lax.scan` of body(carry, (block's number, block))."""
+        numbered = (jnp.arange(self.n_blocks), blocks)
+        return lax.scan(body, carry, numbered, unroll=self.n_blocks == 1)
+
+
+def segments(groups: int, query_slots: int) -> list[Segment]:
+    rows = QUERY_ROWS if jax.default_backend() == "cpu" else 8 * QUERY_ROWS
+    block = max(1, min(rows // query_slots, groups))
+    longest = -(-groups // (block * SEGMENTS)) * block
+    ends = [min(start + longest, groups) for start in range(0, groups, longest)]
+    return [
+        Segment(start, end, block, -(-(end - start) // block))
+        for start, end in zip(range(0, groups, longest), ends, strict=True)
+    ]
+
+
+class Attend(NamedTuple):
+    """The formula for one block of queries; what is fixed when the program is compiled."""
+
+    query_slots: int
+    key_slots: int
+    dropout: float
+
+    def scores(self, segment: Segment, i: jax.Array, q: jax.Array, q_position: Any, k: jax.Array, r: Any) -> jax.Array:
+        """q [B, H, block P, K], k [B, H, N S, K] -> [B, H, block P, N S], float32 at least."""
+        scores = jnp.einsum("bhqk,bhmk->bhqm", q, k)
+        if r is not None:
+            groups, slots = segment.end + segment.missing, self.key_slots
+            r = lax.dynamic_slice_in_dim(r, (segment.n_blocks - 1 - i) * segment.block * slots, groups * slots, axis=2)
+            batch, heads, _, size = q.shape
+            q_position = q_position.reshape(batch, heads, segment.block, self.query_slots, size)
+            by_lag = jnp.einsum("bhgpk,phnk->bhpgn", q_position, r)
+            by_key = align_lags(by_lag.reshape(*by_lag.shape[:-1], groups, slots))[..., : segment.end, :]
+            by_key = by_key.reshape(*by_key.shape[:-2], -1)
+            scores += by_key.swapaxes(2, 3).reshape(scores.shape)
+        return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+
+    def visible(self, segment: Segment, i: jax.Array, first: jax.Array | None) -> jax.Array:
+        """bool [B or 1, 1, block P, N S]; groups before `first` [B] are padding, seen by themselves alone."""
+        queries = segment.start + i * segment.block + jnp.arange(segment.block * self.query_slots) // self.query_slots
+        keys = jnp.arange(segment.end * self.key_slots) // self.key_slots
+        queries = queries[None, None, :, None]
+        visible = keys <= queries
+        return visible if first is None else visible & (keys >= jnp.minimum(first[:, None, None, None], queries))
+
+    def drop(self, x: jax.Array, key: jax.Array | None, segment: Segment, i: jax.Array) -> jax.Array:
+        return x if key is None else dropped(x, self.dropout, jax.random.fold_in(key, segment.start + i))
+
+
+def blocked_attention(
+    attend: Attend, inputs: Inputs, first: jax.Array | None = None, key: jax.Array | None = None
+) -> jax.Array:
+    """-> [B, H, G P, K]. Groups before `first` [B] are padding; `key` turns dropout on.
+
+    On one CPU it takes a few rows of the batch at a time, whose scores fit into its cache.
+    """
+    batch, heads = inputs.q.shape[:2]
+    rows = max(1, HEADS_IN_CACHE // heads)
+    on_one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+    if not on_one_cpu or batch <= rows or batch % rows:
+        return _attention(attend, inputs, first, key)
+
+    def some_rows(part: Any) -> jax.Array:
+        i, q, k, v, q_position, first = part
+        part_key = None if key is None else jax.random.fold_in(key, i)
+        return _attention(attend, Inputs(q, k, v, q_position, inputs.r), first, part_key)
+
+    parts = [
+        None if x is None else x.reshape(-1, rows, *x.shape[1:])
+        for x in (inputs.q, inputs.k, inputs.v, inputs.q_position, first)
+    ]
+    return lax.map(some_rows, (jnp.arange(batch // rows), *parts)).reshape(inputs.q.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(attend: Attend, inputs: Inputs, first: jax.Array | None, key: jax.Array | None) -> jax.Array:
+    return _forward(attend, inputs, first, key)[0]
+
+
+def _forward(attend: Attend, inputs: Inputs, first: Any, key: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    parts = []
+    for segment in segments(inputs.q.shape[2] // attend.query_slots, attend.query_slots):
+        k, v, r = segment.seen(inputs, attend.key_slots)
+
+        def one_block(_: None, block: Any, segment=segment, k=k, v=v, r=r) -> tuple[None, Any]:
+            i, (q, q_position) = block
+            scores = attend.scores(segment, i, q, q_position, k, r)
+            scores = jnp.where(attend.visible(segment, i, first), scores, -jnp.inf)
+            largest = scores.max(-1, keepdims=True)
+            weights = jnp.exp(scores - largest)
+            total = weights.sum(-1, keepdims=True)
+            weights = attend.drop(weights / total, key, segment, i).astype(v.dtype)
+            return None, (jnp.einsum("bhqm,bhmk->bhqk", weights, v), largest + jnp.log(total))
+
+        blocks = [segment.blocks_of(x, attend.query_slots) for x in (inputs.q, inputs.q_position)]
+        _, results = segment.loop(one_block, None, blocks)
+        parts.append([segment.rows_of(x, attend.query_slots) for x in results])
+    out, log_total = (jnp.concatenate(part, axis=2) for part in zip(*parts, strict=True))
+    return out, (inputs, first, key, out, log_total)
+
+
+def _backward(attend: Attend, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[Inputs, None, None]:
+    inputs, first, key, out, log_total = residuals
+    correction = (d_out * out).astype(log_total.dtype).sum(-1, keepdims=True)  # probabilities times their gradients
+    d_queries, d_seen = [], None
+    for segment in segments(inputs.q.shape[2] // attend.query_slots, attend.query_slots):
+        (k, v, r), unsee = jax.vjp(lambda inputs, segment=segment: segment.seen(inputs, attend.key_slots), inputs)
+
+        def one_block(d_seen: Any, block: Any, segment=segment, k=k, v=v, r=r) -> tuple[Any, Any]:
+            i, (q, q_position, d_out, log_total, correction) = block
+            scores, of_scores = jax.vjp(partial(attend.scores, segment, i), q, q_position, k, r)
+            weights = jnp.exp(jnp.where(attend.visible(segment, i, first), scores - log_total, -jnp.inf))
+            d_v = jnp.einsum("bhqm,bhqk->bhmk", attend.drop(weights, key, segment, i).astype(v.dtype), d_out)
+            d_weights = jnp.einsum("bhqk,bhmk->bhqm", d_out, v).astype(weights.dtype)
+            d_weights = attend.drop(d_weights, key, segment, i)
+            d_q, d_q_position, d_k, d_r = of_scores(weights * (d_weights - correction))
+            return jax.tree.map(jnp.add, d_seen, (d_k, d_v, d_r)), (d_q, d_q_position)
+
+        queries = (inputs.q, inputs.q_position, d_out, log_total, correction)
+        blocks = [segment.blocks_of(x, attend.query_slots) for x in queries]
+        nothing = jax.tree.map(jnp.zeros_like, (k, v, r))
+        totals, d_blocks = segment.loop(one_block, nothing, blocks)
+        d_queries.append([x if x is None else segment.rows_of(x, attend.query_slots) for x in d_blocks])
+        [d_inputs] = unsee(totals)
+        d_seen = d_inputs if d_seen is None else jax.tree.map(jnp.add, d_seen, d_inputs)
+    d_q, d_q_position = (None if x[0] is None else jnp.concatenate(x, axis=2) for x in zip(*d_queries, strict=True))
+    return d_seen._replace(q=d_q, q_position=d_q_position), None, None
+
+
+_attention.defvjp(_forward, _backward)
