@@ -21,13 +21,14 @@ from ml_collections import ConfigDict, config_flags
 
 from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, UsageError, generate
 from hourglass_jax.tokenizers import Tokenizer
-from hourglass_jax.training.checkpoints import CONFIG, read_run, write_run
+from hourglass_jax.training.checkpoints import CONFIG, VOCABULARY, read_run, write_run
 from hourglass_jax.training.sharding import check_batch, make_mesh
 from hourglass_jax.training.signals import Interrupted, Signals
 
 FLAGS = flags.FLAGS
 Config = TypeVar("Config")
 N_PIECES, PIECE = 64, 65_536  # of a long text's fingerprint; PIECE in tokens
+UNFINISHED = {f"{CONFIG}.tmp", VOCABULARY, f"{VOCABULARY}.tmp"}  # all there is where a run was killed as it started
 _aliases: dict[str, tuple[str, Callable[[str], Any]]] = {}
 
 
@@ -127,12 +128,13 @@ def prepare_directory(directory: Path, settings: Mapping[str, Any], *, overwrite
 
     A run with the same settings goes on; another one is refused, or removed with `overwrite`.
     """
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+    if not directory.exists() or (directory.is_dir() and not {path.name for path in directory.iterdir()} - UNFINISHED):
         return
     if not directory.is_dir() or not (directory / CONFIG).is_file():
         raise UsageError(f"{directory}: exists and is not a run of this library; choose another output directory")
     if overwrite:
-        shutil.rmtree(directory)
+        for path in sorted(directory.iterdir(), key=lambda path: path.name == CONFIG):  # by which a rest is known, last
+            path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
         return
     if not resume:
         raise UsageError(f"{directory}: holds a run; go on with --resume=auto, or pass --overwrite to remove it")

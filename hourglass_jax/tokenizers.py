@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hourglass_jax.errors import UsageError
+from hourglass_jax.files import write_whole
 
 CLEAN_CHARACTERS = "\n !&'$,-.:;?abcdefghijklmnopqrstuvwxyz"
 
@@ -66,7 +67,7 @@ class CharTokenizer:
         """JSON: token string to token id, and whether text is cleaned."""
         names = [*self.SPECIALS, *self.characters]
         record = {"clean": self.clean, "vocabulary": {name: i for i, name in enumerate(names)}}
-        path.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> CharTokenizer:

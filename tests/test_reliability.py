@@ -3,6 +3,7 @@
 import resource
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,11 @@ from conftest import make_model, small_config
 from flax import nnx
 
 import hourglass_jax as hg
+from experiments.launcher import prepare_directory
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
 from hourglass_jax.training import manifest, trainer
 from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore, write_run
+from hourglass_jax.training.metrics import CurveWriter, read_curves
 from hourglass_jax.training.sharding import on_one_device
 from hourglass_jax.training.signals import Interrupted, Signals
 from hourglass_jax.training.trainer import fit
@@ -147,6 +150,64 @@ def test_without_the_manifest_a_flipped_bit_becomes_a_wrong_number(copy, monkeyp
 def test_a_checkpoint_that_was_not_sealed_is_passed_over(copy):
     (newest(copy) / manifest.MANIFEST).unlink()
     assert CheckpointStore(copy).sound_step() == 15
+
+
+def test_a_run_killed_before_its_first_seal_starts_anew(copy, whole, caplog):
+    for step in (copy / CHECKPOINTS).iterdir():
+        if step.name != "15":
+            shutil.rmtree(step)
+    (newest(copy) / manifest.MANIFEST).unlink()
+    with pytest.raises(hg.UsageError, match="no checkpoint yet"):
+        hg.load(copy)
+    assert_same(train(copy), whole[1])
+    assert any("step 15 is passed over" in message for message in warnings_of(caplog))
+
+
+def test_a_checkpoint_cut_off_while_it_was_removed_is_no_obstacle(copy, whole):
+    *_, last = removed = files(newest(copy))
+    for path in removed:
+        path.unlink()
+        if path != last:
+            assert CheckpointStore(copy, for_training=True).sound_step() == 15
+    assert_same(train(copy), whole[1])
+
+
+class Killed(BaseException):
+    """Like a kill, not caught by anything."""
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["first start", "going on"])
+@pytest.mark.parametrize("at", range(3), ids=["vocabulary", "configuration", "curves"])
+def test_a_run_killed_at_any_write_of_its_start_can_start_again(at, started, tmp_path, monkeypatch):
+    def start(step):
+        prepare_directory(tmp_path, {"seed": 0}, overwrite=False)
+        write_run(tmp_path, CONFIG, hg.CharTokenizer("abcdefgh"), {"seed": 0})
+        return CurveWriter(tmp_path, step)
+
+    def dying(path, target):
+        written.append(target)
+        if len(written) > at:
+            raise Killed
+        replace(path, target)
+
+    replace, written, curve = Path.replace, [], [{"step": 1, "train_loss": 2.0}] if started else []
+    if started:
+        start(0).write(1, train_loss=2.0)
+    monkeypatch.setattr(Path, "replace", dying)
+    with pytest.raises(Killed):
+        start(1)
+    monkeypatch.undo()
+    start(1)
+    assert read_curves(tmp_path) == curve
+
+
+def test_overwriting_cut_off_can_be_asked_for_again(copy, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        prepare_directory(copy, {}, overwrite=True)
+    monkeypatch.undo()
+    prepare_directory(copy, {}, overwrite=True)
+    assert not list(copy.iterdir())
 
 
 def test_only_damaged_checkpoints_are_a_clear_error(copy):

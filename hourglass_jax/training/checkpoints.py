@@ -24,6 +24,7 @@ from flax import nnx
 
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
+from hourglass_jax.files import write_whole
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 from hourglass_jax.training.manifest import damage, read_manifest, write_manifest
@@ -45,7 +46,7 @@ def write_run(directory: Path, config: HourglassConfig, tokenizer: Tokenizer, se
         "tokenizer": tokenizer.kind,
         "settings": settings,
     }
-    (directory / CONFIG).write_text(json.dumps(record, indent=1) + "\n")
+    write_whole(directory / CONFIG, json.dumps(record, indent=1) + "\n")
 
 
 def read_run(directory: str | Path) -> tuple[HourglassConfig, Tokenizer, dict[str, Any]]:
@@ -111,6 +112,8 @@ class CheckpointStore:
             if not problem:
                 return step
             logging.warning("checkpoint of step %d is passed over: %s", step, problem)
+        if len(steps) == 1 and not read_manifest(self.directory / str(steps[0])):
+            return None  # killed between the very first checkpoint and its seal: nothing was saved yet
         if steps:
             raise UsageError(
                 f"{self.directory}: all checkpoints are damaged or unfinished (steps {sorted(steps)}); restore them "

@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from hourglass_jax.files import write_whole
 
 MANIFEST = "MANIFEST.json"
 
 
 def write_manifest(directory: Path, **facts: Any) -> None:
     """Seals `directory` with the SHA-256 of each of its files, and `facts` as JSON."""
-    temporary = directory / f"{MANIFEST}.tmp"
-    with temporary.open("w") as file:
-        json.dump({"files": _checksums(directory), **facts}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(directory / MANIFEST)
+    write_whole(directory / MANIFEST, json.dumps({"files": _checksums(directory), **facts}, indent=1))
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from tensorboardX import SummaryWriter
 
+from hourglass_jax.files import write_whole
+
 CURVES = "metrics.jsonl"
 
 
@@ -36,8 +38,8 @@ class CurveWriter:
 
     def __init__(self, directory: Path, start_step: int = 0):
         kept = [record for record in read_curves(directory) if record["step"] <= start_step]
-        self._file = (directory / CURVES).open("w", buffering=1)
-        self._file.writelines(json.dumps(record) + "\n" for record in kept)
+        write_whole(directory / CURVES, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = (directory / CURVES).open("a", buffering=1)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, **values: float) -> None:

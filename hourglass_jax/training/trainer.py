@@ -95,10 +95,10 @@ class _Training:
         self.store = CheckpointStore(directory, for_training=True)
         self.saved_step = self.store.sound_step()
         self.step = self.saved_step or 0
+        self.store.rewind(self.step)
         if self.saved_step is None:
             self.state = jax.jit(first_state, out_shardings=shardings)(params)
         else:
-            self.store.rewind(self.step)
             places = sharding.abstract(state, shardings)
             items = self.store.restore(self.step, params=places.params, opt_state=places.opt_state)
             self.state = TrainState(jax.device_put(np.int32(self.step), shardings.step), **items)

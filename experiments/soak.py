@@ -1,0 +1,243 @@
+"""Does kill -9 at any moment lose nothing? A run killed again and again must end as one left alone, bit for bit.
+
+python experiments/soak.py
+python experiments/soak.py --kills=50 --report=experiments/results/reliability/soak
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from experiments import launcher
+from experiments.reports import markdown_table, provenance, write_report
+from hourglass_jax import HourglassLM, OptimizerConfig, UsageError
+from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore, read_run
+from hourglass_jax.training.manifest import MANIFEST
+from hourglass_jax.training.metrics import read_curves
+from hourglass_jax.training.optimizer import make_optimizer
+from hourglass_jax.training.sharding import on_one_device
+
+KILLS = flags.DEFINE_integer("kills", 50, "How often the run is killed.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 1000, "Steps of the run: enough that all the kills come before its end.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the moments.", lower_bound=0)
+REPORT = flags.DEFINE_string("report", "", "Write PATH.json and PATH.md.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Keep the runs here; by default they are removed.")
+
+# Small, saved all the time, and with dropout: a key drawn twice or left out would show in every later parameter.
+RUN = ["--data_path=text.txt", "--hierarchy=0@1 1@2 0@1", "--d_model=32", "--n_heads=2", "--d_ff=64", "--dropout=0.1"]
+RUN += ["--block_size=32", "--batch_size=4", "--optimizer.warmup_steps=5", "--train.eval_interval=10", "--eval_iter=2"]
+INTERVAL = 2  # steps between saves of the run that is killed; the other saves as it evaluates
+WORDS = "the quick brown fox jumps over a lazy dog while five wizards mix jugs of quartz pink vow"
+WORDS_DRAWN = 4000
+LEARNED = ("train_loss", "gradient_norm", "parameter_norm", "learning_rate", "valid_loss")  # the others tell the time
+PATIENCE = 1200  # seconds after which a process hangs
+
+
+class Run:
+    """One process of pretrain.py, watched from outside."""
+
+    def __init__(self, workdir: Path, out: str, *options: str):
+        self.checkpoints = workdir / out / CHECKPOINTS
+        self.log = workdir / f"{out}.stderr"
+        self.present, self.changes, self.started = self.unwritten(), 0, time.monotonic()
+        command = [sys.executable, Path(__file__).with_name("pretrain.py"), *RUN, f"--out={out}", *options]
+        environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str((workdir / "compiled").absolute()),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=workdir, env=environment, stdout=subprocess.DEVNULL, stderr=log
+            )
+
+    def unwritten(self) -> set[str]:
+        """Checkpoints that orbax has begun and not yet given their names."""
+        return {path.name for path in self.checkpoints.glob("*.orbax-checkpoint-tmp*")}
+
+    def watch(self, *, changes: int = 0, seconds: float = 0.0) -> None:
+        """Until so many times a write has begun or ended and then so many seconds have passed, or it all is over."""
+        met = None
+        while self.process.poll() is None and (met is None or time.monotonic() < met + seconds):
+            present = self.unwritten()
+            began, ended = present - self.present, self.present - present
+            self.changes += bool(began) + bool(ended and self.changes)  # not: the removal of what a kill has left
+            self.present = present
+            if met is None and self.changes >= changes:
+                met = time.monotonic()
+            if time.monotonic() > self.started + PATIENCE:
+                raise UsageError(f"pretrain.py takes more than {PATIENCE} s to get to a save; see {self.log}")
+            time.sleep(0.001)
+
+    def kill(self) -> str:
+        """SIGKILL; what the run was doing with its checkpoints, told by what it has left."""
+        self.process.kill()
+        self.process.wait()
+        if not self.changes:
+            return "starting"
+        if self.unwritten():
+            return "writing"
+        unsealed = [path for path in self.checkpoints.iterdir() if not (path / MANIFEST).exists()]
+        return "sealing or removing" if unsealed else "training"
+
+    def finish(self) -> None:
+        """Raises UsageError unless the process ends by itself, and well."""
+        try:
+            failed = self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise UsageError(f"pretrain.py takes more than {PATIENCE} s; see {self.log}") from None
+        if failed:
+            lines = self.log.read_text(errors="replace").splitlines() or ["no message"]
+            raise UsageError(f"pretrain.py ended with exit code {failed}: {lines[-1]}")
+
+
+@contextmanager
+def start(workdir: Path, out: str, *options: str) -> Iterator[Run]:
+    run = Run(workdir, out, *options)
+    try:
+        yield run
+    finally:
+        run.process.kill()
+        run.process.wait()
+
+
+def final_state(directory: Path) -> tuple[int | None, dict[str, Any]]:
+    """The newest whole step, its parameters and optimiser state."""
+    config, _, settings = read_run(directory)
+    optimizer = make_optimizer(OptimizerConfig(**settings["optimizer"]), settings["train"]["steps"])
+
+    def first() -> dict[str, Any]:
+        params = nnx.split(HourglassLM(config, rngs=nnx.Rngs(0)))[1]
+        return {"params": params, "opt_state": optimizer.init(params)}
+
+    store = CheckpointStore(directory)
+    step = store.sound_step()
+    state = store.restore(step, **on_one_device(nnx.eval_shape(first)))
+    store.close()
+    return step, state
+
+
+def compare(first: Path, second: Path) -> dict[str, bool]:
+    """Which parts of what two runs have come to are the same, bit for bit."""
+    (step, state), (other_step, other_state) = map(final_state, (first, second))
+    same = {"step": step == other_step}
+    for name, tree in state.items():
+        pairs = zip(*map(jax.tree.leaves, (tree, other_state[name])), strict=True)
+        same[name] = all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+    curves = [
+        [{name: record.get(name) for name in ("step", *LEARNED)} for record in read_curves(directory)]
+        for directory in (first, second)
+    ]
+    return same | {"curves": curves[0] == curves[1] != []}
+
+
+def soak(workdir: Path, *, kills: int, steps: int, seed: int = 0) -> dict[str, Any]:
+    """Trains twice in `workdir`, once in peace and once with `kills` kills, and says how the ends compare.
+
+    Every other kill is aimed at a save: it comes up to 30 ms after a write has begun or ended. The others come at any
+    moment from a process's start until a second after it has trained and saved. The record's "failure" says where a
+    restart failed by itself, or the run ended before all the kills.
+    """
+    rng, started = random.Random(seed), time.perf_counter()
+    record: dict[str, Any] = {"kills": [], "starts": 0, "passed_over": 0, "failure": "", "same": {}}
+    (workdir / "text.txt").write_text(" ".join(rng.choices(WORDS.split(), k=WORDS_DRAWN)))
+    with start(workdir, "whole", f"--steps={steps}") as run:
+        run.finish()
+    record["seconds_whole"] = time.perf_counter() - started
+    life = 0.0  # of the last process that was killed in a save: how long a process takes to get there
+    try:
+        for number in range(kills + 1):
+            with start(workdir, "killed", f"--steps={steps}", f"--checkpoint_interval={INTERVAL}") as run:
+                record["starts"] += 1
+                if number == kills:
+                    run.finish()
+                elif aimed := number % 2 == 0:
+                    run.watch(changes=rng.randint(1, 8), seconds=rng.uniform(0, 0.03))
+                    life = time.monotonic() - run.started
+                else:
+                    run.watch(seconds=rng.uniform(0, life + 1))
+                if run.process.poll() is None:
+                    moment = run.kill()
+                    record["kills"].append({"aimed": aimed, "moment": moment, "saves_begun": (run.changes + 1) // 2})
+                elif number < kills:
+                    run.finish()
+                    raise UsageError(f"the run has ended after {number} of {kills} kills; raise --steps")
+                record["passed_over"] += run.log.read_text(errors="replace").count("is passed over")
+        record["same"] = compare(workdir / "whole", workdir / "killed")
+    except UsageError as failure:
+        record["failure"] = str(failure)
+    record["identical"] = bool(record["same"]) and all(record["same"].values())
+    moments = [kill["moment"] for kill in record["kills"]]
+    record["during_saves"] = sum(moment in ("writing", "sealing or removing") for moment in moments)
+    record["summary"] = (
+        f"{len(moments)} kills, {record['during_saves']} of them during a save: "
+        f"{'identical' if record['identical'] else 'NOT identical'} to a run of {steps} steps without"
+    )
+    return record | {"steps": steps, "seed": seed, "seconds": time.perf_counter() - started}
+
+
+def describe(record: dict[str, Any]) -> str:
+    """The record as Markdown."""
+    moments = [kill["moment"] for kill in record["kills"]]
+    table = markdown_table(
+        ["what the kill interrupted", "kills"],
+        [
+            [words, moments.count(moment)]
+            for moment, words in (
+                ("starting", "imports, compilation, restoring, the first steps"),
+                ("training", "training between two saves"),
+                ("writing", "a checkpoint being written"),
+                ("sealing or removing", "a checkpoint being sealed, or an old one being removed"),
+            )
+        ],
+    )
+    same = "\n".join(f"- {name}: {'identical' if value else 'DIFFERENT'}" for name, value in record["same"].items())
+    return f"""# {record["summary"]}
+
+- The same command was started {record["starts"]} times, and killed with SIGKILL {len(moments)} times.
+- {record["failure"] or "Every start went on by itself."}
+- {record["passed_over"]} times a start passed over a checkpoint that was not whole.
+- A checkpoint was written every {INTERVAL} steps.
+
+{table}
+
+Compared bit for bit, at step {record["steps"]}, with a run that nothing interrupted and that saved at its
+evaluations alone:
+
+{same}
+
+Took {record["seconds"]:.0f} s, {record["seconds_whole"]:.0f} of them for the run without kills; seed {record["seed"]}.
+
+The run, on {WORDS_DRAWN:,} random words: `python experiments/pretrain.py {shlex.join(record["run"])}`
+"""
+
+
+def main(_: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        workdir = Path(WORKDIR.value or temporary)
+        workdir.mkdir(parents=True, exist_ok=True)
+        record = soak(workdir, kills=KILLS.value, steps=STEPS.value, seed=SEED.value)
+    print(f"{record['summary']} ({record['seconds']:.0f} s)")
+    if REPORT.value:
+        record |= provenance() | {"run": [*RUN, f"--steps={STEPS.value}", f"--checkpoint_interval={INTERVAL}"]}
+        write_report(Path(REPORT.value), record, describe(record))
+    if not record["identical"]:
+        raise UsageError(record["failure"] or f"not the same: {record['same']}")
+
+
+if __name__ == "__main__":
+    launcher.run(main)
