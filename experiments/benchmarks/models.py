@@ -20,14 +20,13 @@ def config(name: str, **options: Any) -> HourglassConfig:
     return HourglassConfig(**SIZES, **METHODS[name], **options)
 
 
-def make_peer(max_length: int, dropout: float = 0.0) -> Any:
+def make_peer(max_length: int) -> Any:
     """The peer's language model at the same sizes, a torch module; raises UsageError where it is not installed."""
     try:
         import hourglass_transformer_pytorch.hourglass_transformer_pytorch as peer
     except ImportError as error:
         raise UsageError(f"{error}; pip install -e '.[bench]', or give --nopeer") from None
     peer.math = math  # which it uses without importing it, at lengths that are no multiple of its factor
-    rates = {"attn_dropout": dropout, "ff_dropout": dropout}
     return peer.HourglassTransformerLM(
         num_tokens=256,
         dim=256,
@@ -36,5 +35,4 @@ def make_peer(max_length: int, dropout: float = 0.0) -> Any:
         shorten_factor=4,
         heads=8,
         dim_head=32,
-        **rates,
     )

@@ -61,11 +61,11 @@ def real() -> Iterator[Batch]:
     return stream(random_windows(tokens, LENGTH, BATCH, seed=0), 0, 10_000)
 
 
-def peer_step(dropout: float) -> Callable[[], None]:
-    """A training step of the peer: forward, backward, AdamW, eagerly."""
+def peer_step() -> Callable[[], None]:
+    """A training step of the peer: forward, backward, AdamW, eagerly. It offers no dropout."""
     import torch
 
-    model = models.make_peer(LENGTH, dropout).train()
+    model = models.make_peer(LENGTH).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4)
     tokens = torch.tensor(next(synthetic(BATCH, LENGTH))[0], dtype=torch.long)
 
@@ -87,7 +87,7 @@ def measure(repeats: int, *, peer: bool) -> list[dict[str, Any]]:
             runs[name, dropout, "synthetic"] = Step(config, synthetic(BATCH, LENGTH))
     runs["learned", 0.0, "real"] = Step(models.config("learned", max_length=LENGTH), real())
     if peer:
-        runs |= {("peer", dropout, "synthetic"): peer_step(dropout) for dropout in DROPOUTS}
+        runs["peer", 0.0, "synthetic"] = peer_step()
     seconds = timing.in_turn(runs, repeats)
     ceiling = matmul_ceiling("float32")
     rows = []
@@ -120,7 +120,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         key = (row["model"], row["dropout"], row["input"])
         milliseconds = f"{statistics.median(row['seconds']) * 1e3:,.0f}"
         share = f"{row['utilisation']:.0%}" if "utilisation" in row else ""
-        beside_peer = times(paired(rows, key, ("peer", row["dropout"], "synthetic")))
+        beside_peer = times(paired(rows, key, ("peer", 0.0, "synthetic")))
         cells.append([*key, milliseconds, f"{row['characters_per_second']:,.0f}", beside_peer, share])
     return markdown_table(header, cells)
 
@@ -135,7 +135,7 @@ def describe(rows: list[dict[str, Any]], repeats: int) -> str:
 
 {models.SIZES["hierarchy"]}, d_model {models.SIZES["d_model"]}, {models.SIZES["n_heads"]} heads, vocabulary 256, length
 {LENGTH}, batch {BATCH}, AdamW, float32; {repeats} steps of each in turn, compilation left out. The peer is
-{models.PEER}, eager. Ratios are medians over rounds, times are medians.
+{models.PEER}, eager, without dropout. Ratios are medians over rounds, times are medians.
 `learned` is the peer's architecture, `relative` this library's default.
 
 {table(rows)}

@@ -159,7 +159,7 @@ def _forward(attend: Attend, inputs: Inputs, first: Any, key: Any) -> tuple[jax.
         def one_block(_: None, block: Any, segment=segment, k=k, v=v, r=r) -> tuple[None, Any]:
             i, (q, q_position) = block
             scores = attend.scores(segment, i, q, q_position, k, r)
-            scores = jnp.where(attend.visible(segment, i, first), scores, -jnp.inf)
+            scores += jnp.where(attend.visible(segment, i, first), 0.0, -jnp.inf).astype(scores.dtype)
             largest = scores.max(-1, keepdims=True)
             weights = jnp.exp(scores - largest)
             total = weights.sum(-1, keepdims=True)
