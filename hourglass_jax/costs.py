@@ -111,8 +111,8 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
     computed again, 64 queries at a time. A stack that `remat` recomputes in full keeps one vector a layer; its
     blocks are computed again, and the largest of them counts once. Around them: the norms of stacks and upsampling,
     relative keys (once a batch) and float32 logits. Left out are dropout's masks, gradients and the copies that the
-    compiler makes, so it is a lower bound: XLA:CPU takes 1.0 to 1.7 times as much for a further layer of short
-    sequences, and has taken 3 times as much in all for 512 tokens, whose blocks of queries each copy their keys.
+    compiler makes, so it is a lower bound: XLA:CPU takes 1.0 to 1.9 times as much for a further layer or
+    shortening of short sequences, and more for long ones, of which each segment of queries copies its keys.
     """
     d = config.d_model
     hidden = config.d_ff * (3 if config.activation == "gelu" else 2)

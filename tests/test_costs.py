@@ -107,12 +107,12 @@ def gradient_bytes(config, length, batch):
 )
 def test_activation_bytes_grow_as_those_of_the_gradient(smaller, larger):
     # Growth, because the backward pass has buffers of its own. One head and one block of queries, because XLA:CPU
-    # copies the keys of every further block, and holds several blocks' scores at a time. Many rows, because
+    # copies the keys of every further segment, and holds several blocks' scores at a time. Many rows, because
     # copies of weights are temporaries too.
     sizes = {"vocab_size": 256, "d_model": 128, "n_heads": 1, "d_ff": 512, "positions": "rotary"}
     small, large = (small_config(hierarchy=hierarchy, **sizes) for hierarchy in (smaller, larger))
     expected, growth = (count(large, 64, 256) - count(small, 64, 256) for count in (activation_bytes, gradient_bytes))
-    assert 0.95 * expected < growth < 1.75 * expected
+    assert 0.95 * expected < growth < 2 * expected
 
 
 def test_activations_grow_with_tokens_and_a_deep_stack_by_one_vector_a_layer():

@@ -59,9 +59,9 @@ def test_dropout_needs_a_key_and_train_mode_and_differs_by_key_layer_and_step():
 def test_two_layers_draw_different_masks(max_unrolled_layers, monkeypatch):
     seeds = []
 
-    def record(key, shape):
+    def record(key, shape, skipped=0):
         jax.debug.callback(lambda data: seeds.append(tuple(data.tolist())), jax.random.key_data(key))
-        return random_bits(key, shape)
+        return random_bits(key, shape, skipped)
 
     monkeypatch.setattr(layers, "random_bits", record)
     config = small_config(hierarchy="2@1", dropout=0.5, max_unrolled_layers=max_unrolled_layers)

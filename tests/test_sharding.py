@@ -16,7 +16,13 @@ from launching import ENVIRONMENT, run
 import hourglass_jax as hg
 
 FLAGS = ["--hierarchy=1@1 1@2 1@1", "--d_model=32", "--n_heads=2", "--d_ff=64", "--block_size=32", "--batch_size=16"]
-FLAGS += ["--steps=20", "--train.eval_interval=10", "--optimizer.warmup_steps=5", "--data_path=text.txt"]
+FLAGS += [
+    "--steps=20",
+    "--train.eval_interval=10",
+    "--optimizer.warmup_steps=5",
+    "--data_path=text.txt",
+    "--dropout=0.1",
+]
 DEVICES = "--xla_force_host_platform_device_count"
 
 
@@ -42,27 +48,25 @@ def home(tmp_path_factory):
     return home
 
 
-def assert_same_curves(home, out):
+def assert_same_curves(home, out, reference="one"):
     for name, tolerance in (("train_loss", 1e-5), ("valid_loss", 1e-5), ("gradient_norm", 1e-4)):
-        expected, found = curve(home, "one", name), curve(home, out, name)
+        expected, found = curve(home, reference, name), curve(home, out, name)
         assert expected.keys() == found.keys() and len(expected) == 2
         np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=tolerance)
 
 
-MESHES = [["--fsdp=4", "--accumulate=2"], *(pytest.param([f"--fsdp={n}"], marks=pytest.mark.slow) for n in (1, 2, 8))]
-
-
-@pytest.mark.parametrize("flags", MESHES, ids=str)
-def test_eight_devices_learn_as_one(home, flags):
-    out = f"eight{'_'.join(flags)}"
-    pretrain(home, out, *flags, devices=8)
-    assert_same_curves(home, out)
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 2, 8])
+def test_eight_devices_learn_as_one(home, fsdp):
+    pretrain(home, f"eight{fsdp}", f"--fsdp={fsdp}", devices=8)
+    assert_same_curves(home, f"eight{fsdp}")
 
 
 @pytest.mark.slow
-def test_accumulated_gradients_are_those_of_the_large_batch(home):
-    pretrain(home, "accumulated", "--accumulate=4")
-    assert_same_curves(home, "accumulated")
+def test_accumulated_gradients_are_those_of_the_large_batch_on_devices_too(home):
+    pretrain(home, "large", "--dropout=0")
+    pretrain(home, "accumulated", "--dropout=0", "--accumulate=2", "--fsdp=4", devices=8)
+    assert_same_curves(home, "accumulated", "large")
 
 
 def test_two_processes_of_four_devices_learn_as_one(home):

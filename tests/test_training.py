@@ -6,6 +6,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import forward, make_model, small_config
 from flax import nnx
@@ -15,6 +16,7 @@ from hourglass_jax.data.pipeline import consecutive_windows, random_windows
 from hourglass_jax.training.checkpoints import CheckpointStore, write_run
 from hourglass_jax.training.metrics import read_curves
 from hourglass_jax.training.optimizer import learning_rate_schedule
+from hourglass_jax.training.step import TrainState, make_train_step
 from hourglass_jax.training.trainer import fit
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -152,3 +154,19 @@ def test_evaluation_equals_a_loop_over_windows():
     result = hg.evaluate(model, text, block_size=16, batch_size=3)
     assert result.n_characters == len(losses) == 49
     assert result.loss == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 6])
+def test_accumulated_gradients_are_those_of_the_large_batch(accumulate):
+    config = small_config(dtype="float64")
+    tokens = np.random.default_rng(0).integers(0, 11, (6, 13))
+    weights = np.random.default_rng(1).random((6, 12))  # parts of unequal weight
+    steps = []
+    with jax.enable_x64(True):
+        for parts in (1, accumulate):
+            graph, params = nnx.split(make_model(config))
+            optimizer = optax.sgd(1.0)
+            state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+            steps.append(make_train_step(graph, optimizer, seed=0, accumulate=parts)(state, tokens, weights))
+    for whole, parts in zip(*map(jax.tree.leaves, steps), strict=True):
+        np.testing.assert_allclose(parts, whole, rtol=1e-6, atol=1e-8)

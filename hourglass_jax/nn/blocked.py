@@ -22,6 +22,9 @@ HEADS_IN_CACHE = 16  # of a few rows of the batch together, on a CPU
 SEGMENTS = 8  # into which a sequence is cut at most; the blocks of a segment are one loop, and all see its last key
 
 
+DropoutKey = tuple[jax.Array, jax.Array | int] | None  # and how many rows of the batch come before those at hand
+
+
 class Inputs(NamedTuple):
     """Of G groups with P query slots and S key slots each, of which a query sees the groups up to its own.
 
@@ -117,8 +120,11 @@ class Attend(NamedTuple):
         visible = keys <= queries
         return visible if first is None else visible & (keys >= jnp.minimum(first[:, None, None, None], queries))
 
-    def drop(self, x: jax.Array, key: jax.Array | None, segment: Segment, i: jax.Array) -> jax.Array:
-        return x if key is None else dropped(x, self.dropout, jax.random.fold_in(key, segment.start + i))
+    def drop(self, x: jax.Array, key: DropoutKey, segment: Segment, i: jax.Array) -> jax.Array:
+        if key is None:
+            return x
+        key, rows_before = key
+        return dropped(x, self.dropout, jax.random.fold_in(key, segment.start + i), rows_before)
 
 
 def blocked_attention(
@@ -132,26 +138,26 @@ def blocked_attention(
     rows = max(1, HEADS_IN_CACHE // heads)
     on_one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
     if not on_one_cpu or batch <= rows or batch % rows:
-        return _attention(attend, inputs, first, key)
+        return _attention(attend, inputs, first, None if key is None else (key, 0))
 
     def some_rows(part: Any) -> jax.Array:
-        i, q, k, v, q_position, first = part
-        part_key = None if key is None else jax.random.fold_in(key, i)
+        rows_before, q, k, v, q_position, first = part
+        part_key = None if key is None else (key, rows_before)
         return _attention(attend, Inputs(q, k, v, q_position, inputs.r), first, part_key)
 
     parts = [
         None if x is None else x.reshape(-1, rows, *x.shape[1:])
         for x in (inputs.q, inputs.k, inputs.v, inputs.q_position, first)
     ]
-    return lax.map(some_rows, (jnp.arange(batch // rows), *parts)).reshape(inputs.q.shape)
+    return lax.map(some_rows, (jnp.arange(0, batch, rows), *parts)).reshape(inputs.q.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(attend: Attend, inputs: Inputs, first: jax.Array | None, key: jax.Array | None) -> jax.Array:
+def _attention(attend: Attend, inputs: Inputs, first: jax.Array | None, key: DropoutKey) -> jax.Array:
     return _forward(attend, inputs, first, key)[0]
 
 
-def _forward(attend: Attend, inputs: Inputs, first: Any, key: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+def _forward(attend: Attend, inputs: Inputs, first: Any, key: DropoutKey) -> tuple[jax.Array, tuple[Any, ...]]:
     parts = []
     for segment in segments(inputs.q.shape[2] // attend.query_slots, attend.query_slots):
         k, v, r = segment.seen(inputs, attend.key_slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -52,14 +53,14 @@ def layer_norm(config: HourglassConfig, *, rngs: nnx.Rngs) -> LayerNorm:
     return LayerNorm(config.d_model, epsilon=1e-5, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
-def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """uint32 [*shape], hashed from each element's index and a seed drawn from `key`.
+def random_bits(key: jax.Array, shape: tuple[int, ...], skipped: jax.Array | int = 0) -> jax.Array:
+    """uint32 [*shape], hashed from each element's index, counted from `skipped`, and a seed drawn from `key`.
 
     A counter-based integer hash (the finaliser of MurmurHash3) fuses into its consumer: on a CPU a mask costs
     a fiftieth of one drawn by threefry. Good enough to drop units, not for anything else.
     """
     seeds = jax.random.bits(key, (2,), jnp.uint32)
-    index = jnp.full(shape, seeds[0], jnp.uint32)
+    index = jnp.full(shape, seeds[0] + jnp.uint32(skipped), jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
         index += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride & 0xFFFFFFFF)
@@ -70,9 +71,12 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return bits ^ (bits >> 16)
 
 
-def dropped(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    """Zeroes elements with probability `rate` and scales the others by 1 / (1 - rate)."""
-    keep = random_bits(key, x.shape) >= jnp.uint32(rate * 2**32)
+def dropped(x: jax.Array, rate: float, key: jax.Array, rows_before: jax.Array | int = 0) -> jax.Array:
+    """Zeroes elements with probability `rate` and scales the others by 1 / (1 - rate).
+
+    Where x is a part of a larger array's rows, `rows_before` it, the same are zeroed as in the whole.
+    """
+    keep = random_bits(key, x.shape, rows_before * math.prod(x.shape[1:])) >= jnp.uint32(rate * 2**32)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
