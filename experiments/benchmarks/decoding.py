@@ -99,6 +99,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         ]
         label = models.PEER if name == "peer" else f"hourglass_jax, {name} positions"
         axes.loglog(*zip(*points, strict=True), marker="o", label=label)
+    lengths = sorted({row["length"] for row in rows})
+    axes.set_xticks(lengths, map(str, lengths))
+    axes.set_xticks([], minor=True)
     axes.set(xlabel="characters generated", ylabel="characters/s, batch 1")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
