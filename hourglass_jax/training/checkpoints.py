@@ -21,13 +21,14 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.files import write_whole
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
-from hourglass_jax.training.manifest import damage, read_manifest, write_manifest
+from hourglass_jax.training.manifest import MANIFEST, damage, read_manifest, write_manifest
 from hourglass_jax.training.sharding import on_one_device
 
 FORMAT_VERSION = 1
@@ -112,7 +113,7 @@ class CheckpointStore:
             if not problem:
                 return step
             logging.warning("checkpoint of step %d is passed over: %s", step, problem)
-        if len(steps) == 1 and not read_manifest(self.directory / str(steps[0])):
+        if len(steps) == 1 and not (self.directory / str(steps[0]) / MANIFEST).exists():
             return None  # killed between the very first checkpoint and its seal: nothing was saved yet
         if steps:
             raise UsageError(
@@ -138,10 +139,8 @@ class CheckpointStore:
     def save(self, step: int, params: Any, opt_state: Any, valid_loss: float | None = None) -> None:
         """Writes in the background; waits for the save before. Raises UsageError where that one failed."""
         self.wait()
-        needed, free = (
-            sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt_state))),
-            disk_usage(self.directory).free,
-        )
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt_state)))
+        free = disk_usage(self.directory).free
         if free < needed:
             raise UsageError(
                 f"{self.directory}: the checkpoint of step {step} needs {needed / 1e6:,.0f} MB and the disk has "
@@ -167,10 +166,12 @@ class CheckpointStore:
         return {name: restored[name] for name in templates}
 
     def wait(self) -> None:
-        """Until the last save is sealed."""
+        """Until the last save is sealed, for all processes: they must agree on which steps are whole."""
         if self._sealing is not None:
             sealing, self._sealing = self._sealing, None
             sealing.result()
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("the checkpoint is sealed")
 
     def close(self) -> None:
         try:
