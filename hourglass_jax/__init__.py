@@ -7,7 +7,7 @@ from hourglass_jax.errors import UsageError
 from hourglass_jax.evaluation import Evaluation, evaluate, score
 from hourglass_jax.hierarchy import Hierarchy
 from hourglass_jax.model import Hourglass, HourglassLM
-from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer
+from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, ImageTokenizer
 from hourglass_jax.training.checkpoints import load
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "Hourglass",
     "HourglassConfig",
     "HourglassLM",
+    "ImageTokenizer",
     "OptimizerConfig",
     "RuntimeConfig",
     "TrainConfig",

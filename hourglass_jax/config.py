@@ -11,6 +11,8 @@ from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Hierarchy
 from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 
+IMAGE_SIZES = {"cifar10": 32, "imagenet32": 32, "imagenet64": 64}  # side of a data set's images, in pixels
+
 
 def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
     if value not in allowed:
@@ -24,6 +26,14 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"),
         bounds = f"{'more than' if open_low else 'at least'} {low:g}"
         bounds += "" if high == float("inf") else f" and at most {high:g}"
         raise UsageError(f"{name}={value!r} is out of range; it must be {bounds}")
+
+
+def check_image_size(dataset: str, image_size: int) -> None:
+    """Raises unless images of `dataset` can be averaged down to this side; 0 leaves them as they are."""
+    size = IMAGE_SIZES[dataset]
+    check_range("image_size", image_size, 0, size)
+    if image_size and size % image_size:
+        raise UsageError(f"image_size={image_size} does not divide the side {size} of {dataset}'s images")
 
 
 @dataclass(frozen=True)
@@ -131,18 +141,26 @@ class HourglassConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text, and how it is cut into batches."""
+    """Which text or images, and how they are cut into batches. Images have their own order, split and length."""
 
-    path: str = ""  # a UTF-8 text file, any file where tokenizer is byte; empty: the built-in corpus
+    path: str = ""  # a UTF-8 text file, any file where tokenizer is byte; empty: the built-in corpus; images' directory
+    dataset: str = "text"  # text | cifar10 | imagenet32 | imagenet64
+    image_size: int = 0  # averages images down to this side, which divides their own; 0: as stored
     tokenizer: str = "char"  # char | byte
     clean: bool = False  # lower-case, strip accents, keep "\n !&'$,-.:;?" and a-z (characters only)
-    block_size: int = 128  # tokens a training window
-    batch_size: int = 16  # windows a step
+    block_size: int = 128  # tokens a training window; where there are images, always an image's
+    batch_size: int = 16  # windows or images a step
     order: str = "random"  # random (windows start anywhere) | epochs (consecutive windows, each once an epoch)
     split: str = "fraction"  # fraction (by train_fraction, no test) | enwik8 (90M train, 5M validation, 5M test)
     train_fraction: float = 0.9  # the rest is for validation
 
     def __post_init__(self) -> None:
+        check_choice("dataset", self.dataset, ("text", *IMAGE_SIZES))
+        if self.dataset != "text":
+            check_image_size(self.dataset, self.image_size)
+            object.__setattr__(self, "block_size", 3 * (self.image_size or IMAGE_SIZES[self.dataset]) ** 2)
+        elif self.image_size:
+            raise UsageError(f"image_size={self.image_size} is for images; choose them by dataset")
         check_choice("tokenizer", self.tokenizer, ("char", "byte"))
         check_choice("order", self.order, ("random", "epochs"))
         check_choice("split", self.split, ("fraction", "enwik8"))

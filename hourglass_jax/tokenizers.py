@@ -1,9 +1,10 @@
-"""Text to integers and back: characters with a JSON vocabulary, or bytes."""
+"""Text and images to integers and back: characters with a JSON vocabulary, bytes, pixels."""
 
 from __future__ import annotations
 
 import codecs
 import json
+import math
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,4 +116,38 @@ class ByteTokenizer:
         return decode
 
 
-Tokenizer = CharTokenizer | ByteTokenizer
+class ImageTokenizer:
+    """One token a channel of a pixel, its intensity, in raster order; BOS comes before the first."""
+
+    kind = "image"
+    vocab_size = 257
+    bos_id, eos_id, unk_id = 256, None, None
+
+    def __init__(self, shape: Sequence[int]):
+        """`shape` of an image: height, width, channels."""
+        if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+            raise UsageError(f"image shape {shape!r} is unknown; give height, width and channels")
+        self.shape = tuple(shape)
+
+    @property
+    def n_tokens(self) -> int:
+        """Of an image, without BOS."""
+        return math.prod(self.shape)
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [..., H, W, C] -> int32 [..., H*W*C]. Raises UsageError for another shape or type."""
+        if images.dtype != np.uint8 or images.shape[-3:] != self.shape:
+            raise UsageError(
+                f"images are {images.dtype} {list(images.shape)}; give uint8 [..., H, W, C] of {self.shape}"
+            )
+        return images.reshape(*images.shape[:-3], self.n_tokens).astype(np.int32)
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """int [..., H*W*C] -> uint8 [..., H, W, C]. Raises UsageError for another length, or BOS among the tokens."""
+        tokens = np.asarray(tokens)
+        if tokens.shape[-1:] != (self.n_tokens,) or not ((tokens >= 0) & (tokens < self.bos_id)).all():
+            raise UsageError(f"tokens {list(tokens.shape)} are no images of {self.n_tokens} intensities from 0 to 255")
+        return tokens.astype(np.uint8).reshape(*tokens.shape[:-1], *self.shape)
+
+
+Tokenizer = CharTokenizer | ByteTokenizer | ImageTokenizer
