@@ -1,6 +1,7 @@
-"""Loss, perplexity and bits per character of a checkpoint on a text file.
+"""Loss, perplexity and bits per character of a checkpoint on a text file; bits/dim of a model of images.
 
 python experiments/evaluate.py --load_model_path=runs/pretrain --data_path=book.txt
+python experiments/evaluate.py --load_model_path=runs/cifar10
 """
 
 from __future__ import annotations
@@ -12,43 +13,73 @@ import numpy as np
 from absl import flags, logging
 
 from experiments import launcher
-from hourglass_jax import UsageError, evaluate, load
-from hourglass_jax.config import DataConfig, check_choice
+from experiments.sources import recorded_data, recorded_images
+from hourglass_jax import (
+    ByteTokenizer,
+    CharTokenizer,
+    Evaluation,
+    HourglassLM,
+    ImageTokenizer,
+    UsageError,
+    evaluate,
+    load,
+)
+from hourglass_jax.config import check_choice
 from hourglass_jax.data.corpora import load_tokens, split_tokens
-from hourglass_jax.training.checkpoints import read_run
+from hourglass_jax.data.images import ImageSplits, image_validation
+from hourglass_jax.evaluation import evaluate_batches
 
 LOAD = flags.DEFINE_string("load_model_path", "runs/pretrain", "Directory of the model.")
-DATA_PATH = flags.DEFINE_string("data_path", "", "UTF-8 text file; empty: the built-in corpus.")
-SPLIT = flags.DEFINE_string("split", "all", "all | train | valid | test, cut as in the model's training.")
+DATA_PATH = flags.DEFINE_string(
+    "data_path", "", "UTF-8 text file, or directory of images; empty: the built-in corpus, or the run's own images."
+)
+SPLIT = flags.DEFINE_enum(
+    "split",
+    None,
+    ["all", "train", "valid", "test"],
+    "Cut as in the model's training; default: all of a text, valid of images.",
+)
 BLOCK_SIZE = flags.DEFINE_integer("block_size", None, "Window in tokens; default: as in training.", lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Windows at once.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Windows or images at once.", lower_bound=1)
 
 
 def main(_: list[str]) -> None:
-    check_choice("split", SPLIT.value, ("all", "train", "valid", "test"))
     model, tokenizer, _ = load(LOAD.value)
-    settings = read_run(LOAD.value)[2]
-    data = DataConfig(**settings.get("pretrained_settings", settings)["data"])
+    if isinstance(tokenizer, ImageTokenizer):
+        result, where = evaluate_images(model)
+        unit, figures = "bits/dim", {"bits_per_dim": result.bits_per_dim, "n_dims": result.n_characters}
+    else:
+        result, where = evaluate_text(model, tokenizer)
+        unit, figures = "BPC", {"bpc": result.bits_per_character, "n_characters": result.n_characters}
+    print(f"{result.summary(unit)} | {where}")
+    print(json.dumps({"loss": result.loss, "perplexity": result.perplexity} | figures))
+
+
+def evaluate_images(model: HourglassLM) -> tuple[Evaluation, str]:
+    """The figures, and what they are of."""
+    if BLOCK_SIZE.value:
+        raise UsageError(f"--block_size: not for {LOAD.value}, a model of images, which have their own length")
+    split = SPLIT.value or "valid"
+    check_choice("split", split, ImageSplits._fields)
+    images = getattr(recorded_images(LOAD.value, DATA_PATH.value), split)
+    return evaluate_batches(model, image_validation(images, BATCH_SIZE.value)), f"{len(images):,} images"
+
+
+def evaluate_text(model: HourglassLM, tokenizer: CharTokenizer | ByteTokenizer) -> tuple[Evaluation, str]:
+    """As `evaluate_images`."""
+    data = recorded_data(LOAD.value)
+    split = SPLIT.value or "all"
     tokens, _ = load_tokens(dataclasses.replace(data, path=DATA_PATH.value), tokenizer)
     n_unknown = 0 if tokenizer.unk_id is None else np.count_nonzero(tokens == tokenizer.unk_id)
     if n_unknown:
         logging.warning("%d characters are not in the vocabulary and count as <UNK>", n_unknown)
-    if SPLIT.value != "all":
-        tokens = getattr(split_tokens(tokens, data), SPLIT.value)
+    if split != "all":
+        tokens = getattr(split_tokens(tokens, data), split)
         if not len(tokens):
-            raise UsageError(
-                f"split={SPLIT.value!r} is empty: the model's text was split by {data.split!r}; use 'valid'"
-            )
+            raise UsageError(f"split={split!r} is empty: the model's text was split by {data.split!r}; use 'valid'")
     block_size = BLOCK_SIZE.value or data.block_size
     result = evaluate(model, tokens, block_size=block_size, batch_size=BATCH_SIZE.value)
-    print(f"{result} | {result.n_characters:,} characters in windows of {block_size}")
-    record = {
-        "loss": result.loss,
-        "perplexity": result.perplexity,
-        "bpc": result.bits_per_character,
-        "n_characters": result.n_characters,
-    }
-    print(json.dumps(record))
+    return result, f"{result.n_characters:,} characters in windows of {block_size}"
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ def finetune(signals: Signals) -> None:
         raise UsageError(f"validation_fraction={VALIDATION.value} is out of range; it must be between 0 and 1")
     optimizer = launcher.read_config("optimizer", OptimizerConfig)
     model, tokenizer, config = load(LOAD.value)
+    if tokenizer.kind == "image":
+        raise UsageError(f"{LOAD.value}: a model of images; give one of text")
     block_size = min(BLOCK_SIZE.value, config.position_limit)
     haiku = usable_haiku(load_haiku(DATA_PATH.value), tokenizer, block_size)
     held_back = max(1, round(len(haiku) * VALIDATION.value))

@@ -1,7 +1,8 @@
-"""Pretrains a character-level Hourglass on a text file, or on the built-in corpus.
+"""Pretrains a character-level Hourglass on a text file or the built-in corpus, or a pixel-level one on images.
 
 python experiments/pretrain.py
 python experiments/pretrain.py --data_path=book.txt --factors=3,1,8,4 --d_model=512 --out=runs/book
+python experiments/pretrain.py --data.dataset=cifar10 --data_path=cifar-10-batches-bin --out=runs/cifar10
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from absl import flags
 from flax import nnx
 
 from experiments import launcher
+from experiments.sources import open_source
 from hourglass_jax import (
     DataConfig,
     Hierarchy,
@@ -26,9 +28,6 @@ from hourglass_jax import (
     UsageError,
     check_causality,
 )
-from hourglass_jax.data.corpora import load_tokens, split_tokens
-from hourglass_jax.data.pipeline import consecutive_windows, training_batches
-from hourglass_jax.tokenizers import CharTokenizer
 from hourglass_jax.training.metrics import plot_curves
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
@@ -106,45 +105,42 @@ def pretrain(signals: Signals) -> None:
     started = time.perf_counter()
     runtime = launcher.read_runtime()
     data, optimizer, train = read_configs()
-    if VOCAB_PATH.value and data.tokenizer == "byte":
-        raise UsageError("--vocab_path lists characters, but --data.tokenizer=byte has none; give one of the two")
-    vocabulary = CharTokenizer.load(Path(VOCAB_PATH.value)) if VOCAB_PATH.value else None
-    tokens, tokenizer = load_tokens(data, vocabulary)
-    train_tokens, valid_tokens, _ = split_tokens(tokens, data)
-    config = launcher.read_config("model", HourglassConfig, vocab_size=tokenizer.vocab_size)
-    if data.block_size > config.position_limit:
+    source = open_source(data, VOCAB_PATH.value)
+    config = launcher.read_config("model", HourglassConfig, vocab_size=source.tokenizer.vocab_size)
+    if source.n_positions > config.position_limit:
         raise UsageError(
-            f"block_size={data.block_size} is longer than the learned positions, which end at "
+            f"sequences of {source.n_positions} tokens are longer than the learned positions, which end at "
             f"max_length={config.max_length}; raise --model.max_length"
         )
     parts = {"model": config, "data": data, "optimizer": optimizer, "train": train}
     settings = {name: dataclasses.asdict(part) for name, part in parts.items()}
-    settings["text_fingerprint"] = launcher.fingerprint(tokens)
+    settings |= source.fingerprint
     out = Path(OUT.value)
-    launcher.start_run(out, config, tokenizer, settings, runtime, data.batch_size)
+    launcher.start_run(out, config, source.tokenizer, settings, runtime, data.batch_size)
 
     model = nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed))
     check_causality(model)
     n_parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     print(f"{config.hierarchy}, {n_parameters / 1e6:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes")
-    print(f"{len(train_tokens):,} tokens to train on, {len(valid_tokens):,} for validation -> {out}")
-    prompt = valid_tokens[: int(min(32, config.position_limit / 2))]
-    sample = launcher.make_sampler(tokenizer, prompt, 200, train.seed, signals)
+    print(f"{source.size} -> {out}")
+    heading, sample = source.sampler(config.position_limit, train.seed, out, signals)
     result = fit(
         model,
-        training_batches(train_tokens, data, train.seed),
-        consecutive_windows(valid_tokens, data.block_size, data.batch_size),
+        source.batches(train.seed),
+        source.validation(),
         out,
         optimizer_config=optimizer,
         train_config=train,
         runtime_config=runtime,
         sample=sample,
+        unit=source.unit,
         signals=signals,
     )
     plot = plot_curves(out)
-    print(f"validation: {result} ({time.perf_counter() - started:.0f} s, curves in {plot})")
-    print(f"sample: {tokenizer.decode(prompt)!r} goes on:\n{sample(model)}")
-    print(f"\nnext: python experiments/finetune.py --load_model_path={shlex.quote(str(out))}")
+    print(f"validation: {result.summary(source.unit)} ({time.perf_counter() - started:.0f} s, curves in {plot})")
+    print(f"sample: {heading}{sample(model)}")
+    script, *options = source.next_command
+    print(f"\nnext: {shlex.join(['python', script, f'--load_model_path={out}', *options])}")
 
 
 if __name__ == "__main__":

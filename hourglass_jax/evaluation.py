@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per character."""
+"""Loss, perplexity and bits per character, or per dimension of an image."""
 
 from __future__ import annotations
 
@@ -31,8 +31,13 @@ class Evaluation:
     def bits_per_character(self) -> float:
         return self.loss / math.log(2)
 
+    bits_per_dim = bits_per_character  # its name where a prediction is a channel of a pixel
+
+    def summary(self, unit: str = "BPC") -> str:
+        return f"loss {self.loss:.4f} | perplexity {self.perplexity:.3f} | {unit} {self.bits_per_character:.4f}"
+
     def __str__(self) -> str:
-        return f"loss {self.loss:.4f} | perplexity {self.perplexity:.3f} | BPC {self.bits_per_character:.4f}"
+        return self.summary()
 
 
 def score(model: HourglassLM, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:

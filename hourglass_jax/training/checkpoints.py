@@ -1,6 +1,6 @@
 """Run directories: config.json, the vocabulary, and orbax checkpoints of parameters and optimiser state.
 
-config.json   format version, model configuration, tokenizer, the settings of the run
+config.json   format version, model configuration, tokenizer (and the shape of its images), the settings of the run
 vocab.json    characters and their tokens (character models)
 checkpoints/  one folder a step, written by orbax's CheckpointManager and sealed by a manifest
 """
@@ -27,7 +27,7 @@ from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.files import write_whole
 from hourglass_jax.model import HourglassLM
-from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
+from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, ImageTokenizer, Tokenizer
 from hourglass_jax.training.manifest import MANIFEST, damage, read_manifest, write_manifest
 from hourglass_jax.training.sharding import on_one_device
 
@@ -47,6 +47,8 @@ def write_run(directory: Path, config: HourglassConfig, tokenizer: Tokenizer, se
         "tokenizer": tokenizer.kind,
         "settings": settings,
     }
+    if isinstance(tokenizer, ImageTokenizer):
+        record["image_shape"] = tokenizer.shape
     write_whole(directory / CONFIG, json.dumps(record, indent=1) + "\n")
 
 
@@ -69,7 +71,7 @@ def read_run(directory: str | Path) -> tuple[HourglassConfig, Tokenizer, dict[st
                 "use the library version that wrote it"
             )
         config = HourglassConfig(**record["model"])
-        tokenizer = CharTokenizer.load(directory / VOCABULARY) if record["tokenizer"] == "char" else ByteTokenizer()
+        tokenizer = _read_tokenizer(directory, record)
         settings = record["settings"]
     except UsageError:
         raise
@@ -81,6 +83,12 @@ def read_run(directory: str | Path) -> tuple[HourglassConfig, Tokenizer, dict[st
             f"{config.vocab_size}; put back the vocab.json the model was trained with"
         )
     return config, tokenizer, settings
+
+
+def _read_tokenizer(directory: Path, record: dict[str, Any]) -> Tokenizer:
+    if record["tokenizer"] == "char":
+        return CharTokenizer.load(directory / VOCABULARY)
+    return ImageTokenizer(record["image_shape"]) if record["tokenizer"] == "image" else ByteTokenizer()
 
 
 class CheckpointStore:

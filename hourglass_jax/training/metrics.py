@@ -67,7 +67,7 @@ def plot_curves(directory: Path) -> Path:
         points = [(r["step"], r[name]) for r in records if name in r]
         if points:
             axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
-    axes.set(xlabel="step", ylabel="loss (nats per character)")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     path = Path(directory) / "loss.png"

@@ -40,19 +40,21 @@ def fit(
     train_config: TrainConfig,
     runtime_config: RuntimeConfig | None = None,
     sample: Callable[[HourglassLM], str] | None = None,
+    unit: str = "BPC",
     signals: Signals | None = None,
 ) -> Evaluation:
     """Trains `model` in place to `train_config.steps` and returns its evaluation on the whole validation set.
 
     Goes on from the newest whole checkpoint under `directory` if there is one. Writes checkpoints and curves there,
-    and what `sample` returns. On return the model holds the parameters of lowest validation loss.
+    and what `sample` returns; shows bits a prediction as `unit`. On return the model holds the parameters of lowest
+    validation loss.
 
     Raises Interrupted, after a checkpoint, where `signals` noted one; UsageError for a loss that is not finite, a
     checkpoint that cannot be written, or devices that the batch cannot be divided among.
     """
     runtime_config = runtime_config or RuntimeConfig()
     return _Training(
-        model, batch_at, validation, directory, optimizer_config, train_config, runtime_config, sample, signals
+        model, batch_at, validation, directory, optimizer_config, train_config, runtime_config, sample, unit, signals
     ).run()
 
 
@@ -69,11 +71,12 @@ class _Training:
         train_config: TrainConfig,
         runtime_config: RuntimeConfig,
         sample: Callable[[HourglassLM], str] | None,
+        unit: str,
         signals: Signals | None,
     ):
         self.model, self.batch_at, self.validation, self.directory = model, batch_at, validation, directory
         self.config, self.runtime = train_config, runtime_config
-        self.sample, self.signals = sample, signals or Signals()
+        self.sample, self.unit, self.signals = sample, unit, signals or Signals()
         self.schedule = learning_rate_schedule(optimizer_config, train_config.steps)
         optimizer = make_optimizer(optimizer_config, train_config.steps)
 
@@ -207,7 +210,7 @@ class _Training:
                 flop_utilisation=self.flops / seconds / self.ceiling,
                 peak_memory_bytes=peak_memory_bytes(),
             )
-        self.show(loss=f"{values['train_loss']:.3f}", **{"char/s": f"{rate:,.0f}"})
+        self.show(loss=f"{values['train_loss']:.3f}", **{"tokens/s": f"{rate:,.0f}"})
         self.start_clock()
 
     def show(self, **figures: str) -> None:
@@ -229,7 +232,7 @@ class _Training:
         result = evaluate_batches(model, self.placed(self.validation[: self.config.eval_batches]))
         if self.curves:
             self.curves.write(self.step, valid_loss=result.loss, valid_bpc=result.bits_per_character)
-        self.show(**{"valid BPC": f"{result.bits_per_character:.3f}"})
+        self.show(**{f"valid {self.unit}": f"{result.bits_per_character:.3f}"})
         self.start_clock()
         return result.loss
 

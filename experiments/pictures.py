@@ -1,0 +1,72 @@
+"""Images drawn by a model, and a PNG of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from hourglass_jax import HourglassLM, ImageTokenizer, generate
+
+COLUMNS = 8  # of a grid
+GAP = 2  # white pixels between its images
+SIDE = 64  # pixels; smaller images are enlarged by the largest whole factor that keeps to it
+BATCH = 32  # images drawn at once, so that memory does not grow with their number
+
+
+def draw_images(
+    model: HourglassLM,
+    tokenizer: ImageTokenizer,
+    given: np.ndarray,
+    key: jax.Array,
+    *,
+    check: Callable[[], None] = lambda: None,
+    **sampling: Any,
+) -> np.ndarray:
+    """Images uint8 [N, H, W, C] whose first intensities are `given`, int [N, G]; with G = 0 they are all the model's.
+
+    `check` is called all the time and may raise; `sampling` are options of `generate`.
+    """
+    prompts = np.pad(given, [(0, 0), (1, 0)], constant_values=tokenizer.bos_id)
+    drawn: list[np.ndarray] = []
+    for start in range(0, len(prompts), BATCH):
+        drawn += generate(
+            model,
+            prompts[start : start + BATCH],
+            max_tokens=tokenizer.n_tokens - given.shape[1],
+            key=jax.random.fold_in(key, start),
+            banned_tokens=[tokenizer.bos_id],
+            stream=lambda _: check(),
+            max_context=tokenizer.n_tokens + 1,
+            **sampling,
+        )
+    return tokenizer.decode(np.concatenate([given, drawn], axis=1))
+
+
+def top_halves(tokenizer: ImageTokenizer, images: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W, C] -> the intensities of the upper H // 2 rows, int32 [N, H // 2 * W * C]."""
+    height, width, channels = tokenizer.shape
+    return tokenizer.encode(images)[:, : height // 2 * width * channels]
+
+
+def nothing(n_images: int) -> np.ndarray:
+    """Of which whole images are drawn: int32 [N, 0]."""
+    return np.zeros((n_images, 0), np.int32)
+
+
+def save_grid(path: Path, *groups: np.ndarray) -> None:
+    """Writes a PNG of groups of images, uint8 [N, H, W, 3] each: rows of `COLUMNS` images, from each group in turn."""
+    n_images, height, width, _ = groups[0].shape
+    scale = max(1, SIDE // max(height, width))
+    rows = [group[start : start + COLUMNS] for start in range(0, n_images, COLUMNS) for group in groups]
+    down, right = height * scale + GAP, width * scale + GAP
+    canvas = np.full((len(rows) * down + GAP, min(n_images, COLUMNS) * right + GAP, 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            y, x = i * down + GAP, j * right + GAP
+            canvas[y : y + height * scale, x : x + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
+    Image.fromarray(canvas).save(path, format="PNG")
