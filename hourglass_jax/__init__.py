@@ -5,6 +5,7 @@ from hourglass_jax.config import DataConfig, HourglassConfig, OptimizerConfig, R
 from hourglass_jax.decoding import generate, init_cache
 from hourglass_jax.errors import UsageError
 from hourglass_jax.evaluation import Evaluation, evaluate, score
+from hourglass_jax.factors import at_shorten_factor
 from hourglass_jax.hierarchy import Hierarchy
 from hourglass_jax.model import Hourglass, HourglassLM
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, ImageTokenizer
@@ -27,6 +28,7 @@ __all__ = [
     "RuntimeConfig",
     "TrainConfig",
     "UsageError",
+    "at_shorten_factor",
     "check_causality",
     "evaluate",
     "generate",

@@ -51,7 +51,7 @@ class HourglassConfig:
     dropout: float = 0.0
     max_length: int = 2048  # bounds learned positions and default caches, in tokens
     activation: str = "gelu"  # gelu (tanh form) | relu
-    initialization: str = "normal"  # normal (standard deviation 0.02) | xavier (uniform)
+    initialization: str = "normal"  # of weight matrices: normal (0.02) | xavier (uniform); embeddings: 1.0
     norm: str = "stack"  # stack (after every stack and every upsampling, as Trax) | final (before the head only)
     shift: str = "paper"  # paper (k-1) | original (k, the original project's, one character staler)
     dtype: str = "float32"  # of the computation: float32 | bfloat16 | float64; parameters stay float32
@@ -202,11 +202,14 @@ class TrainConfig:
     eval_interval: int = 200  # steps between evaluations and checkpoints
     eval_batches: int = 20  # batches an evaluation during training; the last one reads the whole split
     seed: int = 0
+    shorten_factors: tuple[int, ...] = ()  # one of them is drawn each step (section 4.1); none: the hierarchy's own
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_interval", "eval_batches"):
             check_range(name, getattr(self, name), 1)
         check_range("seed", self.seed, 0)
+        for factor in self.shorten_factors:
+            check_range("shorten_factors", factor, 2)
 
 
 @dataclass(frozen=True)

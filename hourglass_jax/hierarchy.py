@@ -112,6 +112,15 @@ class Hierarchy:
             )
         return tuple(levels)
 
+    def with_shorten_factor(self, k: int) -> Hierarchy:
+        """The same layers with another factor. Raises UsageError unless there is exactly one shortening."""
+        if len(self.stages) != 3:
+            raise UsageError(
+                f"hierarchy '{self}': another shorten factor is for exactly one shortening, e.g. '2@1 8@3 2@1'"
+            )
+        (pre, _), (inner, _), (post, _) = self.stages
+        return Hierarchy(((pre, 1), (inner, k), (post, 1)))
+
     @property
     def total_factor(self) -> int:
         """K, the shortening of the innermost level, in tokens."""

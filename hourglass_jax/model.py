@@ -15,7 +15,7 @@ from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Level
 from hourglass_jax.nn.cache import Cache, Clock
-from hourglass_jax.nn.layers import NORMAL_STDDEV, Dropout, layer_norm, linear, split_key
+from hourglass_jax.nn.layers import Dropout, layer_norm, linear, split_key
 from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS, to_groups
 from hourglass_jax.nn.transformer import Stack
 
@@ -118,7 +118,7 @@ class HourglassLM(nnx.Module):
 
     def __init__(self, config: HourglassConfig, *, rngs: nnx.Rngs):
         self.config = config
-        init = nnx.initializers.normal(NORMAL_STDDEV)
+        init = nnx.initializers.normal(1.0)  # as in Trax: a smaller token would drown in what the first layers add
         self.embedding = nnx.Embed(
             config.vocab_size, config.d_model, embedding_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs
         )

@@ -12,13 +12,11 @@ from jax import lax
 
 from hourglass_jax.config import HourglassConfig
 
-NORMAL_STDDEV = 0.02
-
 
 def kernel_init(config: HourglassConfig) -> nnx.Initializer:
     if config.initialization == "xavier":
         return nnx.initializers.xavier_uniform()
-    return nnx.initializers.normal(NORMAL_STDDEV)
+    return nnx.initializers.normal(0.02)
 
 
 def on_matrix(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hourglass_jax.costs import training_flops
 from hourglass_jax.data.pipeline import Batch, BatchAt, stream
 from hourglass_jax.errors import UsageError
 from hourglass_jax.evaluation import Evaluation, evaluate_batches
+from hourglass_jax.factors import at_shorten_factor, drawn_factor
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.training import sharding
 from hourglass_jax.training.checkpoints import CheckpointStore
@@ -47,7 +49,7 @@ def fit(
 
     Goes on from the newest whole checkpoint under `directory` if there is one. Writes checkpoints and curves there,
     and what `sample` returns; shows bits a prediction as `unit`. On return the model holds the parameters of lowest
-    validation loss.
+    validation loss. With `shorten_factors`, validation is at each of them and its loss their mean.
 
     Raises Interrupted, after a checkpoint, where `signals` noted one; UsageError for a loss that is not finite, a
     checkpoint that cannot be written, or devices that the batch cannot be divided among.
@@ -87,6 +89,9 @@ class _Training:
         self.rows = sharding.local_rows(self.batch_sharding, self.batch_size)
 
         model.train()
+        factors = train_config.shorten_factors
+        models = {k: at_shorten_factor(model, k) for k in factors} or {None: model}
+        self.graphs = {k: nnx.split(model_at_k)[0] for k, model_at_k in models.items()}
         self.graph, params = nnx.split(model)
         params = jax.device_get(params)  # host arrays may go to the devices of any process
 
@@ -105,11 +110,13 @@ class _Training:
             places = sharding.abstract(state, shardings)
             items = self.store.restore(self.step, params=places.params, opt_state=places.opt_state)
             self.state = TrainState(jax.device_put(np.int32(self.step), shardings.step), **items)
-        self.train_step = make_train_step(
-            self.graph, optimizer, train_config.seed, accumulate=runtime_config.accumulate, shardings=shardings
-        )
+        options: dict[str, Any] = {"accumulate": runtime_config.accumulate, "shardings": shardings}
+        self.train_steps = {
+            k: make_train_step(graph, optimizer, train_config.seed, **options) for k, graph in self.graphs.items()
+        }
         self.curves = CurveWriter(directory, self.step) if jax.process_index() == 0 else None
-        self.flops = training_flops(model.config, self.block_size) * self.batch_size
+        flops = [training_flops(model_at_k.config, self.block_size) for model_at_k in models.values()]
+        self.flops = statistics.mean(flops) * self.batch_size
         self.ceiling = matmul_ceiling(model.config.dtype) * jax.device_count()
         self.recent: list[tuple[int, dict[str, jax.Array]]] = []  # metrics not yet looked at
         self.shown: dict[str, str] = {}
@@ -149,7 +156,9 @@ class _Training:
         if step == first:
             jax.profiler.start_trace(str(self.directory / "profile"))
         placed = sharding.place(batch, self.batch_sharding, self.batch_size)
-        self.state, metrics = self.train_step(self.state, *placed)
+        factors = self.config.shorten_factors
+        factor = drawn_factor(factors, self.config.seed, step) if factors else None
+        self.state, metrics = self.train_steps[factor](self.state, *placed)
         self.step = step
         self.recent.append((step, metrics))
         self.characters += np.count_nonzero(batch[1]) * jax.process_count()
@@ -226,12 +235,20 @@ class _Training:
             rows = sharding.local_rows(self.batch_sharding, size)
             yield sharding.place(tuple(part[rows] for part in padded), self.batch_sharding, size)
 
+    def at_each_factor(self, params: nnx.State, batches: Sequence[Batch]) -> dict[int | None, Evaluation]:
+        results = {}
+        for factor, graph in self.graphs.items():
+            model = nnx.merge(graph, params)
+            model.eval()
+            results[factor] = evaluate_batches(model, self.placed(batches))
+        return results
+
     def evaluate(self) -> float:
-        model = nnx.merge(self.graph, self.state.params)
-        model.eval()
-        result = evaluate_batches(model, self.placed(self.validation[: self.config.eval_batches]))
+        results = self.at_each_factor(self.state.params, self.validation[: self.config.eval_batches])
+        result = mean(results)
         if self.curves:
-            self.curves.write(self.step, valid_loss=result.loss, valid_bpc=result.bits_per_character)
+            each = {f"valid_bpc_at_{k}": at_k.bits_per_character for k, at_k in results.items() if k is not None}
+            self.curves.write(self.step, valid_loss=result.loss, valid_bpc=result.bits_per_character, **each)
         self.show(**{f"valid {self.unit}": f"{result.bits_per_character:.3f}"})
         self.start_clock()
         return result.loss
@@ -258,8 +275,13 @@ class _Training:
         places = sharding.abstract(params, jax.tree.map(lambda leaf: leaf.sharding, params))
         params: Any = store.restore(store.sound_step(best=True), params=places)["params"]
         store.close()
+        result = mean(self.at_each_factor(params, self.validation))
         self.model.eval()
-        nnx.update(self.model, params)
-        result = evaluate_batches(self.model, self.placed(self.validation))
         nnx.update(self.model, sharding.gather(params))
         return result
+
+
+def mean(results: Mapping[int | None, Evaluation]) -> Evaluation:
+    """Over the shorten factors, of the same predictions."""
+    evaluations = list(results.values())
+    return Evaluation(statistics.mean(each.loss for each in evaluations), evaluations[0].n_characters)

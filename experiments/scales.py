@@ -1,0 +1,113 @@
+"""Set-ups of the ablations: the paper's own (section 3), and smaller ones that keep what a table varies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hourglass_jax import DataConfig, OptimizerConfig, TrainConfig, UsageError
+from hourglass_jax.config import IMAGE_SIZES, check_choice
+
+TEXTS = ("enwik8", "text8")
+DATASETS = (*TEXTS, *IMAGE_SIZES, "letters")
+SCALES = ("paper", "small", "tiny")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all rows of a table have in common.
+
+    model: options of HourglassConfig, under those of a row.
+    n_valid: sequences of the final evaluation, evenly spaced over the validation data; 0: all of it.
+    scaled: what differs from the paper, in words.
+    """
+
+    model: Mapping[str, Any]
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    n_valid: int = 0
+    scaled: str = ""
+
+
+def widths(d_model: int, n_heads: int) -> dict[str, int]:
+    return {"d_model": d_model, "n_heads": n_heads, "d_ff": 4 * d_model}
+
+
+TEXT = DataConfig(path="enwik8", tokenizer="byte", split="enwik8", block_size=2048, batch_size=8)
+IMAGES = DataConfig(dataset="cifar10", batch_size=8)
+
+SETUPS = {
+    ("text", "paper"): Setup(
+        widths(512, 8) | {"dropout": 0.15, "max_length": 2048},
+        TEXT,
+        OptimizerConfig(learning_rate=4e-4, warmup_steps=4000),
+        TrainConfig(steps=200_000, eval_interval=5000, eval_batches=100),
+    ),
+    ("text", "small"): Setup(
+        widths(256, 8) | {"dtype": "bfloat16", "max_length": 1024},
+        replace(TEXT, block_size=1024, batch_size=16),
+        OptimizerConfig(learning_rate=1e-3, warmup_steps=300),
+        TrainConfig(steps=3000, eval_interval=1000, eval_batches=8),
+        n_valid=1024,
+        scaled="d_model 256 for 512, sequences of 1,024 for 2,048 (16 for 8 a step), 3,000 steps for 200,000, peak "
+        "learning rate 1e-3 for 4e-4, no dropout for 0.15, bfloat16",
+    ),
+    ("text", "tiny"): Setup(
+        widths(128, 4) | {"initialization": "xavier", "max_length": 256},
+        replace(TEXT, block_size=256, batch_size=4),
+        OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
+        TrainConfig(steps=1000, eval_interval=500, eval_batches=8),
+        n_valid=512,
+        scaled="d_model 128 for 512, sequences of 256 for 2,048 (4 for 8 a step), 1,000 steps for 200,000, peak "
+        "learning rate 3e-3 for 4e-4, no dropout for 0.15, Xavier initialisation",
+    ),
+    ("images", "paper"): Setup(
+        widths(512, 8) | {"max_length": 3072},
+        IMAGES,
+        OptimizerConfig(learning_rate=1e-3, warmup_steps=5000),
+        TrainConfig(steps=100_000, eval_interval=5000, eval_batches=50),
+    ),
+    ("images", "small"): Setup(
+        widths(256, 8) | {"dtype": "bfloat16", "max_length": 3072},
+        replace(IMAGES, batch_size=4),
+        OptimizerConfig(learning_rate=1e-3, warmup_steps=300),
+        TrainConfig(steps=3000, eval_interval=1000, eval_batches=16),
+        n_valid=256,
+        scaled="d_model 256 for 512, 4 images for 8 a step, 3,000 steps for 100,000, bfloat16",
+    ),
+    ("images", "tiny"): Setup(
+        widths(128, 4) | {"initialization": "xavier", "max_length": 768},
+        replace(IMAGES, image_size=16, batch_size=2),
+        OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
+        TrainConfig(steps=600, eval_interval=300, eval_batches=16),
+        n_valid=128,
+        scaled="d_model 128 for 512, images of 16x16 for 32x32 (768 numbers for 3,072; 2 for 8 a step), 600 steps for "
+        "100,000, peak learning rate 3e-3 for 1e-3, Xavier initialisation",
+    ),
+}
+LETTERS = Setup(
+    {"d_model": 64, "n_heads": 2, "d_ff": 128, "initialization": "xavier"},
+    DataConfig(batch_size=32, block_size=24),
+    OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
+    TrainConfig(steps=300, eval_interval=100, eval_batches=4),
+    scaled="the paper gives no set-up for this task",
+)
+
+
+def find_setup(dataset: str, scale: str, path: str = "") -> Setup:
+    """The set-up for `dataset`, its files at `path`; raises UsageError for unknown names."""
+    check_choice("dataset", dataset, DATASETS)
+    check_choice("scale", scale, SCALES)
+    if dataset == "letters":
+        return LETTERS
+    setup = SETUPS["text" if dataset in TEXTS else "images", scale]
+    data = setup.data if dataset in TEXTS else replace(setup.data, dataset=dataset)
+    if dataset.startswith("imagenet") and scale == "paper":
+        batch_size, warmup = (64, 8000) if dataset == "imagenet32" else (8, 8000)
+        data = replace(data, batch_size=batch_size)
+        optimizer = replace(setup.optimizer, warmup_steps=warmup)
+        steps = 470_000 if dataset == "imagenet32" else 300_000
+        setup = replace(setup, optimizer=optimizer, train=replace(setup.train, steps=steps))
+    return replace(setup, data=replace(data, path=path))

@@ -1,0 +1,44 @@
+"""One model at several shorten factors (section 4.1): where no parameter depends on the factor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+import numpy as np
+from flax import nnx
+
+from hourglass_jax.errors import UsageError
+from hourglass_jax.model import HourglassLM
+
+_STREAM = 0xF  # sets the draws apart from those of the batches, which are functions of (seed, step) too
+
+
+def at_shorten_factor(model: HourglassLM, shorten_factor: int) -> HourglassLM:
+    """The same parameters, shared and not copied, in a model that shortens by `shorten_factor`.
+
+    Raises UsageError unless the hierarchy shortens exactly once, by methods without parameters of the factor's size:
+    average | attention_average and repeat | attention | attention_repeat.
+    """
+    config = model.config
+    hierarchy = config.parsed_hierarchy.with_shorten_factor(shorten_factor)
+    config = replace(config, hierarchy=str(hierarchy))
+    other = nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0)))
+    other.train()
+    if model.dropout.deterministic:
+        other.eval()
+    graph, needed = nnx.split(other)
+    parameters = nnx.state(model)
+    if jax.tree.map(np.shape, needed) != jax.tree.map(np.shape, parameters):
+        raise UsageError(
+            f"shortening={config.shortening!r} with upsampling={config.upsampling!r} has parameters that depend on the "
+            "shorten factor, so that one model cannot be used at several; choose average or attention_average, and "
+            "repeat, attention or attention_repeat"
+        )
+    return nnx.merge(graph, parameters)
+
+
+def drawn_factor(factors: Sequence[int], seed: int, step: int) -> int:
+    """The factor of a training step, each as likely as any other."""
+    return factors[np.random.default_rng((seed, step, _STREAM)).integers(len(factors))]
