@@ -1,61 +1,75 @@
-"""The paper's ablations.
+"""The paper's tables: trains their rows, measures what they cost, reports them beside the paper's figures.
 
-python -m experiments.ablate --costs     what Table 1's rows cost: parameters, FLOPs, memory
+python experiments/ablate.py --table=7 --dataset=enwik8 --scale=paper                   downloads enwik8 to data/
+python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --scale=tiny --dry_run
+python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --scale=tiny
+python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --scale=tiny --time
+python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --scale=tiny --report
+python experiments/ablate.py --costs     what Table 1's rows cost: parameters, FLOPs, memory
+
+A row is a run directory that pretrain.py could have written; rows that tables share are trained once, finished ones
+are skipped, and one that was interrupted goes on.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from absl import flags
 
 from experiments import launcher
-from experiments.reports import markdown_table
-from experiments.tables import TABLE_1
+from experiments.ablations import costs, reporting, rows
+from experiments.scales import DATASETS, SCALES, TEXTS, find_setup
+from experiments.tables import find_table
 from hourglass_jax import UsageError
-from hourglass_jax.costs import activation_bytes, cache_bytes, count_parameters, forward_flops
+from hourglass_jax.data.downloads import fetch
+from hourglass_jax.training.signals import Signals
 
-LENGTH = 2048  # tokens of a sequence, as in the paper's enwik8 ablations
-
+TABLE = flags.DEFINE_list("table", [], "Tables of the paper by number: 1 to 8, A1; several with commas between.")
+DATASET = flags.DEFINE_string("dataset", "enwik8", " | ".join(DATASETS))
+SCALE = flags.DEFINE_string("scale", "tiny", f"{' | '.join(SCALES)}: the paper's set-up, one GPU, two CPU cores.")
+DATA_PATH = flags.DEFINE_string(
+    "data_path", "", "100 MB in enwik8's shape, or the images' directory; empty: enwik8 or text8, downloaded to data/."
+)
+DATA_NAME = flags.DEFINE_string("data_name", "", "What reports call the data; default: the file's or data set's name.")
+OUT = flags.DEFINE_string("out", "runs/ablations", "Directory of the runs.")
+RESULTS = flags.DEFINE_string("results", "experiments/results/ablations", "Directory of the reports.")
+SEEDS = flags.DEFINE_integer("seeds", 2, "Of the baseline row; the others have one.", lower_bound=1)
+COMMENT = flags.DEFINE_string("comment", None, "With --report: what there is to say about the table; kept.")
+DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the rows with what they will cost, and train nothing.")
+TIME = flags.DEFINE_boolean("time", False, "Measure step time and memory of the rows, on an otherwise idle machine.")
+REPORT = flags.DEFINE_boolean("report", False, "Write the tables from what has been trained, and stored before.")
 COSTS = flags.DEFINE_boolean("costs", False, "Print what the rows of Table 1 cost.")
-
-
-def costs_table() -> str:
-    """Table 1 as Markdown: parameters, ours, the paper's and their ratio, then the costs of one sequence.
-
-    Activations with all of them kept, as in the paper, and as the configuration is run, where deep stacks are
-    computed again.
-    """
-    header = ("hierarchy", "parameters", "paper", "ratio", "forward GFLOPs", "activations MB", "as run MB", "cache MB")
-    rows = []
-    for row in TABLE_1:
-        config = row.config
-        millions = count_parameters(config) / 1e6
-        gigaflops = sum(forward_flops(config, LENGTH).values()) / 1e9
-        kept = activation_bytes(replace(config, max_unrolled_layers=100), LENGTH) / 1e6
-        as_run = activation_bytes(config, LENGTH) / 1e6
-        # Room for the whole groups that hold the sequence: a cache is a multiple of the total factor.
-        factor = config.parsed_hierarchy.total_factor
-        cache = cache_bytes(config, -(-LENGTH // factor) * factor) / 1e6
-        rows.append(
-            (
-                row.hierarchy,
-                f"{millions:.2f}M",
-                f"{row.parameters_millions}M",
-                f"{millions / row.parameters_millions:.3f}",
-                f"{gigaflops:.0f}",
-                f"{kept:.0f}",
-                f"{as_run:.0f}",
-                f"{cache:.1f}",
-            )
-        )
-    return markdown_table(header, rows)
+launcher.define_runtime()
 
 
 def main(_: list[str]) -> None:
-    if not COSTS.value:
-        raise UsageError("nothing to do; pass --costs")
-    print(costs_table())
+    if COSTS.value:
+        print(costs.costs_table())
+        return
+    if not TABLE.value:
+        raise UsageError("nothing to do; choose tables, e.g. --table=1,5, or pass --costs")
+    tables = [find_table(number, DATASET.value) for number in TABLE.value]
+    setup = find_setup(DATASET.value, SCALE.value, DATA_PATH.value)
+    name = DATA_NAME.value or (Path(DATA_PATH.value).name if DATASET.value in TEXTS else "") or DATASET.value
+    directory = Path(OUT.value) / f"{name}-{SCALE.value}"
+    if REPORT.value:
+        for table in tables:
+            path = Path(RESULTS.value) / f"table{table.number}-{name}-{SCALE.value}"
+            print(reporting.report(table, setup, directory, path, COMMENT.value))
+        return
+    jobs = rows.plan(tables, setup, directory, SEEDS.value)
+    if DRY_RUN.value:
+        print(costs.plan_table(jobs, setup))
+        return
+    if DATASET.value in TEXTS and not DATA_PATH.value and not TIME.value:
+        setup = replace(setup, data=replace(setup.data, path=str(fetch(DATASET.value, "data"))))
+    with Signals() as signals:
+        if TIME.value:
+            costs.measure(jobs, setup, signals)
+        else:
+            rows.train(jobs, setup, launcher.read_runtime(), signals)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,18 @@ def evaluate_batches(model: HourglassLM, batches: Iterable[Batch]) -> Evaluation
     return Evaluation(loss / count, int(count))
 
 
+@nnx.jit
+def _batch_hits(model: HourglassLM, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    hits = model(tokens[:, :-1]).argmax(axis=-1) == tokens[:, 1:]
+    return (hits * weights).sum(), weights.sum()
+
+
+def accuracy(model: HourglassLM, batches: Iterable[Batch]) -> float:
+    """The weighted share of `batches`' tokens that are the most likely ones."""
+    hits, count = np.sum([[float(part) for part in _batch_hits(model, *batch)] for batch in batches], axis=0)
+    return float(hits / count)
+
+
 def evaluate(model: HourglassLM, tokens: np.ndarray, *, block_size: int, batch_size: int = 16) -> Evaluation:
     """A text int [N] in consecutive windows of `block_size` predictions, each without context before it."""
     if len(tokens) < 2:

@@ -8,11 +8,14 @@ from conftest import HIERARCHIES, forward, make_model, small_config
 from flax import nnx
 
 import hourglass_jax as hg
+from experiments.ablations.rows import row_config
+from experiments.scales import find_setup
 from experiments.tables import TABLE_1
 from hourglass_jax.costs import count_parameters
 from hourglass_jax.nn import layers
 from hourglass_jax.nn.layers import random_bits
 
+PAPER = find_setup("enwik8", "paper")
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
@@ -80,9 +83,9 @@ def test_dropout_bits_are_uniform_and_uncorrelated(rate):
         assert abs(shifted.mean() - (1 - rate) ** 2) < 0.003
 
 
-@pytest.mark.parametrize("row", TABLE_1, ids=lambda row: row.hierarchy)
+@pytest.mark.parametrize("row", [row for row in TABLE_1.rows if row.paper], ids=lambda row: row.name)
 def test_parameter_counts_of_table_1(row):
-    assert count_parameters(row.config) / 1e6 == pytest.approx(row.parameters_millions, rel=0.03)
+    assert count_parameters(row_config(row, PAPER)) / 1e6 == pytest.approx(row.paper["parameters_millions"], rel=0.03)
 
 
 def test_the_program_does_not_grow_with_depth():

@@ -1,0 +1,1 @@
+"""What ablate.py does: rows to train, what they cost, and the reports."""

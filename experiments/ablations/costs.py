@@ -1,0 +1,142 @@
+"""What rows cost: on paper, and measured."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.ablations.rows import Job, row_config
+from experiments.reports import markdown_table, provenance
+from experiments.scales import Setup, find_setup
+from experiments.tables import TABLE_1
+from hourglass_jax import HourglassConfig, HourglassLM, OptimizerConfig
+from hourglass_jax.costs import (
+    activation_bytes,
+    cache_bytes,
+    count_parameters,
+    forward_flops,
+    state_bytes,
+    training_flops,
+)
+from hourglass_jax.files import write_whole
+from hourglass_jax.training.metrics import matmul_ceiling
+from hourglass_jax.training.optimizer import make_optimizer
+from hourglass_jax.training.signals import Signals
+from hourglass_jax.training.step import TrainState, make_train_step
+
+COST = "cost.json"  # in the directory of a configuration, beside its seeds
+TIMED_STEPS = 9
+UTILISATION = 0.33  # of the matrix-product ceiling that training reaches, for estimates
+
+
+def plan_table(jobs: Sequence[Job], setup: Setup) -> str:
+    """The rows with parameters, FLOPs of a step, memory and time, estimated, and whether they are done."""
+    ceiling = matmul_ceiling(jobs[0].config.dtype) * jax.device_count()
+    rows, hours = [], 0.0
+    for job in jobs:
+        flops = setup.data.batch_size * training_flops(job.config, setup.data.block_size)
+        seconds = job.train.steps * flops / (UTILISATION * ceiling)
+        memory = state_bytes(job.config) + activation_bytes(job.config, setup.data.block_size, setup.data.batch_size)
+        done = job.result() is not None
+        hours += 0 if done else seconds / 3600
+        rows.append(
+            (
+                job.row.name,
+                job.train.seed,
+                f"{count_parameters(job.config) / 1e6:.2f}M",
+                f"{flops / 1e9:.1f}",
+                f"{memory / 1e6:,.0f}",
+                f"{job.train.steps:,}",
+                f"{seconds / 60:,.1f}",
+                "done" if done else "to train",
+            )
+        )
+    header = ("row", "seed", "parameters", "GFLOPs a step", "memory MB", "steps", "minutes", "state")
+    kind = f"{UTILISATION:.0%} of the {ceiling / 1e9:,.0f} GFLOP/s that matrix products reach here"
+    return f"{markdown_table(header, rows)}\n\n{hours:,.1f} hours to go, at {kind}; memory is a lower bound"
+
+
+def measure(jobs: Sequence[Job], setup: Setup, signals: Signals) -> None:
+    """Step time and memory of each configuration, one after another, into their directories."""
+    directories = {job.directory.parent: job for job in jobs}
+    for directory, job in directories.items():
+        signals.check()
+        cost = measure_step(job.config, setup.data.batch_size, setup.data.block_size)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_whole(directory / COST, json.dumps(cost | {"measured": provenance()}, indent=1) + "\n")
+        print(
+            f"{directory.name}: {cost['step_seconds']:.3f} s a step, {cost['memory_bytes'] / 1e6:,.0f} MB", flush=True
+        )
+
+
+def measure_step(config: HourglassConfig, batch_size: int, block_size: int) -> dict[str, Any]:
+    """The median time of a training step, and what the compiled step needs: state, batch and temporaries."""
+    graph, params = nnx.split(nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(0)))
+    optimizer = make_optimizer(OptimizerConfig(), 1000)
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, block_size + 1)).astype(np.int32)
+    weights = np.ones((batch_size, block_size), np.float32)
+    step = make_train_step(graph, optimizer, seed=0).lower(state, tokens, weights).compile()
+    seconds = []
+    for _ in range(TIMED_STEPS + 2):  # the first ones find cold caches
+        started = time.perf_counter()
+        state, _ = jax.block_until_ready(step(state, tokens, weights))
+        seconds.append(time.perf_counter() - started)
+    memory = step.memory_analysis()
+    parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+    return {
+        "step_seconds": statistics.median(seconds[2:]),
+        "memory_bytes": sum(parts) - memory.alias_size_in_bytes,
+    }
+
+
+def read_cost(directory: Path) -> dict[str, Any] | None:
+    path = directory / COST
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def costs_table() -> str:
+    """Table 1 as Markdown: parameters, ours, the paper's and their ratio, then the costs of one sequence.
+
+    Activations with all of them kept, as in the paper, and as the configuration is run, where deep stacks are
+    computed again.
+    """
+    header = ("hierarchy", "parameters", "paper", "ratio", "forward GFLOPs", "activations MB", "as run MB", "cache MB")
+    rows = []
+    setup = find_setup("enwik8", "paper")
+    length = setup.data.block_size
+    for row in TABLE_1.rows:
+        if not row.paper:
+            continue
+        config = row_config(row, setup)
+        theirs = row.paper["parameters_millions"]
+        millions = count_parameters(config) / 1e6
+        gigaflops = sum(forward_flops(config, length).values()) / 1e9
+        kept = activation_bytes(replace(config, max_unrolled_layers=100), length) / 1e6
+        as_run = activation_bytes(config, length) / 1e6
+        # Room for the whole groups that hold the sequence: a cache is a multiple of the total factor.
+        factor = config.parsed_hierarchy.total_factor
+        cache = cache_bytes(config, -(-length // factor) * factor) / 1e6
+        rows.append(
+            (
+                row.name,
+                f"{millions:.2f}M",
+                f"{theirs}M",
+                f"{millions / theirs:.3f}",
+                f"{gigaflops:.0f}",
+                f"{kept:.0f}",
+                f"{as_run:.0f}",
+                f"{cache:.1f}",
+            )
+        )
+    return markdown_table(header, rows)

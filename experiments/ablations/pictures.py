@@ -1,0 +1,86 @@
+"""Pictures of a table, drawn from its record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = {"plain transformer": "tab:orange", "Hourglass": "tab:green"}
+Cost = Callable[[dict[str, Any]], float | None]
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Ours beside the paper's; where plain and hierarchical rows meet, against what they cost (Figure 1)."""
+    trained = [row for row in record["rows"] if row["runs"]]
+    kinds = {kind(row) for row in trained}
+    figure = draw_costs(record, trained) if len(kinds) == 2 else draw_rows(record, trained)
+    figure.savefig(path, dpi=110)
+
+
+def kind(row: dict[str, Any]) -> str:
+    return "Hourglass" if " " in row["hierarchy"] else "plain transformer"
+
+
+def draw_costs(record: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
+    """A panel for each cost: the rows, and a line fitted through each kind in the logarithm of the cost."""
+    costs: dict[str, Cost] = {
+        "FLOPs a step": lambda row: row["step_flops"],
+        "seconds a step": lambda row: (row["cost"] or {}).get("step_seconds"),
+        "memory of a step, MB": lambda row: (row["cost"] or {}).get("memory_bytes", np.nan) / 1e6,
+    }
+    costs = {name: cost for name, cost in costs.items() if all(cost(row) for row in rows)}
+    figure = Figure(figsize=(4.6 * len(costs), 4.2), layout="constrained")
+    for axes, (name, cost) in zip(
+        figure.subplots(1, len(costs), sharey=True, squeeze=False)[0], costs.items(), strict=True
+    ):
+        for label, colour in COLOURS.items():
+            draw_line(axes, [row for row in rows if kind(row) == label], cost, record["metric"], label, colour)
+        axes.set(xlabel=name, xscale="log")
+        axes.grid(alpha=0.3, which="both")
+    figure.axes[0].set_ylabel(f"{record['metric'].upper()}, lower is better")
+    figure.axes[0].legend()
+    figure.suptitle(f"Table {record['table']}, {record['data']}")
+    return figure
+
+
+def draw_line(axes: Axes, rows: list[dict[str, Any]], cost: Cost, metric: str, label: str, colour: str) -> None:
+    x = np.array([cost(row) for row in rows], float)
+    y = np.array([np.mean([run["figures"][metric] for run in row["runs"]]) for row in rows])
+    axes.plot(x, y, "o", ms=5, color=colour, label=label)
+    for row, x_row, y_row in zip(rows, x, y, strict=True):
+        axes.annotate(row["name"], (x_row, y_row), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    if len(rows) > 1:
+        slope, level = np.polyfit(np.log(x), y, 1)
+        ends = np.array([x.min(), x.max()])
+        axes.plot(ends, slope * np.log(ends) + level, color=colour, lw=1)
+
+
+def draw_rows(record: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
+    """A line for each row: every seed of ours on the left, the paper's figure on the right."""
+    names = [row["name"] for row in rows]
+    metrics = list(dict.fromkeys(name for row in rows for run in row["runs"] for name in run["figures"]))
+    figure = Figure(figsize=(8, 1.4 + 0.4 * len(rows)), layout="constrained")
+    ours, theirs = figure.subplots(1, 2, sharey=True)
+    for metric in metrics:
+        points = [
+            (run["figures"][metric], i) for i, row in enumerate(rows) for run in row["runs"] if metric in run["figures"]
+        ]
+        ours.plot(*zip(*points, strict=True), "o", alpha=0.8, label=metric)
+        points = [(row["paper"][metric], i) for i, row in enumerate(rows) if metric in row["paper"]]
+        if points:
+            theirs.plot(*zip(*points, strict=True), "s", alpha=0.8, label=metric)
+    ours.set(title=f"ours ({record['data']})", yticks=range(len(rows)), yticklabels=names)
+    ours.invert_yaxis()
+    theirs.set(title="paper")
+    for axes in (ours, theirs):
+        axes.grid(alpha=0.3)
+        axes.set_xlabel(record["metric"].upper() if len(metrics) == 1 else "")
+    if len(metrics) > 1:
+        ours.legend(fontsize=7)
+    figure.suptitle(f"Table {record['table']}: {record['title']}", fontsize=10)
+    return figure

@@ -1,0 +1,152 @@
+"""Rows of the tables as runs: each one a run directory that `hourglass_jax.load` reads, with its result beside."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from experiments import launcher
+from experiments.scales import Setup
+from experiments.sources import ImageSource, TextSource, open_source
+from experiments.tables import Row, Table
+from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, TrainConfig, at_shorten_factor, check_causality
+from hourglass_jax.data import letters
+from hourglass_jax.data.pipeline import Batch, BatchAt, LazyBatches
+from hourglass_jax.evaluation import accuracy, evaluate_batches
+from hourglass_jax.files import write_whole
+from hourglass_jax.training.signals import Signals
+from hourglass_jax.training.trainer import fit
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: a row with a seed. Tables share the jobs of equal configurations, which share a directory."""
+
+    row: Row
+    metric: str
+    config: HourglassConfig
+    train: TrainConfig
+    directory: Path
+
+    def result(self) -> dict[str, Any] | None:
+        path = self.directory / RESULT
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def row_config(row: Row, setup: Setup) -> HourglassConfig:
+    return HourglassConfig(**(setup.model | row.options))
+
+
+def row_directory(row: Row, config: HourglassConfig, directory: Path) -> Path:
+    """Named by what the row chooses; a plain transformer has no resampling to name."""
+    resampling = ("shortening", "upsampling")
+    parts = [config.hierarchy.replace(" ", "_")]
+    if config.parsed_hierarchy.total_factor > 1:
+        parts += [getattr(config, name) for name in resampling]
+    parts += [f"{name}={value}" for name, value in row.options.items() if name not in ("hierarchy", *resampling)]
+    if row.factors:
+        parts.append("k=" + ",".join(map(str, row.factors)))
+    return directory / "-".join(parts)
+
+
+def plan(tables: Sequence[Table], setup: Setup, directory: Path, n_seeds: int) -> list[Job]:
+    """What the tables need: each row with one seed, the baseline's with `n_seeds`; nothing twice."""
+    jobs: dict[Path, Job] = {}
+    for table in tables:
+        for row in table.rows:
+            if row.options is None:
+                continue
+            config = row_config(row, setup)
+            for seed in range(n_seeds if row.name == table.baseline else 1):
+                train = dataclasses.replace(setup.train, seed=seed, shorten_factors=row.factors)
+                path = row_directory(row, config, directory) / f"seed{seed}"
+                jobs.setdefault(path, Job(row, table.metric, config, train, path))
+    return list(jobs.values())
+
+
+class LetterSource:
+    """The L#L task, as sources.py has texts and images."""
+
+    unit = "bits"
+    tokenizer = letters.TOKENIZER
+    fingerprint: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+
+    def batches(self, seed: int) -> BatchAt:
+        return letters.letter_batches(self.setup.data.block_size // 3, self.setup.data.batch_size, seed)
+
+    def validation(self) -> LazyBatches:
+        return LazyBatches(self.batches(seed=1_000_000), range(16))
+
+
+Source = TextSource | ImageSource | LetterSource
+
+
+def train(jobs: Sequence[Job], setup: Setup, runtime: RuntimeConfig, signals: Signals) -> None:
+    """Trains what is not done; a job that was interrupted goes on."""
+    waiting = [job for job in jobs if job.result() is None]
+    print(f"{len(jobs) - len(waiting)} of {len(jobs)} rows are done")
+    if not waiting:
+        return
+    source = LetterSource(setup) if setup.letters else open_source(setup.data, "")
+    validation = spaced(source.validation(), setup.n_valid)
+    for number, job in enumerate(waiting, len(jobs) - len(waiting) + 1):
+        print(f"[{number}/{len(jobs)}] {job.directory}", flush=True)
+        result = train_row(job, setup, source, validation, runtime, signals)
+        print(", ".join(f"{name} {value:.4f}" for name, value in result["figures"].items()), flush=True)
+
+
+def spaced(batches: LazyBatches, n_rows: int) -> Sequence[Batch]:
+    """About `n_rows` rows in whole batches, evenly spaced; 0: all of them."""
+    n_batches = n_rows // len(batches[0][0]) if n_rows else len(batches)
+    stride = max(len(batches) // max(n_batches, 1), 1)
+    return batches[::stride][:n_batches]
+
+
+def train_row(
+    job: Job, setup: Setup, source: Source, validation: Sequence[Batch], runtime: RuntimeConfig, signals: Signals
+) -> dict[str, Any]:
+    """Trains a row, leaves its figures in its directory and returns them."""
+    parts = {"model": job.config, "data": setup.data, "optimizer": setup.optimizer, "train": job.train}
+    settings = {name: dataclasses.asdict(part) for name, part in parts.items()} | source.fingerprint
+    launcher.start_run(job.directory, job.config, source.tokenizer, settings, runtime, setup.data.batch_size)
+    started = time.perf_counter()
+    model = nnx.jit(lambda rngs: HourglassLM(job.config, rngs=rngs))(nnx.Rngs(job.train.seed))
+    check_causality(model)
+    evaluation = fit(
+        model,
+        source.batches(job.train.seed),
+        validation,
+        job.directory,
+        optimizer_config=setup.optimizer,
+        train_config=job.train,
+        runtime_config=runtime,
+        unit=source.unit,
+        signals=signals,
+    )
+    if job.metric == "accuracy":
+        figures = {"accuracy": accuracy(model, validation)}
+    elif job.train.shorten_factors:
+        at_each = {k: evaluate_batches(at_shorten_factor(model, k), validation) for k in job.train.shorten_factors}
+        figures = {f"{job.metric} at k={k}": at_k.bits_per_character for k, at_k in at_each.items()}
+    else:
+        figures = {job.metric: evaluation.bits_per_character}
+    result = {
+        "seed": job.train.seed,
+        "figures": figures,
+        "n_predictions": evaluation.n_characters,
+        "seconds": time.perf_counter() - started,
+    }
+    write_whole(job.directory / RESULT, json.dumps(result, indent=1) + "\n")
+    return result
