@@ -4,7 +4,7 @@ from hourglass_jax.causality import CausalityError, check_causality, influence
 from hourglass_jax.config import DataConfig, HourglassConfig, OptimizerConfig, RuntimeConfig, TrainConfig
 from hourglass_jax.decoding import generate, init_cache
 from hourglass_jax.errors import UsageError
-from hourglass_jax.evaluation import Evaluation, evaluate, score
+from hourglass_jax.evaluation import Evaluation, evaluate, evaluate_sliding, score
 from hourglass_jax.hierarchy import Hierarchy
 from hourglass_jax.model import Hourglass, HourglassLM
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer
@@ -28,6 +28,7 @@ __all__ = [
     "UsageError",
     "check_causality",
     "evaluate",
+    "evaluate_sliding",
     "generate",
     "influence",
     "init_cache",

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hourglass_jax.data.pipeline import Batch, consecutive_windows
+from hourglass_jax.config import check_range
+from hourglass_jax.data.pipeline import Batch, consecutive_windows, sliding_windows
 from hourglass_jax.errors import UsageError
 from hourglass_jax.model import HourglassLM
 
@@ -58,6 +59,35 @@ def evaluate_batches(model: HourglassLM, batches: Iterable[Batch]) -> Evaluation
 
 def evaluate(model: HourglassLM, tokens: np.ndarray, *, block_size: int, batch_size: int = 16) -> Evaluation:
     """A text int [N] in consecutive windows of `block_size` predictions, each without context before it."""
+    check_text(tokens)
+    return evaluate_batches(model, consecutive_windows(tokens, block_size, batch_size))
+
+
+def evaluate_sliding(
+    model: HourglassLM, tokens: np.ndarray, *, window: int = 4096, step: int = 128, batch_size: int = 1
+) -> Evaluation:
+    """A text int [N] in overlapping windows, the paper's test protocol (section 3): every token but the first once.
+
+    Windows of `window` predictions start every `step` tokens. The first counts whole, since nothing comes before it;
+    each of the others counts its last `step` predictions, which so see more than `window - step` tokens. The last one
+    ends early, with the text: what a prediction sees does not depend on what follows. With `step=window` this is
+    `evaluate` with `block_size=window`.
+
+    A text may be memory-mapped: a window is read when its turn comes, `batch_size` at a time. Raises UsageError for
+    a step that leaves tokens out, a text of fewer than 2, and a window longer than learned positions.
+    """
+    check_range("window", window, 1)
+    check_range("step", step, 1, window)
+    check_range("batch_size", batch_size, 1)
+    check_text(tokens)
+    if window > model.config.position_limit:
+        raise UsageError(
+            f"window={window} is longer than the learned positions, which end at max_length="
+            f"{model.config.max_length}; choose a smaller window"
+        )
+    return evaluate_batches(model, sliding_windows(tokens, window, step, batch_size))
+
+
+def check_text(tokens: np.ndarray) -> None:
     if len(tokens) < 2:
         raise UsageError(f"the text has {len(tokens)} tokens; evaluation needs at least 2")
-    return evaluate_batches(model, consecutive_windows(tokens, block_size, batch_size))
