@@ -7,7 +7,6 @@ python experiments/pretrain.py --data_path=book.txt --factors=3,1,8,4 --d_model=
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import time
 from pathlib import Path
 
@@ -144,7 +143,7 @@ def pretrain(signals: Signals) -> None:
     plot = plot_curves(out)
     print(f"validation: {result} ({time.perf_counter() - started:.0f} s, curves in {plot})")
     print(f"sample: {tokenizer.decode(prompt)!r} goes on:\n{sample(model)}")
-    print(f"\nnext: python experiments/finetune.py --load_model_path={shlex.quote(str(out))}")
+    print("\n" + launcher.next_command("finetune", f"--load_model_path={out}"))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 A shortening maps groups of token vectors [B, G, k, D], already shifted right, to one vector each [B, G, D].
 An upsampling maps the unshifted token vectors [B, G, k, D] and the shortened ones [B, G, D] to [B, G, k, D].
 Both are built as `Method(config, shorten_factor, unit, rngs=rngs)`, where `unit` is the total factor of the
-longer sequence, and called with `key=` for dropout. A new method is one class and one entry below; where a
-group needs nothing but itself, the base class knows how to decode it.
+longer sequence, and called with `key=` for dropout. A new method is one class and one entry in the registry; where
+a group needs nothing but itself, the base class knows how to decode it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Upsampling(nnx.Module):
         return short
 
     def step(self, x: jax.Array, cache: Any, clock: Clock) -> jax.Array:
-        """One token's vector [B, D] -> [B, D]."""
+        """One token's vector [B, D] -> [B, D]; calls the method anew for each, so `receive` is for what is costly."""
         slots = jnp.broadcast_to(x[:, None, None], (x.shape[0], 1, self.shorten_factor, x.shape[1]))
         return self(slots, cache[:, None])[:, 0, self.slot(clock)]
 
