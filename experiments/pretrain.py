@@ -10,7 +10,6 @@ import dataclasses
 import time
 from pathlib import Path
 
-import jax
 from absl import flags
 from flax import nnx
 
@@ -27,6 +26,7 @@ from hourglass_jax import (
 )
 from hourglass_jax.data.corpora import load_tokens, split_tokens
 from hourglass_jax.data.pipeline import consecutive_windows, training_batches
+from hourglass_jax.model import n_parameters
 from hourglass_jax.tokenizers import CharTokenizer
 from hourglass_jax.training.metrics import plot_curves
 from hourglass_jax.training.signals import Signals
@@ -124,8 +124,8 @@ def pretrain(signals: Signals) -> None:
 
     model = nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed))
     check_causality(model)
-    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    print(f"{config.hierarchy}, {n_parameters / 1e6:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes")
+    millions = n_parameters(model) / 1e6
+    print(f"{config.hierarchy}, {millions:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes")
     print(f"{len(train_tokens):,} tokens to train on, {len(valid_tokens):,} for validation -> {out}")
     prompt = valid_tokens[: int(min(32, config.position_limit / 2))]
     sample = launcher.make_sampler(tokenizer, prompt, 200, train.seed, signals)

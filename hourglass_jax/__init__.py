@@ -7,6 +7,7 @@ from hourglass_jax.errors import UsageError
 from hourglass_jax.evaluation import Evaluation, evaluate, evaluate_sliding, score
 from hourglass_jax.hierarchy import Hierarchy
 from hourglass_jax.model import Hourglass, HourglassLM
+from hourglass_jax.summary import summary
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer
 from hourglass_jax.training.checkpoints import load
 
@@ -34,4 +35,5 @@ __all__ = [
     "init_cache",
     "load",
     "score",
+    "summary",
 ]

@@ -14,7 +14,7 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.hierarchy import Level
-from hourglass_jax.model import HourglassLM
+from hourglass_jax.model import HourglassLM, n_parameters
 from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS, AttentionShortening, AttentionUpsampling
 
 
@@ -117,8 +117,13 @@ def position_flops(config: HourglassConfig, seen: Callable[[Level], float], *, d
         level.factor: (level.pre_layers + level.post_layers) * flops(layer) + flops(resampling)
         for level, layer, resampling in work_by_level(config, seen)
     }
-    totals[1] += 2 * d * config.vocab_size
+    totals[1] += head_flops(config)
     return totals
+
+
+def head_flops(config: HourglassConfig) -> int:
+    """Of one token's logits."""
+    return 2 * config.d_model * config.vocab_size
 
 
 def decoding_flops(config: HourglassConfig, length: int) -> dict[int, float]:
@@ -150,8 +155,7 @@ def training_flops(config: HourglassConfig, length: int) -> float:
 
 def count_parameters(config: HourglassConfig) -> int:
     """Trainable parameters, embeddings and head included; allocates nothing."""
-    abstract = nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param)))
+    return n_parameters(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))
 
 
 def state_bytes(config: HourglassConfig) -> int:

@@ -20,6 +20,11 @@ from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS, to_groups
 from hourglass_jax.nn.transformer import Stack
 
 
+def n_parameters(module: nnx.Module | None) -> int:
+    """Trainable parameters, of an abstract module too."""
+    return 0 if module is None else sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
 class Hourglass(nnx.Module):
     """Pre stack, shorten, inner Hourglass, upsample, post stack; at the innermost level a stack alone."""
 
@@ -50,6 +55,17 @@ class Hourglass(nnx.Module):
         short = self.inner(short, keys[2])
         up = self.upsample(to_groups(x, self.shorten_factor), short, key=keys[3])
         return self.post(self.add_upsampled(x, up.reshape(x.shape[0], -1, x.shape[2])), keys[4])
+
+    def __repr__(self) -> str:
+        return f"Hourglass({self.notation!r}, d_model={self.d_model}): {n_parameters(self):,} parameters"
+
+    __str__ = __repr__
+
+    @property
+    def notation(self) -> str:
+        """The paper's, with total factors: of an inner Hourglass too."""
+        stages = f"{self.pre.n_layers}@{self.unit}"
+        return stages if self.inner is None else f"{stages} {self.inner.notation} {self.post.n_layers}@{self.unit}"
 
     def add_upsampled(self, x: jax.Array, up: jax.Array) -> jax.Array:
         """The residual across the bottleneck."""
@@ -132,6 +148,14 @@ class HourglassLM(nnx.Module):
 
     def __call__(self, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
         return self.from_embeddings(self.embed(tokens), key)
+
+    def __repr__(self) -> str:
+        c = self.config
+        sizes = f"d_model={c.d_model}, n_heads={c.n_heads}, d_ff={c.d_ff}, vocab_size={c.vocab_size}"
+        methods = f"{c.shortening} down, {c.upsampling} up, {c.positions} positions"
+        return f"HourglassLM({c.hierarchy!r}, {sizes}, {methods}): {n_parameters(self):,} parameters"
+
+    __str__ = __repr__
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int [B, L] -> [B, L, D], learned positions included."""
