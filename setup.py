@@ -33,6 +33,6 @@ setup(
     extras_require={
         "bench": ["hourglass-transformer-pytorch>=0.0.6", "torch==2.13.0"],
         "cuda": ["jax[cuda]>=0.10.2"],
-        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9"],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.11"],
     },
 )

@@ -113,7 +113,7 @@ class HourglassConfig:
         Learned absolute positions, ReLU, linear pooling, repeat upsampling, a final norm only, shift by k.
         `factors` are read as its code applies them: each factor multiplies the ones before it.
         """
-        options = {
+        options: dict[str, Any] = {
             "hierarchy": str(Hierarchy.from_factors(factors, relative=True)),
             "d_model": n_embedding,
             "n_heads": n_heads,

@@ -31,6 +31,7 @@ class Work(NamedTuple):
 def product_flops(jaxpr: Jaxpr) -> int:
     """FLOPs of the matrix products of a program; of a condition, those of all branches."""
     total = 0
+    equation: Any  # JAX types its variables without their shapes
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
@@ -75,10 +76,10 @@ def resampling_of(
 
     d = config.d_model
     down, up = build(shortening), build(upsampling)
-    down_attends, up_attends = isinstance(down, AttentionShortening), isinstance(up, AttentionUpsampling)
-    mixing = flops(down.pool if down_attends else down, (1, 1, k, d))
-    mixing += flops(up.base if up_attends else up, (1, 1, k, d), (1, 1, d))
-    return Resampling(k, down_attends, up_attends, mixing / (2 * d**2))
+    pool = down.pool if isinstance(down, AttentionShortening) else down
+    base = up.base if isinstance(up, AttentionUpsampling) else up
+    mixing = flops(pool, (1, 1, k, d)) + flops(base, (1, 1, k, d), (1, 1, d))
+    return Resampling(k, pool is not down, base is not up, mixing / (2 * d**2))
 
 
 def work_by_level(config: HourglassConfig, seen: Callable[[Level], float]) -> Iterator[tuple[Level, Work, Work]]:
@@ -177,11 +178,11 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
     d = config.d_model
     hidden = config.d_ff * (3 if config.activation == "gelu" else 2)
     relative = config.positions == "relative"
-    kept, recomputed = 0, 0  # numbers
+    kept = recomputed = 0.0  # numbers
     for level, layer, resampling in work_by_level(config, lambda level: 0):
         positions = -(-length // level.factor)
 
-        def intermediates(work: Work, key_vectors: int, positions: int = positions) -> int:
+        def intermediates(work: Work, key_vectors: int, positions: int = positions) -> float:
             vectors = 6 * work.queries + key_vectors * work.keys + work.mixed
             shared = work.distances * d * relative
             return positions * (batch * (vectors * d + work.queries * hidden) + shared)
@@ -195,7 +196,7 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
                 kept += n_layers * positions * batch * d
                 recomputed = max(recomputed, block)
     logits = 4 * batch * length * config.vocab_size
-    return (kept + recomputed) * jnp.dtype(config.dtype).itemsize + logits
+    return round((kept + recomputed) * jnp.dtype(config.dtype).itemsize) + logits
 
 
 def cache_bytes(config: HourglassConfig, length: int, batch: int = 1) -> int:

@@ -12,9 +12,11 @@ import numpy as np
 from flax import nnx
 
 from hourglass_jax.config import check_range
-from hourglass_jax.data.pipeline import Batch, consecutive_windows, sliding_windows
+from hourglass_jax.data.pipeline import consecutive_windows, sliding_windows
 from hourglass_jax.errors import UsageError
 from hourglass_jax.model import HourglassLM
+
+Array = jax.Array | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,21 @@ class Evaluation:
         return f"loss {self.loss:.4f} | perplexity {self.perplexity:.3f} | BPC {self.bits_per_character:.4f}"
 
 
-def score(model: HourglassLM, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
+def score(model: HourglassLM, tokens: Array, key: jax.Array | None = None) -> jax.Array:
     """log p(token t + 1 | tokens <= t) in nats: int [B, L + 1] -> float [B, L]; `key` turns dropout on."""
-    logits = model(jnp.asarray(tokens)[:, :-1], key)
+    tokens = jnp.asarray(tokens)
+    logits = model(tokens[:, :-1], key)
     target = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return target - jax.nn.logsumexp(logits, axis=-1)
 
 
 @nnx.jit
-def _batch_sums(model: HourglassLM, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _batch_sums(model: HourglassLM, tokens: Array, weights: Array) -> tuple[jax.Array, jax.Array]:
     return -(score(model, tokens) * weights).sum(), weights.sum()
 
 
-def evaluate_batches(model: HourglassLM, batches: Iterable[Batch]) -> Evaluation:
-    """The weighted mean loss over `batches`."""
+def evaluate_batches(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -> Evaluation:
+    """The mean loss over `batches` of tokens int [B, L + 1] and weights [B, L]; see `data.pipeline`."""
     loss = count = 0.0
     for tokens, weights in batches:
         batch_loss, batch_count = _batch_sums(model, tokens, weights)

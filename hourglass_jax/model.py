@@ -74,7 +74,7 @@ class Hourglass(nnx.Module):
 
     def init_cache(self, batch: int, max_length: int) -> dict[str, Any]:
         """What decoding remembers at this level and below; `max_length` in tokens."""
-        cache = {"pre": self.pre.init_cache(batch, max_length)}
+        cache: dict[str, Any] = {"pre": self.pre.init_cache(batch, max_length)}
         if self.inner is not None:
             cache |= {
                 # The outputs of the pre stack that the next group is made of.
@@ -118,6 +118,7 @@ class Hourglass(nnx.Module):
 
     def step_below(self, window: jax.Array, cache: dict[str, Any], clock: Clock) -> dict[str, Any]:
         """Shortens the group whose first position is the newest of the window, and runs the inner Hourglass."""
+        assert self.inner is not None
         short, shorten = self.shorten.step(window[:, : self.shorten_factor], cache["shorten"], clock)
         short, inner = self.inner.step(short, cache["inner"], clock)
         upsample = self.upsample.receive(short, cache["upsample"], clock)

@@ -8,7 +8,7 @@ read of it. Grain prefetches the batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, overload
 
 import grain
 import numpy as np
@@ -107,9 +107,14 @@ class LazyBatches(Sequence[Batch]):
     def __len__(self) -> int:
         return len(self._steps)
 
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> LazyBatches: ...
     def __getitem__(self, index: int | slice) -> Batch | LazyBatches:
-        steps = self._steps[index]
-        return LazyBatches(self._batch_at, steps) if isinstance(index, slice) else self._batch_at(steps)
+        if isinstance(index, slice):
+            return LazyBatches(self._batch_at, self._steps[index])
+        return self._batch_at(self._steps[index])
 
 
 def consecutive_windows(tokens: np.ndarray, block_size: int, batch_size: int) -> LazyBatches:

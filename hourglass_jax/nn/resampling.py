@@ -37,6 +37,10 @@ class Shortening(nnx.Module):
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, rngs: nnx.Rngs):
         pass
 
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Shifted groups [B, G, k, D] -> [B, G, D]; `key` turns dropout on."""
+        raise NotImplementedError
+
     def init_cache(self, batch: int, max_length: int) -> Any:
         """What it remembers of a batch of rows of up to `max_length` tokens."""
         return None
@@ -97,8 +101,12 @@ class Upsampling(nnx.Module):
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, rngs: nnx.Rngs):
         self.shorten_factor = shorten_factor
         self.unit = unit
-        self.cache_shape = (config.d_model,)
+        self.cache_shape: tuple[int, ...] = (config.d_model,)
         self.cache_dtype = config.dtype
+
+    def __call__(self, x: jax.Array, short: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Unshifted groups [B, G, k, D] and shortened vectors [B, G, D] -> [B, G, k, D]; `key` turns dropout on."""
+        raise NotImplementedError
 
     def init_cache(self, batch: int, max_length: int) -> Any:
         """What it remembers of a batch of rows of up to `max_length` tokens: here the newest shortened vectors."""
@@ -151,7 +159,7 @@ class AttentionUpsampling(Upsampling):
     """U + Attention(Q=U, K=V=x'), then a feed-forward, where U = x or x plus another upsampling of x'."""
 
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, base: type | None, rngs: nnx.Rngs):
-        self.base = None if base is None else base(config, shorten_factor, unit, rngs=rngs)
+        self.base: Upsampling | None = None if base is None else base(config, shorten_factor, unit, rngs=rngs)
         self.block = Block(config, unit, cross=True, query_slots=shorten_factor, rngs=rngs)
 
     def __call__(self, x: jax.Array, short: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
@@ -173,6 +181,7 @@ class AttentionUpsampling(Upsampling):
 
     def receive(self, short: jax.Array, cache: dict[str, Any], clock: Clock) -> dict[str, Any]:
         base = None if self.base is None else self.base.receive(short, cache["base"], clock)
+        assert self.block.memory_norm is not None
         keys = self.block.memory_norm(short[:, None])
         return {"base": base, "attention": self.block.attention.write(keys, cache["attention"], clock)}
 

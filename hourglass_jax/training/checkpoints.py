@@ -203,7 +203,7 @@ def load(path: str | Path) -> tuple[HourglassLM, Tokenizer, HourglassConfig]:
     graph, params = nnx.split(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))
     store = CheckpointStore(path) if (Path(path) / CHECKPOINTS).is_dir() else None
     step = store.sound_step(best=True) if store else None
-    if step is None:
+    if store is None or step is None:
         raise UsageError(f"{path}: holds no checkpoint yet; let pretrain.py reach its first evaluation")
     params = store.restore(step, params=on_one_device(params))["params"]
     store.close()
