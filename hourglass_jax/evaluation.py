@@ -21,17 +21,19 @@ Array = jax.Array | np.ndarray
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean over `n_characters` predictions: `loss` in nats."""
+    """Mean over `n_characters` predictions: `loss` in nats a token."""
 
     loss: float
     n_characters: int
 
     @property
     def perplexity(self) -> float:
+        """exp(loss), of a token."""
         return math.exp(min(self.loss, 700.0))
 
     @property
     def bits_per_character(self) -> float:
+        """loss / ln 2: BPC where a token is a character, bits a byte where it is a byte."""
         return self.loss / math.log(2)
 
     def __str__(self) -> str:
@@ -39,7 +41,11 @@ class Evaluation:
 
 
 def score(model: HourglassLM, tokens: Array, key: jax.Array | None = None) -> jax.Array:
-    """log p(token t + 1 | tokens <= t) in nats: int [B, L + 1] -> float [B, L]; `key` turns dropout on."""
+    """log p(token t + 1 | tokens <= t) in nats: int [B, L + 1] -> float [B, L].
+
+    `key` turns dropout on, in a model that trains. Raises UsageError for more than `max_length` tokens to read with
+    learned positions. Compile it for many calls: `nnx.jit(hg.score)`.
+    """
     tokens = jnp.asarray(tokens)
     logits = model(tokens[:, :-1], key)
     target = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
@@ -61,7 +67,11 @@ def evaluate_batches(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -
 
 
 def evaluate(model: HourglassLM, tokens: np.ndarray, *, block_size: int, batch_size: int = 16) -> Evaluation:
-    """A text int [N] in consecutive windows of `block_size` predictions, each without context before it."""
+    """A text int [N] in consecutive windows of `block_size` predictions, each without context before it.
+
+    Every token but the first is predicted once. `batch_size` windows go at once; a text may be memory-mapped. Raises
+    UsageError for fewer than 2 tokens. See `evaluate_sliding` for more context, at more cost.
+    """
     check_text(tokens)
     return evaluate_batches(model, consecutive_windows(tokens, block_size, batch_size))
 
@@ -76,8 +86,8 @@ def evaluate_sliding(
     ends early, with the text: what a prediction sees does not depend on what follows. With `step=window` this is
     `evaluate` with `block_size=window`.
 
-    A text may be memory-mapped: a window is read when its turn comes, `batch_size` at a time. Raises UsageError for
-    a step that leaves tokens out, a text of fewer than 2, and a window longer than learned positions.
+    It costs N / step forward passes over a window, `batch_size` at a time; a text may be memory-mapped. Raises
+    UsageError for a step beyond the window, a text of fewer than 2 tokens, a window longer than learned positions.
     """
     check_range("window", window, 1)
     check_range("step", step, 1, window)

@@ -26,7 +26,11 @@ def n_parameters(module: nnx.Module | None) -> int:
 
 
 class Hourglass(nnx.Module):
-    """Pre stack, shorten, inner Hourglass, upsample, post stack; at the innermost level a stack alone."""
+    """Pre stack, shorten, inner Hourglass, upsample, post stack; at the innermost level a stack alone (Algorithm 1).
+
+    `y = hourglass(x)`: [B, L, D] -> [B, L, D], y[:, t] a function of x[:, :t + 1]. Built of the levels of a hierarchy,
+    `Hourglass(config, config.parsed_hierarchy.levels, rngs=rngs)`; vocabulary and embedding are `HourglassLM`'s.
+    """
 
     def __init__(self, config: HourglassConfig, levels: Sequence[Level], *, rngs: nnx.Rngs):
         level, *inner = levels
@@ -126,11 +130,13 @@ class Hourglass(nnx.Module):
 
 
 class HourglassLM(nnx.Module):
-    """Hourglass language model.
+    """Hourglass language model: `HourglassLM(config, rngs=nnx.Rngs(0))` draws its parameters from the seed 0.
 
-    `logits = model(tokens)`: int [B, L] -> [B, L, vocab_size]; `logits[:, t]` predicts token t + 1 from the
-    tokens <= t. `model(tokens, key)` draws dropout from `key`; without a key, or after `model.eval()`, there
+    `logits = model(tokens)`: int [B, L] -> float [B, L, vocab_size], for any L; `logits[:, t]` predicts token t + 1
+    from the tokens <= t. `model(tokens, key)` draws dropout from `key`; without a key, or after `model.eval()`, there
     is none. Raises UsageError for more than `max_length` tokens with learned positions.
+
+    `score` has log probabilities, `generate` samples, `summary` shows what the levels have and cost.
     """
 
     def __init__(self, config: HourglassConfig, *, rngs: nnx.Rngs):

@@ -197,6 +197,8 @@ def _explained(step: int) -> Iterator[None]:
 def load(path: str | Path) -> tuple[HourglassLM, Tokenizer, HourglassConfig]:
     """Any run directory of this library -> (model, tokenizer, config), at the step of lowest validation loss.
 
+    The model is on the first device and in evaluation mode: no dropout until `model.train()`.
+
     Raises UsageError where `path` is no such directory, holds no whole checkpoint, or does not match its vocabulary.
     """
     config, tokenizer, _ = read_run(path)
