@@ -247,6 +247,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         except (UsageError, OSError) as error:
             fail(argv[0], str(error))
 
+    for flag in FLAGS.get_key_flags_for_module(__name__):
+        FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # so that --help shows what is defined here too
     app.run(guarded, flags_parser=parse)
 
 

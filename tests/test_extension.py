@@ -124,6 +124,11 @@ def test_launchers_take_it_as_a_plugin(tmp_path):
     assert "BPC" in result.stdout, result.stderr
 
 
+def test_help_shows_the_shared_flags(tmp_path):
+    shown = run_forked("pretrain", "--help", cwd=tmp_path).stdout
+    assert all(f"--{flag}:" in shown for flag in ("plugin", "hierarchy", "out"))
+
+
 @pytest.mark.parametrize(
     "plugin, words",
     [
