@@ -27,6 +27,15 @@ setup(
     long_description_content_type="text/markdown",
     author="the hourglass_jax authors",
     license="Apache-2.0",
+    project_urls={"Paper": "https://arxiv.org/abs/2110.13711"},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["hourglass_jax", "hourglass_jax.*", "experiments", "experiments.*"]),
     package_data={"hourglass_jax": ["py.typed", "data/haiku.txt"]},
@@ -34,6 +43,6 @@ setup(
     extras_require={
         "bench": ["hourglass-transformer-pytorch>=0.0.6", "torch==2.13.0"],
         "cuda": ["jax[cuda]>=0.10.2"],
-        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9"],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.11"],
     },
 )

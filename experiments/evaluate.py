@@ -2,6 +2,7 @@
 
 python experiments/evaluate.py --load_model_path=runs/pretrain --data_path=book.txt
 python experiments/evaluate.py --load_model_path=runs/cifar10
+python experiments/evaluate.py --load_model_path=runs/pretrain --protocol=sliding --window=4096 --step=128
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from hourglass_jax import (
     HourglassLM,
     ImageTokenizer,
     UsageError,
+    at_shorten_factor,
     evaluate,
+    evaluate_sliding,
     load,
 )
 from hourglass_jax.config import check_choice
@@ -40,11 +43,21 @@ SPLIT = flags.DEFINE_enum(
     "Cut as in the model's training; default: all of a text, valid of images.",
 )
 BLOCK_SIZE = flags.DEFINE_integer("block_size", None, "Window in tokens; default: as in training.", lower_bound=1)
+PROTOCOL = flags.DEFINE_enum(
+    "protocol", "consecutive", ["consecutive", "sliding"], "sliding: overlapping windows, the paper's test protocol."
+)
+WINDOW = flags.DEFINE_integer("window", 4096, "Tokens a sliding window.", lower_bound=1)
+STEP = flags.DEFINE_integer("step", 128, "Tokens between sliding windows; each scores its last ones.", lower_bound=1)
+FACTOR = flags.DEFINE_integer(
+    "shorten_factor", None, "Use the model at this factor; see pretrain.py --shorten_factors.", lower_bound=2
+)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Windows or images at once.", lower_bound=1)
 
 
 def main(_: list[str]) -> None:
     model, tokenizer, _ = load(LOAD.value)
+    if FACTOR.value:
+        model = at_shorten_factor(model, FACTOR.value)
     if isinstance(tokenizer, ImageTokenizer):
         result, where = evaluate_images(model)
         unit, figures = "bits/dim", {"bits_per_dim": result.bits_per_dim, "n_dims": result.n_characters}
@@ -57,8 +70,9 @@ def main(_: list[str]) -> None:
 
 def evaluate_images(model: HourglassLM) -> tuple[Evaluation, str]:
     """The figures, and what they are of."""
-    if BLOCK_SIZE.value:
-        raise UsageError(f"--block_size: not for {LOAD.value}, a model of images, which have their own length")
+    if BLOCK_SIZE.value or PROTOCOL.value != "consecutive":
+        option = "--block_size" if BLOCK_SIZE.value else "--protocol"
+        raise UsageError(f"{option}: not for {LOAD.value}, a model of images, which have their own length")
     split = SPLIT.value or "valid"
     check_choice("split", split, ImageSplits._fields)
     images = getattr(recorded_images(LOAD.value, DATA_PATH.value), split)
@@ -77,9 +91,13 @@ def evaluate_text(model: HourglassLM, tokenizer: CharTokenizer | ByteTokenizer) 
         tokens = getattr(split_tokens(tokens, data), split)
         if not len(tokens):
             raise UsageError(f"split={split!r} is empty: the model's text was split by {data.split!r}; use 'valid'")
-    block_size = BLOCK_SIZE.value or data.block_size
-    result = evaluate(model, tokens, block_size=block_size, batch_size=BATCH_SIZE.value)
-    return result, f"{result.n_characters:,} characters in windows of {block_size}"
+    if PROTOCOL.value == "sliding":
+        sliding = {"window": WINDOW.value, "step": STEP.value, "batch_size": BATCH_SIZE.value}
+        result, windows = evaluate_sliding(model, tokens, **sliding), f"{WINDOW.value}, step {STEP.value}"
+    else:
+        windows = BLOCK_SIZE.value or data.block_size
+        result = evaluate(model, tokens, block_size=windows, batch_size=BATCH_SIZE.value)
+    return result, f"{result.n_characters:,} characters in windows of {windows}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ python experiments/finetune.py --load_model_path=runs/pretrain --format=prompt -
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -106,8 +105,7 @@ def finetune(signals: Signals) -> None:
     )
     print(f"held-back haiku: {result} (curves in {plot_curves(out)})")
     print(f"sample:\n{first_line}{sample(model)}")
-    command = ["python", "experiments/generate.py", f"--load_model_path={out}", *mode]
-    print(f"\nnext: {shlex.join(command)}")
+    print("\n" + launcher.next_command("generate", f"--load_model_path={out}", *mode))
 
 
 if __name__ == "__main__":

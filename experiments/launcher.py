@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
 import json
 import logging as python_logging
 import os
+import shlex
 import shutil
 import sys
 import zlib
@@ -29,6 +32,9 @@ FLAGS = flags.FLAGS
 Config = TypeVar("Config")
 N_PIECES, PIECE = 64, 65_536  # of a long text's fingerprint; PIECE in tokens
 UNFINISHED = {f"{CONFIG}.tmp", VOCABULARY, f"{VOCABULARY}.tmp"}  # all there is where a run was killed as it started
+PLUGIN = flags.DEFINE_multi_string(
+    "plugin", [], "A Python file or module to import first, e.g. one that registers a shortening; may be repeated."
+)
 _aliases: dict[str, tuple[str, Callable[[str], Any]]] = {}
 
 
@@ -76,6 +82,28 @@ def parse_flag(flag: str, text: str, parse: Callable[[str], Any]) -> Any:
         raise
     except ValueError as error:
         raise UsageError(f"--{flag}={text}: cannot be read as a value of this flag ({error})") from error
+
+
+def import_plugin(plugin: str) -> None:
+    """A file by its path, or a module by its name; raises UsageError where there is none."""
+    path = Path(plugin)
+    if path.suffix != ".py":
+        found = importlib.util.find_spec(plugin.partition(".")[0])
+        if not found:
+            raise UsageError(f"--plugin={plugin}: no such module; give a module's name or the path of a .py file")
+        importlib.import_module(plugin)
+        return
+    if not path.is_file():
+        raise UsageError(f"--plugin={plugin}: no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+def next_command(script: str, *options: str) -> str:
+    """The line that tells what to run after this, with the same plugins."""
+    plugins = [f"--plugin={plugin}" for plugin in PLUGIN.value]
+    return f"next: {shlex.join(['python', f'experiments/{script}.py', *options, *plugins])}"
 
 
 def define_runtime() -> None:
@@ -211,12 +239,16 @@ def run(main: Callable[[list[str]], None]) -> None:
         try:
             if len(argv) > 1:
                 raise UsageError(f"unexpected argument {argv[1]!r}; options are given as --name=value")
+            for plugin in PLUGIN.value:
+                import_plugin(plugin)
             main(argv)
         except Interrupted as interruption:
             print(f"\n{interruption}")
         except (UsageError, OSError) as error:
             fail(argv[0], str(error))
 
+    for flag in FLAGS.get_key_flags_for_module(__name__):
+        FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # so that --help shows what is defined here too
     app.run(guarded, flags_parser=parse)
 
 

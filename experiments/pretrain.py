@@ -8,11 +8,9 @@ python experiments/pretrain.py --data.dataset=cifar10 --data_path=cifar-10-batch
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import time
 from pathlib import Path
 
-import jax
 from absl import flags
 from flax import nnx
 
@@ -28,6 +26,7 @@ from hourglass_jax import (
     UsageError,
     check_causality,
 )
+from hourglass_jax.model import n_parameters
 from hourglass_jax.training.metrics import plot_curves
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
@@ -51,8 +50,12 @@ launcher.define_config("train", TRAIN)
 launcher.define_runtime()
 
 
+def parse_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.replace(",", " ").split())
+
+
 def parse_factors(text: str) -> str:
-    return str(Hierarchy.from_factors([int(part) for part in text.replace(",", " ").split()]))
+    return str(Hierarchy.from_factors(parse_numbers(text)))
 
 
 def parse_betas(text: str) -> tuple[float, float]:
@@ -76,6 +79,7 @@ launcher.define_alias("eps", "optimizer.eps", float)
 launcher.define_alias("steps", "train.steps", int)
 launcher.define_alias("eval_iter", "train.eval_batches", int)
 launcher.define_alias("seed", "train.seed", int)
+launcher.define_alias("shorten_factors", "train.shorten_factors", parse_numbers)
 BETAS = flags.DEFINE_string("betas", None, "Short for --optimizer.beta1 and --optimizer.beta2, e.g. 0.9,0.98.")
 
 
@@ -120,8 +124,8 @@ def pretrain(signals: Signals) -> None:
 
     model = nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed))
     check_causality(model)
-    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    print(f"{config.hierarchy}, {n_parameters / 1e6:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes")
+    millions = n_parameters(model) / 1e6
+    print(f"{config.hierarchy}, {millions:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes")
     print(f"{source.size} -> {out}")
     heading, sample = source.sampler(config.position_limit, train.seed, out, signals)
     result = fit(
@@ -140,7 +144,7 @@ def pretrain(signals: Signals) -> None:
     print(f"validation: {result.summary(source.unit)} ({time.perf_counter() - started:.0f} s, curves in {plot})")
     print(f"sample: {heading}{sample(model)}")
     script, *options = source.next_command
-    print(f"\nnext: {shlex.join(['python', script, f'--load_model_path={out}', *options])}")
+    print("\n" + launcher.next_command(script, f"--load_model_path={out}", *options))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class TextSource:
     """A text in windows."""
 
     unit = "BPC"
-    next_command = ("experiments/finetune.py",)
+    next_command = ("finetune",)
 
     def __init__(self, config: DataConfig, vocabulary: CharTokenizer | None = None):
         tokens, self.tokenizer = load_tokens(config, vocabulary)
@@ -50,7 +50,7 @@ class ImageSource:
     """Images, each a sequence of its own."""
 
     unit = "bits/dim"
-    next_command = ("experiments/generate.py", "--gen_mode=complete", f"--num_samples={COLUMNS}")
+    next_command = ("generate", "--gen_mode=complete", f"--num_samples={COLUMNS}")
 
     def __init__(self, config: DataConfig):
         self.train, self.valid = load_images(config.path, config.dataset, config.image_size)

@@ -11,7 +11,7 @@ from hourglass_jax.model import HourglassLM
 
 
 class CausalityError(AssertionError):
-    """A prediction depends on a token it may not see."""
+    """A prediction depends on a token it may not see; the message names the first such pair. See `check_causality`."""
 
 
 @nnx.jit
@@ -31,15 +31,17 @@ def influence(model: HourglassLM, tokens: jax.Array) -> np.ndarray:
     """How much each prediction depends on each token: int [L] -> float [L, L].
 
     Entry (t, s) is the largest absolute derivative, over the embedding's coordinates, of a random projection of
-    `logits[t]` with respect to the embedding of token s. Exactly zero means: no dependence.
+    `logits[t]` with respect to the embedding of token s. Exactly zero means: no dependence. Memory is that of L
+    backward passes at once.
     """
     return np.asarray(_gradient_norms(model, jnp.asarray(tokens)))
 
 
 def check_causality(model: HourglassLM, length: int | None = None) -> None:
-    """Raises CausalityError unless d logits_t / d token_{>t} is exactly zero.
+    """Raises CausalityError unless d logits_t / d token_{>t} is exactly zero (section 2 of the paper: the shift).
 
-    `length` in tokens; by default two whole groups of the innermost level and one position more.
+    `length` in tokens, of random ones; by default two whole groups of the innermost level and one position more. Takes
+    seconds, most of them to compile, so do it once before training a new method or mask.
     """
     if length is None:
         length = 2 * model.config.parsed_hierarchy.total_factor + 1

@@ -38,26 +38,47 @@ def check_image_size(dataset: str, image_size: int) -> None:
 
 @dataclass(frozen=True)
 class HourglassConfig:
-    """Architecture of an `HourglassLM`. The defaults are the paper's enwik8 ablation model `2@1 8@3 2@1`."""
+    """Architecture of an `HourglassLM`. The defaults are the paper's enwik8 ablation model `2@1 8@3 2@1` (section 3).
+
+    vocab_size: of the tokens, 0 .. vocab_size - 1.
+    hierarchy: the paper's notation, layers@factor with total factors; see `Hierarchy`. Stored normalised.
+    d_model, d_ff: numbers in a position's vector, and in a feed-forward's hidden one.
+    n_heads: of attention; divides d_model.
+    shortening: average | linear | attention_average | attention_linear, or another of `registry.SHORTENINGS`.
+    upsampling: repeat | linear | attention | attention_repeat | attention_linear, or another of `registry.UPSAMPLINGS`.
+    positions: relative (Transformer-XL) | rotary | learned (absolute, added to the tokens).
+    dropout: probability, of the embedding, attention and both residuals of a block.
+    max_length: tokens; bounds learned positions and default caches.
+    activation: gelu (tanh form) | relu.
+    initialization: of weight matrices, normal (0.02) | xavier (uniform); embeddings have standard deviation 1.
+    norm: stack (after every stack and every upsampling, as Trax) | final (before the head only).
+    shift: paper (k-1) | original (k, the original project's, one character staler).
+    dtype: of the computation, float32 | bfloat16 | float64; parameters stay float32.
+    max_unrolled_layers: deeper stacks are one scanned body, so that compile time stays flat.
+    attention: blocked | fused (JAX's kernel where it can: no relative positions, no dropout).
+    remat: what the backward pass computes again, none | dots (all but matrix products) | full (layers) | auto.
+
+    Raises UsageError, one line, for what is out of range or does not fit together.
+    """
 
     vocab_size: int
-    hierarchy: str = "2@1 8@3 2@1"  # the paper's notation, total factors; stored normalised
+    hierarchy: str = "2@1 8@3 2@1"
     d_model: int = 512
     n_heads: int = 8
     d_ff: int = 2048
-    shortening: str = "attention_average"  # average | linear | attention_average | attention_linear
-    upsampling: str = "attention_linear"  # repeat | linear | attention | attention_repeat | attention_linear
-    positions: str = "relative"  # relative (Transformer-XL) | rotary | learned (absolute, added to the tokens)
+    shortening: str = "attention_average"
+    upsampling: str = "attention_linear"
+    positions: str = "relative"
     dropout: float = 0.0
-    max_length: int = 2048  # bounds learned positions and default caches, in tokens
-    activation: str = "gelu"  # gelu (tanh form) | relu
-    initialization: str = "normal"  # of weight matrices: normal (0.02) | xavier (uniform); embeddings: 1.0
-    norm: str = "stack"  # stack (after every stack and every upsampling, as Trax) | final (before the head only)
-    shift: str = "paper"  # paper (k-1) | original (k, the original project's, one character staler)
-    dtype: str = "float32"  # of the computation: float32 | bfloat16 | float64; parameters stay float32
-    max_unrolled_layers: int = 4  # deeper stacks are one scanned body: compile time stays flat
-    attention: str = "blocked"  # blocked | fused (JAX's kernel where it can: no relative positions, no dropout)
-    remat: str = "auto"  # recomputed in the backward pass: none | dots (all but matrix products) | full layers | auto
+    max_length: int = 2048
+    activation: str = "gelu"
+    initialization: str = "normal"
+    norm: str = "stack"
+    shift: str = "paper"
+    dtype: str = "float32"
+    max_unrolled_layers: int = 4
+    attention: str = "blocked"
+    remat: str = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hierarchy", str(Hierarchy.parse(self.hierarchy)))
@@ -87,6 +108,7 @@ class HourglassConfig:
 
     @property
     def head_dim(self) -> int:
+        """Numbers in a head's queries, keys and values."""
         return self.d_model // self.n_heads
 
     @property
@@ -105,6 +127,7 @@ class HourglassConfig:
 
     @property
     def parsed_hierarchy(self) -> Hierarchy:
+        """With its levels and factors."""
         return Hierarchy.parse(self.hierarchy)
 
     @classmethod
@@ -123,7 +146,7 @@ class HourglassConfig:
         Learned absolute positions, ReLU, linear pooling, repeat upsampling, a final norm only, shift by k.
         `factors` are read as its code applies them: each factor multiplies the ones before it.
         """
-        options = {
+        options: dict[str, Any] = {
             "hierarchy": str(Hierarchy.from_factors(factors, relative=True)),
             "d_model": n_embedding,
             "n_heads": n_heads,
@@ -172,16 +195,22 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a schedule; the defaults are the paper's (section 3): no weight decay, no clipping."""
+    """AdamW with a schedule; the defaults are the paper's (section 3): no weight decay, no clipping.
 
-    learning_rate: float = 4e-4  # the peak
-    schedule: str = "cosine"  # cosine (to 0) | inverse_sqrt | constant, each after a linear warm-up
+    learning_rate: the peak.
+    schedule: cosine (to 0) | inverse_sqrt | constant, each after a linear warm-up of warmup_steps.
+    beta1, beta2, eps, weight_decay: Adam's.
+    clip_norm: of the gradient of all parameters; 0: no clipping.
+    """
+
+    learning_rate: float = 4e-4
+    schedule: str = "cosine"
     warmup_steps: int = 100
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-9
     weight_decay: float = 0.0
-    clip_norm: float = 0.0  # global gradient norm; 0: no clipping
+    clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, ("cosine", "inverse_sqrt", "constant"))
@@ -196,13 +225,20 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long to train, and how often to look."""
+    """How long to train, and how often to look.
+
+    steps: batches.
+    eval_interval: steps between evaluations, each with a checkpoint.
+    eval_batches: batches an evaluation during training; the last one reads the whole split.
+    seed: of initialisation, order and dropout.
+    shorten_factors: one of them is drawn each step (section 4.1); none: the hierarchy's own.
+    """
 
     steps: int = 1000
-    eval_interval: int = 200  # steps between evaluations and checkpoints
-    eval_batches: int = 20  # batches an evaluation during training; the last one reads the whole split
+    eval_interval: int = 200
+    eval_batches: int = 20
     seed: int = 0
-    shorten_factors: tuple[int, ...] = ()  # one of them is drawn each step (section 4.1); none: the hierarchy's own
+    shorten_factors: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_interval", "eval_batches"):
@@ -214,14 +250,22 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Where and how watched a run is. None of it changes what is learned: it may differ when a run goes on."""
+    """Where and how watched a run is. None of it changes what is learned: it may differ when a run goes on.
 
-    data: int = -1  # devices among which a batch is divided; -1: all that fsdp leaves
-    fsdp: int = 1  # devices among which parameters and optimiser state are divided, and the batch too
-    accumulate: int = 1  # parts a batch is taken in, one after another, to save memory
-    checkpoint_interval: int = 0  # steps between checkpoints beside those of each evaluation; 0: none
-    sample_interval: int = 0  # steps between samples during training; 0: none
-    profile_steps: str = ""  # first:last steps to profile, e.g. 10:12
+    data: devices among which a batch is divided; -1: all that fsdp leaves.
+    fsdp: devices among which parameters and optimiser state are divided, and the batch too.
+    accumulate: parts a batch is taken in, one after another, to save memory.
+    checkpoint_interval: steps between checkpoints beside those of each evaluation; 0: none.
+    sample_interval: steps between samples during training; 0: none.
+    profile_steps: first:last steps to profile, e.g. 10:12; empty: none.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    accumulate: int = 1
+    checkpoint_interval: int = 0
+    sample_interval: int = 0
+    profile_steps: str = ""
 
     def __post_init__(self) -> None:
         for name in ("fsdp", "accumulate"):

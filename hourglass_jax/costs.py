@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.hierarchy import Level
-from hourglass_jax.model import HourglassLM
+from hourglass_jax.model import HourglassLM, n_parameters
+from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS, AttentionShortening, AttentionUpsampling
 
 
 class Work(NamedTuple):
@@ -21,7 +25,61 @@ class Work(NamedTuple):
     keys: float  # each with a value
     pairs: float  # of a query and a key it sees
     distances: float  # relative keys, the same for every sequence of a batch
-    mixed: float = 0  # projections of linear shortening and upsampling
+    mixed: float = 0  # d_model x d_model projections of shortening and upsampling, attention aside
+
+
+def product_flops(jaxpr: Jaxpr) -> int:
+    """FLOPs of the matrix products of a program; of a condition, those of all branches."""
+    total = 0
+    equation: Any  # JAX types its variables without their shapes
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+        repeats = equation.params.get("length", 1)  # of a scan
+        total += repeats * sum(map(product_flops, jaxprs_in_params(equation.params)))
+    return total
+
+
+class Resampling(NamedTuple):
+    """Shortening by k and upsampling: whether each attends, and what else they project for a group; see `Work`."""
+
+    k: int
+    down_attends: bool
+    up_attends: bool
+    mixed: float
+
+
+NO_RESAMPLING = Resampling(0, False, False, 0)
+
+
+@functools.cache
+def resampling_of(
+    shortening: Callable[..., Any], upsampling: Callable[..., Any], config: HourglassConfig, k: int
+) -> Resampling:
+    """Read off the methods themselves, so that a new one needs no entry here: a call on one group is traced.
+
+    An estimate for a method that looks at other groups in a way of its own, not that of `AttentionShortening` or
+    `AttentionUpsampling`: it is counted as if it saw its group alone.
+    """
+
+    def build(method: Callable[..., Any]) -> nnx.Module:
+        return nnx.eval_shape(lambda: method(config, k, 1, rngs=nnx.Rngs(0)))
+
+    def flops(module: nnx.Module | None, *shapes: tuple[int, ...]) -> int:
+        if module is None:
+            return 0
+        graph, params = nnx.split(module)
+        inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        return product_flops(jax.make_jaxpr(lambda params, *x: nnx.merge(graph, params)(*x))(params, *inputs).jaxpr)
+
+    d = config.d_model
+    down, up = build(shortening), build(upsampling)
+    pool = down.pool if isinstance(down, AttentionShortening) else down
+    base = up.base if isinstance(up, AttentionUpsampling) else up
+    mixing = flops(pool, (1, 1, k, d)) + flops(base, (1, 1, k, d), (1, 1, d))
+    return Resampling(k, pool is not down, base is not up, mixing / (2 * d**2))
 
 
 def work_by_level(config: HourglassConfig, seen: Callable[[Level], float]) -> Iterator[tuple[Level, Work, Work]]:
@@ -29,23 +87,22 @@ def work_by_level(config: HourglassConfig, seen: Callable[[Level], float]) -> It
 
     The shortening that feeds a level counts as its own, and so do the keys that it offers to the upsampling.
     """
-    shortens = config.shortening.startswith("attention")
-    upsamples = config.upsampling.startswith("attention")
-    linears = config.shortening.endswith("linear") + config.upsampling.endswith("linear")
+    methods = SHORTENINGS[config.shortening], UPSAMPLINGS[config.upsampling]
     levels = config.parsed_hierarchy.levels
-    k = 0  # nothing feeds the tokens
+    above = NO_RESAMPLING  # nothing feeds the tokens
     for level, inner in zip(levels, (*levels[1:], None), strict=True):
         rows = seen(level)
-        down, up = shortens and k > 0, upsamples and inner is not None
+        below = resampling_of(*methods, config, level.shorten_factor) if inner else NO_RESAMPLING
+        down_keys = above.k * above.down_attends
         resampling = Work(
-            queries=down + up,
-            keys=k * down + (upsamples and k > 0),
-            pairs=k * rows * down + (seen(inner) if up else 0),
-            distances=k * down + up,
-            mixed=k * linears,
+            queries=above.down_attends + below.up_attends,
+            keys=down_keys + above.up_attends,
+            pairs=down_keys * rows + (seen(inner) if inner and below.up_attends else 0),
+            distances=down_keys + below.up_attends,
+            mixed=above.mixed,
         )
         yield level, Work(queries=1, keys=1, pairs=rows, distances=1), resampling
-        k = level.shorten_factor
+        above = below
 
 
 def position_flops(config: HourglassConfig, seen: Callable[[Level], float], *, distances: bool) -> dict[int, float]:
@@ -61,8 +118,13 @@ def position_flops(config: HourglassConfig, seen: Callable[[Level], float], *, d
         level.factor: (level.pre_layers + level.post_layers) * flops(layer) + flops(resampling)
         for level, layer, resampling in work_by_level(config, seen)
     }
-    totals[1] += 2 * d * config.vocab_size
+    totals[1] += head_flops(config)
     return totals
+
+
+def head_flops(config: HourglassConfig) -> int:
+    """Of one token's logits."""
+    return 2 * config.d_model * config.vocab_size
 
 
 def decoding_flops(config: HourglassConfig, length: int) -> dict[int, float]:
@@ -94,8 +156,7 @@ def training_flops(config: HourglassConfig, length: int) -> float:
 
 def count_parameters(config: HourglassConfig) -> int:
     """Trainable parameters, embeddings and head included; allocates nothing."""
-    abstract = nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param)))
+    return n_parameters(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))
 
 
 def state_bytes(config: HourglassConfig) -> int:
@@ -117,11 +178,11 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
     d = config.d_model
     hidden = config.d_ff * (3 if config.activation == "gelu" else 2)
     relative = config.positions == "relative"
-    kept, recomputed = 0, 0  # numbers
+    kept = recomputed = 0.0  # numbers
     for level, layer, resampling in work_by_level(config, lambda level: 0):
         positions = -(-length // level.factor)
 
-        def intermediates(work: Work, key_vectors: int, positions: int = positions) -> int:
+        def intermediates(work: Work, key_vectors: int, positions: int = positions) -> float:
             vectors = 6 * work.queries + key_vectors * work.keys + work.mixed
             shared = work.distances * d * relative
             return positions * (batch * (vectors * d + work.queries * hidden) + shared)
@@ -135,7 +196,7 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
                 kept += n_layers * positions * batch * d
                 recomputed = max(recomputed, block)
     logits = 4 * batch * length * config.vocab_size
-    return (kept + recomputed) * jnp.dtype(config.dtype).itemsize + logits
+    return round((kept + recomputed) * jnp.dtype(config.dtype).itemsize) + logits
 
 
 def cache_bytes(config: HourglassConfig, length: int, batch: int = 1) -> int:

@@ -32,7 +32,11 @@ ROWS_PER_CORE = 4  # on a CPU, where a step of few rows keeps one core busy, lar
 
 
 def init_cache(model: HourglassLM, batch: int, max_length: int) -> Cache:
-    """An empty cache for `batch` rows of at least `max_length` tokens, for `model.prefill` and `model.step`."""
+    """An empty cache for `batch` rows of at least `max_length` tokens, prompt included.
+
+    `logits, cache = model.step(tokens, cache)` takes one token a row, int [B] -> [B, V]; `model.prefill` reads prompts
+    in one pass. `generate` does both. `costs.cache_bytes` says how large it is. Raises UsageError below 1.
+    """
     check_range("batch", batch, 1)
     check_range("max_length", max_length, 1)
     return model.init_cache(batch, round_up(max_length, model.config.parsed_hierarchy.total_factor))
@@ -177,11 +181,13 @@ def generate(
     stream: Callable[[list[np.ndarray]], None] | None = None,
     max_context: int | None = None,
 ) -> list[np.ndarray]:
-    """Continues each prompt; returns the new tokens of each row, up to and without `stop_token`.
+    """Continues each prompt; returns the new tokens of each row, int32 [n], up to and without `stop_token`.
 
-    prompts: token lists of any lengths, each at least one token.
+    Levels run once a group, from caches: the logits are those of the whole text in one forward pass.
+
+    prompts: token lists of any lengths, each at least one token, e.g. `[tokenizer.encode("an old")]`.
     max_tokens: new tokens a row at most.
-    key: typed PRNG key; a row's sample is the same whatever batch it sits in, and equal prompts differ.
+    key: such as `jax.random.key(0)`; a row's sample is the same whatever batch it sits in, and equal prompts differ.
     temperature: 0 is greedy; top_k, top_p: cut the tempered distribution to the likeliest tokens.
     banned_tokens: never sampled.
     stream: called every few tokens with what each row has gained since the last call.

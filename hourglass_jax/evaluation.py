@@ -11,24 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hourglass_jax.data.pipeline import Batch, consecutive_windows
+from hourglass_jax.config import check_range
+from hourglass_jax.data.pipeline import consecutive_windows, sliding_windows
 from hourglass_jax.errors import UsageError
 from hourglass_jax.model import HourglassLM
+
+Array = jax.Array | np.ndarray
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean over `n_characters` predictions: `loss` in nats."""
+    """Mean over `n_characters` predictions: `loss` in nats a token."""
 
     loss: float
     n_characters: int
 
     @property
     def perplexity(self) -> float:
+        """exp(loss), of a token."""
         return math.exp(min(self.loss, 700.0))
 
     @property
     def bits_per_character(self) -> float:
+        """loss / ln 2: BPC where a token is a character, bits a byte where it is a byte."""
         return self.loss / math.log(2)
 
     bits_per_dim = bits_per_character  # its name where a prediction is a channel of a pixel
@@ -40,20 +45,25 @@ class Evaluation:
         return self.summary()
 
 
-def score(model: HourglassLM, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """log p(token t + 1 | tokens <= t) in nats: int [B, L + 1] -> float [B, L]; `key` turns dropout on."""
-    logits = model(jnp.asarray(tokens)[:, :-1], key)
+def score(model: HourglassLM, tokens: Array, key: jax.Array | None = None) -> jax.Array:
+    """log p(token t + 1 | tokens <= t) in nats: int [B, L + 1] -> float [B, L].
+
+    `key` turns dropout on, in a model that trains. Raises UsageError for more than `max_length` tokens to read with
+    learned positions. Compile it for many calls: `nnx.jit(hg.score)`.
+    """
+    tokens = jnp.asarray(tokens)
+    logits = model(tokens[:, :-1], key)
     target = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return target - jax.nn.logsumexp(logits, axis=-1)
 
 
 @nnx.jit
-def _batch_sums(model: HourglassLM, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _batch_sums(model: HourglassLM, tokens: Array, weights: Array) -> tuple[jax.Array, jax.Array]:
     return -(score(model, tokens) * weights).sum(), weights.sum()
 
 
-def evaluate_batches(model: HourglassLM, batches: Iterable[Batch]) -> Evaluation:
-    """The weighted mean loss over `batches`."""
+def evaluate_batches(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -> Evaluation:
+    """The mean loss over `batches` of tokens int [B, L + 1] and weights [B, L]; see `data.pipeline`."""
     loss = count = 0.0
     for tokens, weights in batches:
         batch_loss, batch_count = _batch_sums(model, tokens, weights)
@@ -62,19 +72,52 @@ def evaluate_batches(model: HourglassLM, batches: Iterable[Batch]) -> Evaluation
 
 
 @nnx.jit
-def _batch_hits(model: HourglassLM, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _batch_hits(model: HourglassLM, tokens: Array, weights: Array) -> tuple[jax.Array, jax.Array]:
     hits = model(tokens[:, :-1]).argmax(axis=-1) == tokens[:, 1:]
     return (hits * weights).sum(), weights.sum()
 
 
-def accuracy(model: HourglassLM, batches: Iterable[Batch]) -> float:
+def accuracy(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -> float:
     """The weighted share of `batches`' tokens that are the most likely ones."""
     hits, count = np.sum([[float(part) for part in _batch_hits(model, *batch)] for batch in batches], axis=0)
     return float(hits / count)
 
 
 def evaluate(model: HourglassLM, tokens: np.ndarray, *, block_size: int, batch_size: int = 16) -> Evaluation:
-    """A text int [N] in consecutive windows of `block_size` predictions, each without context before it."""
+    """A text int [N] in consecutive windows of `block_size` predictions, each without context before it.
+
+    Every token but the first is predicted once. `batch_size` windows go at once; a text may be memory-mapped. Raises
+    UsageError for fewer than 2 tokens. See `evaluate_sliding` for more context, at more cost.
+    """
+    check_text(tokens)
+    return evaluate_batches(model, consecutive_windows(tokens, block_size, batch_size))
+
+
+def evaluate_sliding(
+    model: HourglassLM, tokens: np.ndarray, *, window: int = 4096, step: int = 128, batch_size: int = 1
+) -> Evaluation:
+    """A text int [N] in overlapping windows, the paper's test protocol (section 3): every token but the first once.
+
+    Windows of `window` predictions start every `step` tokens. The first counts whole, since nothing comes before it;
+    each of the others counts its last `step` predictions, which so see more than `window - step` tokens. The last one
+    ends early, with the text: what a prediction sees does not depend on what follows. With `step=window` this is
+    `evaluate` with `block_size=window`.
+
+    It costs N / step forward passes over a window, `batch_size` at a time; a text may be memory-mapped. Raises
+    UsageError for a step beyond the window, a text of fewer than 2 tokens, a window longer than learned positions.
+    """
+    check_range("window", window, 1)
+    check_range("step", step, 1, window)
+    check_range("batch_size", batch_size, 1)
+    check_text(tokens)
+    if window > model.config.position_limit:
+        raise UsageError(
+            f"window={window} is longer than the learned positions, which end at max_length="
+            f"{model.config.max_length}; choose a smaller window"
+        )
+    return evaluate_batches(model, sliding_windows(tokens, window, step, batch_size))
+
+
+def check_text(tokens: np.ndarray) -> None:
     if len(tokens) < 2:
         raise UsageError(f"the text has {len(tokens)} tokens; evaluation needs at least 2")
-    return evaluate_batches(model, consecutive_windows(tokens, block_size, batch_size))

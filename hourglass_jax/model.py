@@ -20,8 +20,17 @@ from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS, to_groups
 from hourglass_jax.nn.transformer import Stack
 
 
+def n_parameters(module: nnx.Module | None) -> int:
+    """Trainable parameters, of an abstract module too."""
+    return 0 if module is None else sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
 class Hourglass(nnx.Module):
-    """Pre stack, shorten, inner Hourglass, upsample, post stack; at the innermost level a stack alone."""
+    """Pre stack, shorten, inner Hourglass, upsample, post stack; at the innermost level a stack alone (Algorithm 1).
+
+    `y = hourglass(x)`: [B, L, D] -> [B, L, D], y[:, t] a function of x[:, :t + 1]. Built of the levels of a hierarchy,
+    `Hourglass(config, config.parsed_hierarchy.levels, rngs=rngs)`; vocabulary and embedding are `HourglassLM`'s.
+    """
 
     def __init__(self, config: HourglassConfig, levels: Sequence[Level], *, rngs: nnx.Rngs):
         level, *inner = levels
@@ -51,6 +60,17 @@ class Hourglass(nnx.Module):
         up = self.upsample(to_groups(x, self.shorten_factor), short, key=keys[3])
         return self.post(self.add_upsampled(x, up.reshape(x.shape[0], -1, x.shape[2])), keys[4])
 
+    def __repr__(self) -> str:
+        return f"Hourglass({self.notation!r}, d_model={self.d_model}): {n_parameters(self):,} parameters"
+
+    __str__ = __repr__
+
+    @property
+    def notation(self) -> str:
+        """The paper's, with total factors: of an inner Hourglass too."""
+        stages = f"{self.pre.n_layers}@{self.unit}"
+        return stages if self.inner is None else f"{stages} {self.inner.notation} {self.post.n_layers}@{self.unit}"
+
     def add_upsampled(self, x: jax.Array, up: jax.Array) -> jax.Array:
         """The residual across the bottleneck."""
         up = up[:, : x.shape[1]] if x.ndim == 3 else up
@@ -58,7 +78,7 @@ class Hourglass(nnx.Module):
 
     def init_cache(self, batch: int, max_length: int) -> dict[str, Any]:
         """What decoding remembers at this level and below; `max_length` in tokens."""
-        cache = {"pre": self.pre.init_cache(batch, max_length)}
+        cache: dict[str, Any] = {"pre": self.pre.init_cache(batch, max_length)}
         if self.inner is not None:
             cache |= {
                 # The outputs of the pre stack that the next group is made of.
@@ -102,6 +122,7 @@ class Hourglass(nnx.Module):
 
     def step_below(self, window: jax.Array, cache: dict[str, Any], clock: Clock) -> dict[str, Any]:
         """Shortens the group whose first position is the newest of the window, and runs the inner Hourglass."""
+        assert self.inner is not None
         short, shorten = self.shorten.step(window[:, : self.shorten_factor], cache["shorten"], clock)
         short, inner = self.inner.step(short, cache["inner"], clock)
         upsample = self.upsample.receive(short, cache["upsample"], clock)
@@ -109,11 +130,13 @@ class Hourglass(nnx.Module):
 
 
 class HourglassLM(nnx.Module):
-    """Hourglass language model.
+    """Hourglass language model: `HourglassLM(config, rngs=nnx.Rngs(0))` draws its parameters from the seed 0.
 
-    `logits = model(tokens)`: int [B, L] -> [B, L, vocab_size]; `logits[:, t]` predicts token t + 1 from the
-    tokens <= t. `model(tokens, key)` draws dropout from `key`; without a key, or after `model.eval()`, there
+    `logits = model(tokens)`: int [B, L] -> float [B, L, vocab_size], for any L; `logits[:, t]` predicts token t + 1
+    from the tokens <= t. `model(tokens, key)` draws dropout from `key`; without a key, or after `model.eval()`, there
     is none. Raises UsageError for more than `max_length` tokens with learned positions.
+
+    `score` has log probabilities, `generate` samples, `summary` shows what the levels have and cost.
     """
 
     def __init__(self, config: HourglassConfig, *, rngs: nnx.Rngs):
@@ -132,6 +155,14 @@ class HourglassLM(nnx.Module):
 
     def __call__(self, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
         return self.from_embeddings(self.embed(tokens), key)
+
+    def __repr__(self) -> str:
+        c = self.config
+        sizes = f"d_model={c.d_model}, n_heads={c.n_heads}, d_ff={c.d_ff}, vocab_size={c.vocab_size}"
+        methods = f"{c.shortening} down, {c.upsampling} up, {c.positions} positions"
+        return f"HourglassLM({c.hierarchy!r}, {sizes}, {methods}): {n_parameters(self):,} parameters"
+
+    __str__ = __repr__
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int [B, L] -> [B, L, D], learned positions included."""

@@ -40,10 +40,12 @@ class CharTokenizer:
 
     @classmethod
     def from_text(cls, text: str, *, clean: bool = False) -> CharTokenizer:
+        """With the characters of `text`, of its cleaned form with `clean`."""
         return cls(sorted(set(_clean(text) if clean else text)), clean=clean)
 
     @property
     def vocab_size(self) -> int:
+        """Specials included."""
         return len(self.SPECIALS) + len(self.characters)
 
     def encode(self, text: str) -> np.ndarray:
@@ -56,7 +58,7 @@ class CharTokenizer:
         return sorted(set(_clean(text) if self.clean else text) - set(self._ids))
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """Leaves out the special tokens."""
+        """int [L] -> text, without the special tokens."""
         n = len(self.SPECIALS)
         return "".join(self.characters[t - n] for t in np.asarray(tokens).tolist() if t >= n)
 
@@ -72,6 +74,7 @@ class CharTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> CharTokenizer:
+        """What `save` wrote; raises UsageError for another file."""
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             names = sorted(record["vocabulary"], key=record["vocabulary"].get)
@@ -99,10 +102,11 @@ class ByteTokenizer:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
     def unknown(self, text: str) -> list[str]:
+        """None: every text has bytes."""
         return []
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """Bytes that are not UTF-8 become the replacement character."""
+        """int [L] -> text; bytes that are not UTF-8 become the replacement character."""
         return self.stream_decoder()(tokens, final=True)
 
     def stream_decoder(self) -> Callable[..., str]:

@@ -132,6 +132,16 @@ def test_evaluation_ends_with_its_figures_as_json(home):
     assert 1 < figures["bpc"] < 7
 
 
+def test_sliding_windows_give_more_context_to_as_many_characters(home):
+    sliding = ["--protocol=sliding", "--window=64", "--step=8"]
+    flags = ["--data_path=text.txt", "--split=valid", "--block_size=8"]
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda flags: succeed("evaluate", *flags, cwd=home), [flags, [*flags, *sliding]])
+    consecutive, overlapping = (json.loads(result.stdout.splitlines()[-1]) for result in results)
+    assert overlapping["n_characters"] == consecutive["n_characters"]
+    assert overlapping["loss"] < consecutive["loss"]
+
+
 def copy_of_run(home, directory):
     """`directory` with the text and a copy of the pretrained run."""
     shutil.copy(home / "text.txt", directory)
@@ -211,6 +221,7 @@ OTHERS = [
     ("finetune", ["--load_model_path=run", "--data_path=text.txt", "--format=sonnet"], "format"),
     ("evaluate", ["--load_model_path=run", "--data_path=nowhere.txt"], "nowhere.txt"),
     ("evaluate", ["--load_model_path=run", "--split=half"], "split"),
+    ("evaluate", ["--load_model_path=run", "--data_path=text.txt", "--protocol=sliding", "--step=5000"], "step"),
 ] + [
     (script, [f"--load_model_path={directory}"], words)
     for script in ("generate", "finetune", "evaluate")

@@ -55,8 +55,8 @@ def usable_haiku(haiku: list[str], tokenizer: Tokenizer, block_size: int) -> lis
 
 
 def make_examples(haiku: list[str], tokenizer: Tokenizer, form: str) -> Batch:
-    encoded = [encode_haiku(poem, tokenizer, form) for poem in haiku]
-    return pack_examples(*zip(*encoded, strict=True), pad_id=tokenizer.eos_id)
+    sequences, loss_from = zip(*(encode_haiku(poem, tokenizer, form) for poem in haiku), strict=True)
+    return pack_examples(sequences, loss_from, tokenizer.eos_id)
 
 
 def is_haiku(text: str, n_lines: int = 3) -> bool:

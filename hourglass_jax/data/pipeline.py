@@ -8,7 +8,7 @@ read of it. Grain prefetches the batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, overload
 
 import grain
 import numpy as np
@@ -107,21 +107,36 @@ class LazyBatches(Sequence[Batch]):
     def __len__(self) -> int:
         return len(self._steps)
 
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> LazyBatches: ...
     def __getitem__(self, index: int | slice) -> Batch | LazyBatches:
-        steps = self._steps[index]
-        return LazyBatches(self._batch_at, steps) if isinstance(index, slice) else self._batch_at(steps)
+        if isinstance(index, slice):
+            return LazyBatches(self._batch_at, self._steps[index])
+        return self._batch_at(self._steps[index])
 
 
 def consecutive_windows(tokens: np.ndarray, block_size: int, batch_size: int) -> LazyBatches:
     """The whole text once, in windows of at most block_size predictions without context before them."""
-    n_windows = -(-(len(tokens) - 1) // block_size)
+    return sliding_windows(tokens, block_size, block_size, batch_size)
 
-    def batch_at(step: int) -> Batch:
-        starts = (step * batch_size + np.arange(batch_size)) * block_size
-        positions = starts[:, None] + np.arange(block_size + 1)
-        inside = (positions < len(tokens)) & (starts < len(tokens) - 1)[:, None]
+
+def sliding_windows(tokens: np.ndarray, window: int, step: int, batch_size: int) -> LazyBatches:
+    """The whole text once, in windows of at most `window` predictions that start every `step` tokens.
+
+    Each window carries weight for what the ones before it do not predict: the first for all of it, the others for
+    their last `step` predictions, fewer at the end of the text.
+    """
+    n_windows = (len(tokens) > 1) + max(-(-(len(tokens) - 1 - window) // step), 0)
+
+    def batch_at(index: int) -> Batch:
+        number = index * batch_size + np.arange(batch_size)[:, None]
+        positions = number * step + np.arange(window + 1)
+        inside = (positions < len(tokens)) & (number < n_windows)
         windows = np.where(inside, tokens[np.minimum(positions, len(tokens) - 1)], 0)
-        return windows.astype(np.int32), inside[:, 1:].astype(np.float32)
+        fresh = (number == 0) | (np.arange(window) >= window - step)
+        return windows.astype(np.int32), (inside[:, 1:] & fresh).astype(np.float32)
 
     return LazyBatches(batch_at, range(-(-n_windows // batch_size)))
 

@@ -12,6 +12,7 @@ with `unit` the total factor of the finer of the two sequences: token units at e
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -111,8 +112,8 @@ class Attention(nnx.Module):
         """A call on rows that begin at `start` [B] tokens, whose keys and values fill the cache from the front."""
         q, k, v = self.project(queries, keys)
         out = self.attend(q, k, v, first=start // (self.unit * self.query_slots * self.key_slots))
-        cache = cache.write(*(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v)), row=0)
-        return self.merge_heads(out), cache
+        k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v))
+        return self.merge_heads(out), cache.write(k, v, row=0)
 
     def step(
         self, query: jax.Array, keys: jax.Array | None, cache: KeyValueCache, clock: Clock
@@ -161,7 +162,7 @@ class Attention(nnx.Module):
         return jnp.einsum("bhn,bhnk->bhk", probabilities.astype(q.dtype), cache.values)
 
 
-def kernel(x: jax.Array) -> str:
+def kernel(x: jax.Array) -> Literal["cudnn", "xla"]:
     """The implementation of `jax.nn.dot_product_attention` for this type and machine."""
     return "cudnn" if jax.default_backend() == "gpu" and x.dtype in (jnp.bfloat16, jnp.float16) else "xla"
 

@@ -123,8 +123,8 @@ class Attend(NamedTuple):
     def drop(self, x: jax.Array, key: DropoutKey, segment: Segment, i: jax.Array) -> jax.Array:
         if key is None:
             return x
-        key, rows_before = key
-        return dropped(x, self.dropout, jax.random.fold_in(key, segment.start + i), rows_before)
+        base, rows_before = key
+        return dropped(x, self.dropout, jax.random.fold_in(base, segment.start + i), rows_before)
 
 
 def blocked_attention(
@@ -182,7 +182,8 @@ def _forward(attend: Attend, inputs: Inputs, first: Any, key: DropoutKey) -> tup
 def _backward(attend: Attend, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[Inputs, None, None]:
     inputs, first, key, out, log_total = residuals
     correction = (d_out * out).astype(log_total.dtype).sum(-1, keepdims=True)  # probabilities times their gradients
-    d_queries, d_seen = [], None
+    d_queries: list[Any] = []
+    d_seen: Any = None
     for segment in segments(inputs.q.shape[2] // attend.query_slots, attend.query_slots):
         (k, v, r), unsee = jax.vjp(lambda inputs, segment=segment: segment.seen(inputs, attend.key_slots), inputs)
 

@@ -31,14 +31,14 @@ def on_matrix(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.A
 class Linear(nnx.Linear):
     """`nnx.Linear`, see `on_matrix`."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         return on_matrix(super().__call__, x)
 
 
 class LayerNorm(nnx.LayerNorm):
     """`nnx.LayerNorm`, see `on_matrix`."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         return on_matrix(super().__call__, x)
 
 

@@ -3,8 +3,8 @@
 A shortening maps groups of token vectors [B, G, k, D], already shifted right, to one vector each [B, G, D].
 An upsampling maps the unshifted token vectors [B, G, k, D] and the shortened ones [B, G, D] to [B, G, k, D].
 Both are built as `Method(config, shorten_factor, unit, rngs=rngs)`, where `unit` is the total factor of the
-longer sequence, and called with `key=` for dropout. A new method is one class and one entry below; where a
-group needs nothing but itself, the base class knows how to decode it.
+longer sequence, and called with `key=` for dropout. A new method is one class and one entry in the registry; where
+a group needs nothing but itself, the base class knows how to decode it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ class Shortening(nnx.Module):
 
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, rngs: nnx.Rngs):
         pass
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Shifted groups [B, G, k, D] -> [B, G, D]; `key` turns dropout on."""
+        raise NotImplementedError
 
     def init_cache(self, batch: int, max_length: int) -> Any:
         """What it remembers of a batch of rows of up to `max_length` tokens."""
@@ -97,8 +101,12 @@ class Upsampling(nnx.Module):
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, rngs: nnx.Rngs):
         self.shorten_factor = shorten_factor
         self.unit = unit
-        self.cache_shape = (config.d_model,)
+        self.cache_shape: tuple[int, ...] = (config.d_model,)
         self.cache_dtype = config.dtype
+
+    def __call__(self, x: jax.Array, short: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Unshifted groups [B, G, k, D] and shortened vectors [B, G, D] -> [B, G, k, D]; `key` turns dropout on."""
+        raise NotImplementedError
 
     def init_cache(self, batch: int, max_length: int) -> Any:
         """What it remembers of a batch of rows of up to `max_length` tokens: here the newest shortened vectors."""
@@ -113,7 +121,7 @@ class Upsampling(nnx.Module):
         return short
 
     def step(self, x: jax.Array, cache: Any, clock: Clock) -> jax.Array:
-        """One token's vector [B, D] -> [B, D]."""
+        """One token's vector [B, D] -> [B, D]; calls the method anew for each, so `receive` is for what is costly."""
         slots = jnp.broadcast_to(x[:, None, None], (x.shape[0], 1, self.shorten_factor, x.shape[1]))
         return self(slots, cache[:, None])[:, 0, self.slot(clock)]
 
@@ -151,7 +159,7 @@ class AttentionUpsampling(Upsampling):
     """U + Attention(Q=U, K=V=x'), then a feed-forward, where U = x or x plus another upsampling of x'."""
 
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, base: type | None, rngs: nnx.Rngs):
-        self.base = None if base is None else base(config, shorten_factor, unit, rngs=rngs)
+        self.base: Upsampling | None = None if base is None else base(config, shorten_factor, unit, rngs=rngs)
         self.block = Block(config, unit, cross=True, query_slots=shorten_factor, rngs=rngs)
 
     def __call__(self, x: jax.Array, short: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
@@ -173,6 +181,7 @@ class AttentionUpsampling(Upsampling):
 
     def receive(self, short: jax.Array, cache: dict[str, Any], clock: Clock) -> dict[str, Any]:
         base = None if self.base is None else self.base.receive(short, cache["base"], clock)
+        assert self.block.memory_norm is not None
         keys = self.block.memory_norm(short[:, None])
         return {"base": base, "attention": self.block.attention.write(keys, cache["attention"], clock)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from flax import nnx
@@ -76,8 +77,8 @@ class Block(nnx.Module):
         y, cache = self.attention.step(*self.normalize(x, memory), cache, clock)
         return self.residual(x, y), cache
 
-    def normalize(self, x: jax.Array, memory: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        """What attention takes as queries and keys."""
+    def normalize(self, x: jax.Array, memory: jax.Array | None) -> tuple[jax.Array, Any]:
+        """What attention takes as queries and keys; a step that brings no new keys has None."""
         queries = self.attention_norm(x)
         if self.memory_norm is None:
             return queries, queries
@@ -99,7 +100,7 @@ class Stack(nnx.Module):
         self.unrolled = n_layers <= config.max_unrolled_layers
         self.remat = config.remat_of(n_layers)
         make_layers = nnx.vmap(lambda rngs: Block(config, unit, rngs=rngs))
-        self.layers = make_layers(rngs.fork(split=n_layers)) if n_layers else None
+        self.layers: Any = make_layers(rngs.fork(split=n_layers)) if n_layers else None
         self.norm = layer_norm(config, rngs=rngs) if config.norm == "stack" else None
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:

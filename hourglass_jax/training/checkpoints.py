@@ -205,13 +205,15 @@ def _explained(step: int) -> Iterator[None]:
 def load(path: str | Path) -> tuple[HourglassLM, Tokenizer, HourglassConfig]:
     """Any run directory of this library -> (model, tokenizer, config), at the step of lowest validation loss.
 
+    The model is on the first device and in evaluation mode: no dropout until `model.train()`.
+
     Raises UsageError where `path` is no such directory, holds no whole checkpoint, or does not match its vocabulary.
     """
     config, tokenizer, _ = read_run(path)
     graph, params = nnx.split(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))
     store = CheckpointStore(path) if (Path(path) / CHECKPOINTS).is_dir() else None
     step = store.sound_step(best=True) if store else None
-    if step is None:
+    if store is None or step is None:
         raise UsageError(f"{path}: holds no checkpoint yet; let pretrain.py reach its first evaluation")
     params = store.restore(step, params=on_one_device(params))["params"]
     store.close()

@@ -75,9 +75,8 @@ def on_one_device(tree: Any) -> Any:
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     """Which rows of a batch this process's devices hold, in their order."""
     index_map = sharding.addressable_devices_indices_map((batch_size,))
-    return np.concatenate(
-        [np.arange(batch_size)[index] for index in sorted(index_map.values(), key=lambda i: i[0].start or 0)]
-    )
+    rows = [index[0] for index in index_map.values() if index]
+    return np.concatenate([np.arange(batch_size)[part] for part in sorted(rows, key=lambda part: part.start or 0)])
 
 
 def place(batch: tuple[np.ndarray, ...], sharding: NamedSharding, batch_size: int) -> tuple[jax.Array, ...]:

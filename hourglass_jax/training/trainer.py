@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +173,7 @@ class _Training:
             self.log()
         self.progress.update()
         if due(self.runtime.sample_interval) and self.sample:
-            self.write_sample()
+            self.write_sample(self.sample)
         if due(self.config.eval_interval) or finished:
             self.save(self.evaluate())
         elif due(self.runtime.checkpoint_interval):
@@ -253,10 +252,10 @@ class _Training:
         self.start_clock()
         return result.loss
 
-    def write_sample(self) -> None:
+    def write_sample(self, sample: Callable[[HourglassLM], str]) -> None:
         model = nnx.merge(self.graph, sharding.gather(self.state.params))
         model.eval()
-        text = self.sample(model) if jax.process_index() == 0 else ""
+        text = sample(model) if jax.process_index() == 0 else ""
         if self.curves:
             self.curves.write_text(self.step, text)
         self.progress.write(f"step {self.step}: {text}")
@@ -273,7 +272,9 @@ class _Training:
         store = CheckpointStore(self.directory)
         params = self.state.params
         places = sharding.abstract(params, jax.tree.map(lambda leaf: leaf.sharding, params))
-        params: Any = store.restore(store.sound_step(best=True), params=places)["params"]
+        step = store.sound_step(best=True)
+        assert step is not None  # the last one was saved
+        params = store.restore(step, params=places)["params"]
         store.close()
         result = mean(self.at_each_factor(params, self.validation))
         self.model.eval()

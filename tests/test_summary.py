@@ -1,0 +1,71 @@
+"""The summary's lines add up to what costs.py counts, and a model prints as one line."""
+
+import re
+
+import jax
+import pytest
+from conftest import HIERARCHIES, make_model, small_config
+from flax import nnx
+
+import hourglass_jax as hg
+from hourglass_jax.costs import count_parameters, forward_flops
+from hourglass_jax.summary import summary_rows
+
+
+def abstract(config):
+    return nnx.eval_shape(lambda: hg.HourglassLM(config, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "learned", "norm": "final", "shortening": "linear"}])
+@pytest.mark.parametrize("hierarchy", HIERARCHIES)
+def test_rows_add_up(hierarchy, options):
+    config = small_config(hierarchy=hierarchy, **options)
+    *parts, total = summary_rows(abstract(config), 50)
+    assert sum(row.parameters for row in parts) == total.parameters == count_parameters(config)
+    assert sum(row.flops for row in parts) == pytest.approx(total.flops)
+    assert total.flops == sum(forward_flops(config, 50).values())
+    assert [row.length for row in parts[1:-1]] == list(config.parsed_hierarchy.lengths(50))
+    assert all(row.parameters > 0 for row in parts)
+
+
+def test_a_level_has_its_layers_and_the_resampling_that_leads_to_it():
+    def levels(**options):
+        return list(summary_rows(abstract(small_config(hierarchy="1@1 4@3 1@1", **options)), 50))[1:-2]
+
+    plain, linear_down, linear_up = (
+        [row.parameters for row in levels(shortening=down, upsampling=up)]
+        for down, up in (("average", "repeat"), ("linear", "repeat"), ("average", "linear"))
+    )
+    assert [a - b for a, b in zip(linear_down, plain, strict=True)] == [0, 3 * 16 * 16 + 16]
+    assert [a - b for a, b in zip(linear_up, plain, strict=True)] == [3 * 16 * 16 + 3 * 16, 0]
+    assert [row.layers for row in levels()] == ["1 + 1", "4"]
+
+
+def test_a_model_and_its_configuration_have_the_same_table():
+    config = small_config()
+    table = hg.summary(config, 30)
+    assert hg.summary(make_model(config), 30) == table != hg.summary(config)
+    first, *lines = table.splitlines()
+    assert first == repr(abstract(config)) and len({len(line) for line in lines}) == 1
+    assert f"{count_parameters(config):,}" in lines[-1]
+    assert "30" in lines[-1].split() and "10" in lines[-3].split()
+    assert hg.summary(config).splitlines()[-1].split()[1] == "64"  # max_length
+
+
+def test_a_length_out_of_range_gives_one_line():
+    with pytest.raises(hg.UsageError, match="length=0 is out of range"):
+        hg.summary(small_config(), 0)
+
+
+@pytest.mark.parametrize("build", [make_model, abstract])
+def test_models_print_as_one_line(build):
+    model = build(small_config(hierarchy="1@1 2@3 0@1"))
+    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    for module, words in (
+        (model, f"vocab_size=11, .*: {n_parameters:,} parameters"),
+        (model.hourglass, "'1@1 2@3 0@1'"),
+    ):
+        for text in (repr(module), str(module), repr([module])):
+            assert len(text) < 200 and len(text.splitlines()) == 1
+            assert re.search(words, text)
+    assert repr(model.hourglass.inner).startswith("Hourglass('2@3', d_model=16): ")
