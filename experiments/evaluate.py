@@ -16,8 +16,6 @@ from absl import flags, logging
 from experiments import launcher
 from experiments.sources import recorded_data, recorded_images
 from hourglass_jax import (
-    ByteTokenizer,
-    CharTokenizer,
     Evaluation,
     HourglassLM,
     ImageTokenizer,
@@ -31,6 +29,7 @@ from hourglass_jax.config import check_choice
 from hourglass_jax.data.corpora import load_tokens, split_tokens
 from hourglass_jax.data.images import ImageSplits, image_validation
 from hourglass_jax.evaluation import evaluate_batches
+from hourglass_jax.tokenizers import TextTokenizer
 
 LOAD = flags.DEFINE_string("load_model_path", "runs/pretrain", "Directory of the model.")
 DATA_PATH = flags.DEFINE_string(
@@ -79,7 +78,7 @@ def evaluate_images(model: HourglassLM) -> tuple[Evaluation, str]:
     return evaluate_batches(model, image_validation(images, BATCH_SIZE.value)), f"{len(images):,} images"
 
 
-def evaluate_text(model: HourglassLM, tokenizer: CharTokenizer | ByteTokenizer) -> tuple[Evaluation, str]:
+def evaluate_text(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[Evaluation, str]:
     """As `evaluate_images`."""
     data = recorded_data(LOAD.value)
     split = SPLIT.value or "all"

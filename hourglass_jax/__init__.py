@@ -4,8 +4,9 @@
     model = HourglassLM(config, rngs=nnx.Rngs(0))
     logits = model(tokens)  # int [B, L] -> [B, L, V]; logits[:, t] predicts token t + 1
 
-Models      HourglassConfig, HourglassLM, Hourglass, Hierarchy, summary, check_causality, influence
-Text        CharTokenizer, ByteTokenizer, generate, init_cache
+Models      HourglassConfig, HourglassLM, Hourglass, Hierarchy, summary, check_causality, influence,
+            at_shorten_factor
+Sequences   CharTokenizer, ByteTokenizer, ImageTokenizer, generate, init_cache
 Figures     evaluate, evaluate_sliding, score, Evaluation
 Runs        load, DataConfig, OptimizerConfig, TrainConfig, RuntimeConfig
 Errors      UsageError, CausalityError

@@ -164,18 +164,30 @@ class HourglassConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text or images, and how they are cut into batches. Images have their own order, split and length."""
+    """Which text or images, and how they are cut into batches. Images have their own order, split and length.
 
-    path: str = ""  # a UTF-8 text file, any file where tokenizer is byte; empty: the built-in corpus; images' directory
-    dataset: str = "text"  # text | cifar10 | imagenet32 | imagenet64
-    image_size: int = 0  # averages images down to this side, which divides their own; 0: as stored
-    tokenizer: str = "char"  # char | byte
-    clean: bool = False  # lower-case, strip accents, keep "\n !&'$,-.:;?" and a-z (characters only)
-    block_size: int = 128  # tokens a training window; where there are images, always an image's
-    batch_size: int = 16  # windows or images a step
-    order: str = "random"  # random (windows start anywhere) | epochs (consecutive windows, each once an epoch)
-    split: str = "fraction"  # fraction (by train_fraction, no test) | enwik8 (90M train, 5M validation, 5M test)
-    train_fraction: float = 0.9  # the rest is for validation
+    path: a UTF-8 text file, any file where `tokenizer` is byte, or the images' directory; empty: the built-in corpus.
+    dataset: text | cifar10 | imagenet32 | imagenet64.
+    image_size: averages images down to this side in pixels, which divides their own; 0: as stored.
+    tokenizer: char | byte.
+    clean: lower-case, strip accents, keep "\\n !&'$,-.:;?" and a-z (characters only).
+    block_size: tokens a training window; of images, always an image's.
+    batch_size: windows or images a step.
+    order: random (windows start anywhere) | epochs (consecutive windows, each once an epoch).
+    split: fraction (by train_fraction, no test) | enwik8 (90M train, 5M validation, 5M test).
+    train_fraction: the rest is for validation.
+    """
+
+    path: str = ""
+    dataset: str = "text"
+    image_size: int = 0
+    tokenizer: str = "char"
+    clean: bool = False
+    block_size: int = 128
+    batch_size: int = 16
+    order: str = "random"
+    split: str = "fraction"
+    train_fraction: float = 0.9
 
     def __post_init__(self) -> None:
         check_choice("dataset", self.dataset, ("text", *IMAGE_SIZES))

@@ -39,6 +39,7 @@ class Evaluation:
     bits_per_dim = bits_per_character  # its name where a prediction is a channel of a pixel
 
     def summary(self, unit: str = "BPC") -> str:
+        """One line, with bits a prediction called `unit`."""
         return f"loss {self.loss:.4f} | perplexity {self.perplexity:.3f} | {unit} {self.bits_per_character:.4f}"
 
     def __str__(self) -> str:
@@ -73,6 +74,7 @@ def evaluate_batches(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -
 
 @nnx.jit
 def _batch_hits(model: HourglassLM, tokens: Array, weights: Array) -> tuple[jax.Array, jax.Array]:
+    tokens = jnp.asarray(tokens)
     hits = model(tokens[:, :-1]).argmax(axis=-1) == tokens[:, 1:]
     return (hits * weights).sum(), weights.sum()
 

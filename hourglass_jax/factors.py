@@ -41,4 +41,4 @@ def at_shorten_factor(model: HourglassLM, shorten_factor: int) -> HourglassLM:
 
 def drawn_factor(factors: Sequence[int], seed: int, step: int) -> int:
     """The factor of a training step, each as likely as any other."""
-    return factors[np.random.default_rng((seed, step, _STREAM)).integers(len(factors))]
+    return int(np.random.default_rng((seed, step, _STREAM)).choice(factors))

@@ -154,4 +154,5 @@ class ImageTokenizer:
         return tokens.astype(np.uint8).reshape(*tokens.shape[:-1], *self.shape)
 
 
-Tokenizer = CharTokenizer | ByteTokenizer | ImageTokenizer
+TextTokenizer = CharTokenizer | ByteTokenizer
+Tokenizer = TextTokenizer | ImageTokenizer

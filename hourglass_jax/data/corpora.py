@@ -9,7 +9,7 @@ import numpy as np
 
 from hourglass_jax.config import DataConfig
 from hourglass_jax.errors import UsageError
-from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
+from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, TextTokenizer
 
 ENWIK8_SPLIT = (90_000_000, 5_000_000, 5_000_000)  # of enwik8 and text8, as in the literature; one token a byte
 
@@ -53,7 +53,7 @@ def load_text(path: str) -> str:
     return read_text(path) if path else builtin_text()
 
 
-def make_tokenizer(text: str, config: DataConfig) -> Tokenizer:
+def make_tokenizer(text: str, config: DataConfig) -> TextTokenizer:
     if config.tokenizer == "byte":
         return ByteTokenizer()
     return CharTokenizer.from_text(text, clean=config.clean)
@@ -69,7 +69,7 @@ def map_bytes(path: str | Path) -> np.memmap:
     return np.memmap(path, np.uint8, mode="r")
 
 
-def load_tokens(config: DataConfig, tokenizer: Tokenizer | None = None) -> tuple[np.ndarray, Tokenizer]:
+def load_tokens(config: DataConfig, tokenizer: TextTokenizer | None = None) -> tuple[np.ndarray, TextTokenizer]:
     """The text of `config` as tokens [N], and its tokenizer: the one given, or the one that `config` asks for.
 
     A file read as bytes is memory-mapped: it starts at once whatever its size, and line ends stay as they are.

@@ -11,7 +11,7 @@ from absl import logging
 from hourglass_jax.data.corpora import read_text
 from hourglass_jax.data.pipeline import Batch, pack_examples
 from hourglass_jax.errors import UsageError
-from hourglass_jax.tokenizers import Tokenizer
+from hourglass_jax.tokenizers import TextTokenizer
 
 
 def parse_haiku(text: str, source: str) -> list[str]:
@@ -34,14 +34,14 @@ def load_haiku(path: str) -> list[str]:
     return parse_haiku(packaged.read_text(encoding="utf-8"), "the built-in haiku")
 
 
-def encode_haiku(haiku: str, tokenizer: Tokenizer, form: str = "haiku") -> tuple[np.ndarray, int]:
+def encode_haiku(haiku: str, tokenizer: TextTokenizer, form: str = "haiku") -> tuple[np.ndarray, int]:
     """BOS + three lines + EOS, and the first token that carries loss: with form 'prompt' the second line's."""
     first_line = tokenizer.encode(haiku.split("\n")[0] + "\n")
     tokens = np.concatenate([[tokenizer.bos_id], tokenizer.encode(haiku), [tokenizer.eos_id]])
     return tokens, 1 + len(first_line) if form == "prompt" else 1
 
 
-def usable_haiku(haiku: list[str], tokenizer: Tokenizer, block_size: int) -> list[str]:
+def usable_haiku(haiku: list[str], tokenizer: TextTokenizer, block_size: int) -> list[str]:
     """Without those too long for a block, and those with a line of which cleaning leaves nothing."""
     kept = [
         poem
@@ -54,7 +54,7 @@ def usable_haiku(haiku: list[str], tokenizer: Tokenizer, block_size: int) -> lis
     return kept
 
 
-def make_examples(haiku: list[str], tokenizer: Tokenizer, form: str) -> Batch:
+def make_examples(haiku: list[str], tokenizer: TextTokenizer, form: str) -> Batch:
     sequences, loss_from = zip(*(encode_haiku(poem, tokenizer, form) for poem in haiku), strict=True)
     return pack_examples(sequences, loss_from, tokenizer.eos_id)
 

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -89,7 +90,7 @@ class _Training:
 
         model.train()
         factors = train_config.shorten_factors
-        models = {k: at_shorten_factor(model, k) for k in factors} or {None: model}
+        models: dict[int | None, HourglassLM] = {k: at_shorten_factor(model, k) for k in factors} or {None: model}
         self.graphs = {k: nnx.split(model_at_k)[0] for k, model_at_k in models.items()}
         self.graph, params = nnx.split(model)
         params = jax.device_get(params)  # host arrays may go to the devices of any process
@@ -109,10 +110,14 @@ class _Training:
             places = sharding.abstract(state, shardings)
             items = self.store.restore(self.step, params=places.params, opt_state=places.opt_state)
             self.state = TrainState(jax.device_put(np.int32(self.step), shardings.step), **items)
-        options: dict[str, Any] = {"accumulate": runtime_config.accumulate, "shardings": shardings}
-        self.train_steps = {
-            k: make_train_step(graph, optimizer, train_config.seed, **options) for k, graph in self.graphs.items()
-        }
+        make_step = partial(
+            make_train_step,
+            optimizer=optimizer,
+            seed=train_config.seed,
+            accumulate=runtime_config.accumulate,
+            shardings=shardings,
+        )
+        self.train_steps = {k: make_step(graph) for k, graph in self.graphs.items()}
         self.curves = CurveWriter(directory, self.step) if jax.process_index() == 0 else None
         flops = [training_flops(model_at_k.config, self.block_size) for model_at_k in models.values()]
         self.flops = statistics.mean(flops) * self.batch_size
@@ -235,7 +240,7 @@ class _Training:
             yield sharding.place(tuple(part[rows] for part in padded), self.batch_sharding, size)
 
     def at_each_factor(self, params: nnx.State, batches: Sequence[Batch]) -> dict[int | None, Evaluation]:
-        results = {}
+        results: dict[int | None, Evaluation] = {}
         for factor, graph in self.graphs.items():
             model = nnx.merge(graph, params)
             model.eval()
