@@ -17,8 +17,9 @@ Cost = Callable[[dict[str, Any]], float | None]
 def draw(record: dict[str, Any], path: Path) -> None:
     """Ours beside the paper's; where plain and hierarchical rows meet, against what they cost (Figure 1)."""
     trained = [row for row in record["rows"] if row["runs"]]
-    kinds = {kind(row) for row in trained}
-    figure = draw_costs(record, trained) if len(kinds) == 2 else draw_rows(record, trained)
+    comparable = [row for row in trained if record["metric"] in row["runs"][0]["figures"]]
+    of_two_kinds = len({kind(row) for row in comparable}) == 2
+    figure = draw_costs(record, comparable) if of_two_kinds else draw_rows(record, trained)
     figure.savefig(path, dpi=110)
 
 

@@ -1,0 +1,218 @@
+"""The paper's tables: their data, their rows as runs, and reports that come from the stored records alone."""
+
+import copy
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from launching import run, run_forked
+
+import hourglass_jax as hg
+from experiments.ablations import reporting
+from experiments.ablations.rows import plan, row_config
+from experiments.scales import SCALES, find_setup
+from experiments.tables import TABLES, find_table
+
+RESULTS = Path(__file__).resolve().parents[1] / "experiments" / "results" / "ablations"
+RECORDS = sorted(RESULTS.glob("table*.json"))
+
+# A table of its own at a scale that trains in seconds, with a shortening of its own: no edit inside the package.
+PLUGIN = """
+from dataclasses import replace
+
+from experiments.scales import SETUPS
+from experiments.tables import TABLES, TEXT, Row, Table
+from hourglass_jax.nn.resampling import Shortening
+from hourglass_jax.registry import SHORTENINGS
+
+
+class FirstShortening(Shortening):
+    def __call__(self, x, *, key=None):
+        return x[:, :, 0]
+
+
+SHORTENINGS["first"] = FirstShortening
+setup = SETUPS["text", "tiny"]
+SETUPS["text", "tiny"] = replace(
+    setup,
+    model=setup.model | {"d_model": 16, "n_heads": 2, "d_ff": 32},
+    data=replace(setup.data, split="fraction", block_size=24),
+    train=replace(setup.train, steps=4, eval_interval=2, eval_batches=2),
+    n_valid=8,
+)
+free = {"shortening": "first", "upsampling": "repeat", "hierarchy": "0@1 1@2 1@1"}
+rows = (
+    Row("plain", TEXT | {"hierarchy": "1@1"}, {"bpc": 1.2}),
+    Row("own", free, {"bpc": 1.1}),
+    Row("k drawn", free, {"bpc at k=2": 1.1, "bpc at k=3": 1.2}, factors=(2, 3)),
+)
+TABLES["own", "enwik8"] = Table("own", "enwik8", "A table of one's own", "model", "bpc", rows, "plain")
+"""
+
+
+def test_the_paper_s_tables_are_complete():
+    assert {number for number, _ in TABLES} == {"1", "2", "3", "4", "5", "6", "7", "8", "A1"}
+    n_paper = {key: sum(bool(row.paper) for row in table.rows) for key, table in TABLES.items()}
+    assert n_paper["1", "enwik8"] == 15 and n_paper["4", "enwik8"] == 9
+    for number, n_rows in (("5", 4), ("6", 5), ("7", 4), ("8", 4)):
+        assert n_paper[number, "enwik8"] == n_paper[number, "cifar10"] == n_rows
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("number, dataset", TABLES)
+def test_every_row_is_a_model_and_differs_from_the_others(number, dataset, scale):
+    table, setup = find_table(number, dataset), find_setup(dataset, scale)
+    rows = [row for row in table.rows if row.options is not None]
+    assert len({row.name for row in table.rows}) == len(table.rows)
+    assert table.baseline in [row.name for row in rows]
+    assert len({(row_config(row, setup), row.factors) for row in rows}) == len(rows)
+    assert all(f"{table.metric} at k={k}" in row.paper for row in rows for k in row.factors)
+
+
+def test_the_paper_s_set_ups():
+    text, images = find_setup("enwik8", "paper"), find_setup("cifar10", "paper")
+    assert (text.train.steps, text.data.block_size, text.data.batch_size) == (200_000, 2048, 8)
+    assert (images.train.steps, images.data.block_size, images.data.batch_size) == (100_000, 3072, 8)
+    assert text.model["dropout"] == 0.15 and text.optimizer.learning_rate == 4e-4
+    assert find_setup("imagenet32", "paper").data.batch_size == 64
+
+
+def test_tables_share_the_runs_of_equal_rows(tmp_path):
+    setup = find_setup("enwik8", "tiny")
+    alone = [plan([find_table(number, "enwik8")], setup, tmp_path, 2) for number in "15"]
+    together = plan([find_table(number, "enwik8") for number in "15"], setup, tmp_path, 2)
+    assert len(alone[0]) == 18 and len(alone[1]) == 5
+    assert len(together) == 19  # all of Table 5 is in Table 1, but for the second seed of its baseline
+    assert len({job.directory for job in together}) == len(together)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A directory in which the plugin's table has been trained and timed."""
+    home = tmp_path_factory.mktemp("ablations")
+    (home / "plugin.py").write_text(PLUGIN)
+    (home / "books").write_bytes(b"the quick brown fox jumps over the lazy dog. " * 100)
+    assert "to train" in ablate(home, "--dry_run")
+    assert not (home / "runs").exists()
+    assert "0 of 4 rows are done" in ablate(home)
+    ablate(home, "--time")
+    return home
+
+
+def ablate(home, *flags):
+    common = ("--plugin=plugin.py", "--table=own", "--data_path=books", "--results=results")
+    result = run("ablate", *common, *flags, cwd=home)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_finished_rows_are_skipped_and_interrupted_ones_go_on(home):
+    assert "4 of 4 rows are done" in ablate(home)
+    result = home / "runs/ablations/books-tiny/0@1_1@2_1@1-first-repeat/seed0/result.json"
+    before = json.loads(result.read_text())
+    result.unlink()  # as if the process had been killed between the last checkpoint and this file
+    assert "3 of 4 rows are done" in ablate(home)
+    assert json.loads(result.read_text())["figures"] == before["figures"]
+
+
+def test_a_row_s_directory_is_a_run(home):
+    plain = home / "runs/ablations/books-tiny/1@1"
+    _, tokenizer, config = hg.load(plain / "seed1")
+    assert config.hierarchy == "1@1" and config.d_model == 16 and isinstance(tokenizer, hg.ByteTokenizer)
+    result = run("evaluate", "--load_model_path=" + str(plain / "seed1"), "--data_path=books", cwd=home)
+    assert result.returncode == 0, result.stderr
+
+
+def test_reports_come_from_the_stored_record_alone(home, tmp_path):
+    ablate(home, "--report", "--comment=Said once.")
+    path = home / "results" / "tableown-books-tiny"
+    text, record = path.with_suffix(".md").read_text(), json.loads(path.with_suffix(".json").read_text())
+    assert "Said once." in text and "| **plain** |" in text and "±" in text
+    assert [len(row["runs"]) for row in record["rows"]] == [2, 1, 1]
+    assert set(record["rows"][2]["runs"][0]["figures"]) == {"bpc at k=2", "bpc at k=3"}
+    assert all(row["cost"]["step_seconds"] > 0 and row["cost"]["memory_bytes"] > 0 for row in record["rows"])
+    assert set(record["anchors"]) == {"xz -9", "bzip2 -9"}
+    shutil.move(home / "runs", tmp_path / "runs")
+    path.with_suffix(".md").unlink()
+    picture = path.with_suffix(".png")
+    picture.unlink()
+    ablate(home, "--report")
+    shutil.move(tmp_path / "runs", home / "runs")
+    assert path.with_suffix(".md").read_text() == text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_committed_reports_are_those_of_their_records(path):
+    record = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text().startswith(reporting.render(record).rstrip())
+    assert path.with_suffix(".png").exists()
+    baseline = next(row for row in record["rows"] if row["name"] == record["baseline"])
+    assert len(baseline["runs"]) >= 2
+    assert all(row["runs"] for row in record["rows"])
+
+
+def example_record():
+    """Three plain transformers and an Hourglass between them, in the reverse of the paper's order."""
+    rows = [
+        {
+            "name": name,
+            "hierarchy": name,
+            "paper": {"bpc": paper},
+            "parameters": 1e6,
+            "step_flops": flops,
+            "cost": {"step_seconds": flops / 1e9, "memory_bytes": 1e6},
+            "runs": [{"seed": 0, "figures": {"bpc": bpc}, "n_predictions": 10}],
+        }
+        for name, paper, flops, bpc in (("2@1", 1, 1e9, 3.0), ("4@1", 2, 4e9, 2.0), ("1@1 1@2 1@1", 3, 2e9, 1.0))
+    ]
+    return {"metric": "bpc", "rows": rows, "anchors": {"xz -9": 2.5}, "varied": "hierarchy", "baseline": "2@1"}
+
+
+def test_what_a_plain_transformer_reaches_at_equal_cost_lies_halfway_in_log_cost():
+    record = example_record()
+    plain = reporting.plain_rows(record)
+    for cost in (reporting.flops, reporting.step_seconds):
+        assert reporting.equal_cost(record["rows"][2], plain, cost) == pytest.approx(2.5)
+        assert reporting.equal_cost(record["rows"][0], plain, cost) is None
+    dearer = copy.deepcopy(record["rows"][2]) | {"step_flops": 5e9}
+    assert reporting.equal_cost(dearer, plain, reporting.flops) is None
+
+
+def test_agreement_counts_pairs_in_the_other_order():
+    record = example_record()
+    assert "correlation with the paper -1.00; 3 of 3 pairs" in reporting.agreement(record, "bpc")
+    for row, bpc in zip(record["rows"], (1, 2, 3), strict=True):
+        row["runs"][0]["figures"]["bpc"] = bpc
+    assert "correlation with the paper 1.00; 0 of 3 pairs" in reporting.agreement(record, "bpc")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--table=9"], ["table='9'", "choose one of", "A1"]),
+        (["--table=1", "--dataset=cifar10"], ["table 1", "no column for dataset='cifar10'", "enwik8"]),
+        (["--table=5", "--dataset=mnist"], ["dataset='mnist'", "cifar10"]),
+        (["--table=5", "--scale=huge"], ["scale='huge'", "tiny"]),
+        (["--table=5", "--data_path=nothing"], ["nothing: no such file"]),
+        (["--table=5", "--data_path=short"], ["split='enwik8'", "100,000,000", "5"]),
+        (["--table=5", "--dataset=cifar10", "--data_path=nothing"], ["nothing: no such directory", "data_batch"]),
+        (["--table=5", "--report", "--data_path=short"], ["no finished row of table 5"]),
+        ([], ["choose tables"]),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, flags, words):
+    (tmp_path / "short").write_text("short")
+    result = run_forked("ablate", *flags, cwd=tmp_path)
+    assert result.returncode == 2
+    [line] = result.stderr.strip().splitlines()
+    assert all(word in line for word in words), line
+    assert [path.name for path in tmp_path.iterdir()] == ["short"]
+
+
+def test_figure_names_are_metrics_of_their_table():
+    for table, row in itertools.chain.from_iterable(((t, row) for row in t.rows) for t in TABLES.values()):
+        known = {"memory_gb", "steps_per_second", "parameters_millions"}
+        assert all(name in known or name.split(" at ")[0] == table.metric for name in row.paper)
