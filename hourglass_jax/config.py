@@ -35,12 +35,14 @@ class HourglassConfig:
     d_model: int = 512
     n_heads: int = 8
     d_ff: int = 2048
+    d_head: int = 0  # size of a head; 0: d_model / n_heads
     shortening: str = "attention_average"  # average | linear | attention_average | attention_linear
     upsampling: str = "attention_linear"  # repeat | linear | attention | attention_repeat | attention_linear
     positions: str = "relative"  # relative (Transformer-XL) | rotary | learned (absolute, added to the tokens)
     dropout: float = 0.0
     max_length: int = 2048  # bounds learned positions and default caches, in tokens
-    activation: str = "gelu"  # gelu (tanh form) | relu
+    activation: str = "gelu"  # gelu (tanh form) | gelu_exact (with erf, as PyTorch) | relu
+    qkv_bias: bool = False  # of the query, key and value projections
     initialization: str = "normal"  # normal (standard deviation 0.02) | xavier (uniform)
     norm: str = "stack"  # stack (after every stack and every upsampling, as Trax) | final (before the head only)
     shift: str = "paper"  # paper (k-1) | original (k, the original project's, one character staler)
@@ -57,15 +59,16 @@ class HourglassConfig:
         check_range("max_unrolled_layers", self.max_unrolled_layers, 0)
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout={self.dropout!r} is out of range; it must be at least 0 and below 1")
-        if self.d_model % self.n_heads:
+        check_range("d_head", self.d_head, 0)
+        if not self.d_head and self.d_model % self.n_heads:
             raise UsageError(
                 f"n_heads={self.n_heads} does not divide d_model={self.d_model}; choose n_heads so that every "
-                "head has the same whole size"
+                "head has the same whole size, or give that size as d_head"
             )
         check_choice("shortening", self.shortening, SHORTENINGS)
         check_choice("upsampling", self.upsampling, UPSAMPLINGS)
         check_choice("positions", self.positions, ("relative", "rotary", "learned"))
-        check_choice("activation", self.activation, ("gelu", "relu"))
+        check_choice("activation", self.activation, ("gelu", "gelu_exact", "relu"))
         check_choice("initialization", self.initialization, ("normal", "xavier"))
         check_choice("norm", self.norm, ("stack", "final"))
         check_choice("shift", self.shift, ("paper", "original"))
@@ -73,11 +76,11 @@ class HourglassConfig:
         check_choice("attention", self.attention, ("blocked", "fused"))
         check_choice("remat", self.remat, ("auto", "none", "dots", "full"))
         if self.positions == "rotary" and self.head_dim % 2:
-            raise UsageError(f"positions='rotary' needs an even head size, not d_model / n_heads = {self.head_dim}")
+            raise UsageError(f"positions='rotary' needs an even head size, not {self.head_dim}")
 
     @property
     def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+        return self.d_head or self.d_model // self.n_heads
 
     @property
     def position_limit(self) -> float:
@@ -104,19 +107,21 @@ class HourglassConfig:
         vocab_size: int,
         factors: Sequence[int] = (3, 1, 8, 4),
         n_embedding: int = 512,
-        n_heads: int = 8,
+        n_heads: int = 6,
         block_size: int = 256,
         **overrides: Any,
     ) -> HourglassConfig:
         """The exact architecture of the PyTorch project this library grew out of.
 
         Learned absolute positions, ReLU, linear pooling, repeat upsampling, a final norm only, shift by k.
-        `factors` are read as its code applies them: each factor multiplies the ones before it.
+        `factors` are read as its code applies them: each factor multiplies the ones before it. Heads need not divide
+        `n_embedding`: its own defaults are 6 heads of 85 in 512.
         """
         options = {
             "hierarchy": str(Hierarchy.from_factors(factors, relative=True)),
             "d_model": n_embedding,
             "n_heads": n_heads,
+            "d_head": n_embedding // n_heads,
             "d_ff": 4 * n_embedding,
             "max_length": block_size,
             "shortening": "linear",
