@@ -1,4 +1,4 @@
-"""Checkpoints of the PyTorch project that this library grew out of (github.com/MaxLSB/mini-hourglass)."""
+"""Checkpoints of the PyTorch project that this library grew out of."""
 
 from __future__ import annotations
 
