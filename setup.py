@@ -17,6 +17,7 @@ CORE = [
     "tensorboardX>=2.6.4",
     "matplotlib>=3.9",
     "Pillow>=10",
+    "safetensors>=0.5",
 ]
 
 setup(
@@ -43,6 +44,7 @@ setup(
     extras_require={
         "bench": ["hourglass-transformer-pytorch>=0.0.6", "torch==2.13.0"],
         "cuda": ["jax[cuda]>=0.10.2"],
+        "torch": ["torch>=2.4"],  # to convert its checkpoints; 2.3 was the first for numpy 2
         "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.11"],
     },
 )

@@ -224,8 +224,11 @@ def difference(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {old} -> {new}"]
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """absl's app.run, with bad input reported in one line on stderr and exit code 2; 0 where a signal ends a run."""
+def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
+    """absl's app.run, with bad input reported in one line on stderr and exit code 2; 0 where a signal ends a run.
+
+    `positional`: main takes arguments beside the flags.
+    """
 
     def parse(argv: list[str]) -> list[str]:
         try:
@@ -237,7 +240,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         python_logging.getLogger("orbax").setLevel(python_logging.ERROR)
         logging.set_verbosity(logging.WARNING)
         try:
-            if len(argv) > 1:
+            if len(argv) > 1 and not positional:
                 raise UsageError(f"unexpected argument {argv[1]!r}; options are given as --name=value")
             for plugin in PLUGIN.value:
                 import_plugin(plugin)

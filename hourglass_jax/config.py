@@ -43,13 +43,15 @@ class HourglassConfig:
     vocab_size: of the tokens, 0 .. vocab_size - 1.
     hierarchy: the paper's notation, layers@factor with total factors; see `Hierarchy`. Stored normalised.
     d_model, d_ff: numbers in a position's vector, and in a feed-forward's hidden one.
-    n_heads: of attention; divides d_model.
+    n_heads: of attention; divides d_model, unless d_head is given.
+    d_head: numbers in a head; 0: d_model / n_heads.
     shortening: average | linear | attention_average | attention_linear, or another of `registry.SHORTENINGS`.
     upsampling: repeat | linear | attention | attention_repeat | attention_linear, or another of `registry.UPSAMPLINGS`.
     positions: relative (Transformer-XL) | rotary | learned (absolute, added to the tokens).
     dropout: probability, of the embedding, attention and both residuals of a block.
     max_length: tokens; bounds learned positions and default caches.
-    activation: gelu (tanh form) | relu.
+    activation: gelu (tanh form) | gelu_exact (with erf, as PyTorch) | relu.
+    qkv_bias: whether the query, key and value projections have biases.
     initialization: of weight matrices, normal (0.02) | xavier (uniform); embeddings have standard deviation 1.
     norm: stack (after every stack and every upsampling, as Trax) | final (before the head only).
     shift: paper (k-1) | original (k, the original project's, one character staler).
@@ -66,12 +68,14 @@ class HourglassConfig:
     d_model: int = 512
     n_heads: int = 8
     d_ff: int = 2048
+    d_head: int = 0
     shortening: str = "attention_average"
     upsampling: str = "attention_linear"
     positions: str = "relative"
     dropout: float = 0.0
     max_length: int = 2048
     activation: str = "gelu"
+    qkv_bias: bool = False
     initialization: str = "normal"
     norm: str = "stack"
     shift: str = "paper"
@@ -88,15 +92,16 @@ class HourglassConfig:
         check_range("max_unrolled_layers", self.max_unrolled_layers, 0)
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout={self.dropout!r} is out of range; it must be at least 0 and below 1")
-        if self.d_model % self.n_heads:
+        check_range("d_head", self.d_head, 0)
+        if not self.d_head and self.d_model % self.n_heads:
             raise UsageError(
                 f"n_heads={self.n_heads} does not divide d_model={self.d_model}; choose n_heads so that every "
-                "head has the same whole size"
+                "head has the same whole size, or give that size as d_head"
             )
         check_choice("shortening", self.shortening, SHORTENINGS)
         check_choice("upsampling", self.upsampling, UPSAMPLINGS)
         check_choice("positions", self.positions, ("relative", "rotary", "learned"))
-        check_choice("activation", self.activation, ("gelu", "relu"))
+        check_choice("activation", self.activation, ("gelu", "gelu_exact", "relu"))
         check_choice("initialization", self.initialization, ("normal", "xavier"))
         check_choice("norm", self.norm, ("stack", "final"))
         check_choice("shift", self.shift, ("paper", "original"))
@@ -104,12 +109,12 @@ class HourglassConfig:
         check_choice("attention", self.attention, ("blocked", "fused"))
         check_choice("remat", self.remat, ("auto", "none", "dots", "full"))
         if self.positions == "rotary" and self.head_dim % 2:
-            raise UsageError(f"positions='rotary' needs an even head size, not d_model / n_heads = {self.head_dim}")
+            raise UsageError(f"positions='rotary' needs an even head size, not {self.head_dim}")
 
     @property
     def head_dim(self) -> int:
         """Numbers in a head's queries, keys and values."""
-        return self.d_model // self.n_heads
+        return self.d_head or self.d_model // self.n_heads
 
     @property
     def position_limit(self) -> float:
@@ -137,19 +142,21 @@ class HourglassConfig:
         vocab_size: int,
         factors: Sequence[int] = (3, 1, 8, 4),
         n_embedding: int = 512,
-        n_heads: int = 8,
+        n_heads: int = 6,
         block_size: int = 256,
         **overrides: Any,
     ) -> HourglassConfig:
         """The exact architecture of the PyTorch project this library grew out of.
 
         Learned absolute positions, ReLU, linear pooling, repeat upsampling, a final norm only, shift by k.
-        `factors` are read as its code applies them: each factor multiplies the ones before it.
+        `factors` are read as its code applies them: each factor multiplies the ones before it. Heads need not divide
+        `n_embedding`: its own defaults are 6 heads of 85 in 512.
         """
         options: dict[str, Any] = {
             "hierarchy": str(Hierarchy.from_factors(factors, relative=True)),
             "d_model": n_embedding,
             "n_heads": n_heads,
+            "d_head": n_embedding // n_heads,
             "d_ff": 4 * n_embedding,
             "max_length": block_size,
             "shortening": "linear",

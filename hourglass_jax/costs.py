@@ -19,7 +19,7 @@ from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS, AttentionShort
 
 
 class Work(NamedTuple):
-    """What one position of a level takes part in, counted in vectors of d_model numbers."""
+    """What one position of a level takes part in, counted in vectors."""
 
     queries: float  # each with an output and a feed-forward
     keys: float  # each with a value
@@ -107,12 +107,13 @@ def work_by_level(config: HourglassConfig, seen: Callable[[Level], float]) -> It
 
 def position_flops(config: HourglassConfig, seen: Callable[[Level], float], *, distances: bool) -> dict[int, float]:
     """FLOPs of matrix products for one position of each level, by its factor; with relative keys if `distances`."""
-    d = config.d_model
+    d, d_heads = config.d_model, config.n_heads * config.head_dim
     relative = config.positions == "relative"
 
     def flops(work: Work) -> float:
-        projected = 2 * work.queries + 2 * work.keys + work.mixed + work.distances * (relative and distances)
-        return 2 * d * (d * projected + 2 * config.d_ff * work.queries + (2 + relative) * work.pairs)
+        projected = 2 * work.queries + 2 * work.keys + work.distances * (relative and distances)
+        attention = d_heads * (d * projected + (2 + relative) * work.pairs)
+        return 2 * (attention + d * (d * work.mixed + 2 * config.d_ff * work.queries))
 
     totals = {
         level.factor: (level.pre_layers + level.post_layers) * flops(layer) + flops(resampling)
@@ -168,27 +169,28 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
     """Estimate of the activations that a gradient over [batch, length] tokens needs at its peak.
 
     A block keeps its input, both norms, queries, keys, values, what attention returns, the sum after it and the
-    feed-forward's hidden vector before and after the activation, for GELU its tanh too; attention scores are
+    feed-forward's hidden vector before and after the activation, for GELU its tanh or erf too; attention scores are
     computed again, 64 queries at a time. A stack that `remat` recomputes in full keeps one vector a layer; its
     blocks are computed again, and the largest of them counts once. Around them: the norms of stacks and upsampling,
     relative keys (once a batch) and float32 logits. Left out are dropout's masks, gradients and the copies that the
     compiler makes, so it is a lower bound: XLA:CPU takes 1.0 to 1.9 times as much for a further layer or
     shortening of short sequences, and more for long ones, of which each segment of queries copies its keys.
     """
-    d = config.d_model
-    hidden = config.d_ff * (3 if config.activation == "gelu" else 2)
+    d, d_heads = config.d_model, config.n_heads * config.head_dim
+    hidden = config.d_ff * (2 if config.activation == "relu" else 3)
     relative = config.positions == "relative"
     kept = recomputed = 0.0  # numbers
     for level, layer, resampling in work_by_level(config, lambda level: 0):
         positions = -(-length // level.factor)
 
-        def intermediates(work: Work, key_vectors: int, positions: int = positions) -> float:
-            vectors = 6 * work.queries + key_vectors * work.keys + work.mixed
-            shared = work.distances * d * relative
-            return positions * (batch * (vectors * d + work.queries * hidden) + shared)
+        def intermediates(work: Work, key_norms: int, positions: int = positions) -> float:
+            vectors = 4 * work.queries + key_norms * work.keys + work.mixed
+            heads = 2 * work.queries + 2 * work.keys
+            shared = work.distances * d_heads * relative
+            return positions * (batch * (vectors * d + heads * d_heads + work.queries * hidden) + shared)
 
-        block = intermediates(layer, key_vectors=2)  # keys share the queries' norm; resampling has one for them
-        kept += intermediates(resampling, key_vectors=3) + positions * batch * 3 * d
+        block = intermediates(layer, key_norms=0)  # keys share the queries' norm; resampling has one for them
+        kept += intermediates(resampling, key_norms=1) + positions * batch * 3 * d
         for n_layers in (level.pre_layers, level.post_layers):
             if config.remat_of(n_layers) != "full":
                 kept += n_layers * block

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from hourglass_jax.errors import UsageError
 
-def write_whole(path: Path, text: str) -> None:
-    """As `Path.write_text` in UTF-8, but at every moment `path` is what it was before or all of `text`."""
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Text is written in UTF-8; at every moment `path` is what it was before or all of `content`."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A directory to write to; it becomes `path` where the body succeeds, and nothing is left where it does not.
+
+    Raises UsageError unless `path` is an empty directory or absent.
+    """
+    path = path.absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{path}: exists; choose another output directory")
+    temporary = path.with_name(f"{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

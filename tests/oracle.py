@@ -1,5 +1,7 @@
 """The whole model in naive float64 NumPy, written from the formulas of the paper, one position at a time."""
 
+import math
+
 import jax
 import numpy as np
 from flax import nnx
@@ -62,6 +64,8 @@ def attention(p, config, x_q, x_k, positions_q, positions_k, slack):
 def activation(config, x):
     if config.activation == "relu":
         return np.maximum(x, 0)
+    if config.activation == "gelu_exact":
+        return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 

@@ -53,6 +53,13 @@ def test_cached_logits_of_every_method_equal_the_full_forward(shortening, upsamp
         assert largest_difference(make_model(small_config(hierarchy=NESTED, **options))) < 1e-12
 
 
+@pytest.mark.parametrize("positions", ["relative", "rotary"])
+def test_cached_logits_with_heads_of_their_own_size_and_biases(positions):
+    options = {"positions": positions, "d_head": 6, "qkv_bias": True, "dtype": "float64"}
+    with jax.enable_x64(True):
+        assert largest_difference(make_model(small_config(hierarchy=NESTED, **options))) < 1e-12
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
 @pytest.mark.parametrize("hierarchy", HIERARCHIES)

@@ -34,11 +34,19 @@ def test_every_method_equals_its_formula(shortening, upsampling, positions):
 @pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("hierarchy", HIERARCHIES)
 @pytest.mark.parametrize(
-    "option", ["activation=relu", "norm=final", "shift=original", "initialization=xavier", "remat=full"]
+    "options",
+    [
+        {"activation": "relu"},
+        {"activation": "gelu_exact", "d_head": 5, "qkv_bias": True},
+        {"norm": "final"},
+        {"shift": "original"},
+        {"initialization": "xavier"},
+        {"remat": "full"},
+    ],
+    ids=str,
 )
-def test_every_hierarchy_and_option_equals_its_formula(hierarchy, option):
-    name, value = option.split("=")
-    assert largest_error(small_config(hierarchy=hierarchy, dtype="float64", **{name: value})) < 1e-10
+def test_every_hierarchy_and_option_equals_its_formula(hierarchy, options):
+    assert largest_error(small_config(hierarchy=hierarchy, dtype="float64", **options)) < 1e-10
 
 
 @pytest.mark.parametrize("hierarchy", HIERARCHIES)

@@ -27,21 +27,21 @@ from hourglass_jax.nn.positions import align_newest, rotate, sinusoids, slot_dis
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with the configured positions; no bias in the query, key and value projections."""
+    """Multi-head attention with the configured positions."""
 
     def __init__(self, config: HourglassConfig, unit: int, *, query_slots: int = 1, key_slots: int = 1, rngs: nnx.Rngs):
-        d_model = config.d_model
+        d_model, d_heads, bias = config.d_model, config.n_heads * config.head_dim, config.qkv_bias
         self.unit, self.query_slots, self.key_slots = unit, query_slots, key_slots
         self.n_heads, self.head_dim = config.n_heads, config.head_dim
         self.positions, self.fused = config.positions, config.attention == "fused"
-        self.query = linear(config, d_model, d_model, bias=False, rngs=rngs)
-        self.key = linear(config, d_model, d_model, bias=False, rngs=rngs)
-        self.value = linear(config, d_model, d_model, bias=False, rngs=rngs)
-        self.out = linear(config, d_model, d_model, rngs=rngs)
+        self.query = linear(config, d_model, d_heads, bias=bias, rngs=rngs)
+        self.key = linear(config, d_model, d_heads, bias=bias, rngs=rngs)
+        self.value = linear(config, d_model, d_heads, bias=bias, rngs=rngs)
+        self.out = linear(config, d_heads, d_model, rngs=rngs)
         self.dropout = Dropout(config.dropout)
         if self.positions == "relative":
             shape = (config.n_heads, config.head_dim)
-            self.relative = linear(config, d_model, d_model, bias=False, rngs=rngs)
+            self.relative = linear(config, d_model, d_heads, bias=False, rngs=rngs)
             self.content_bias = nnx.Param(kernel_init(config)(rngs.params(), shape))  # u of the formula
             self.position_bias = nnx.Param(kernel_init(config)(rngs.params(), shape))  # v
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,11 @@ from hourglass_jax.nn.attention import Attention
 from hourglass_jax.nn.cache import Clock, KeyValueCache
 from hourglass_jax.nn.layers import Dropout, layer_norm, linear, on_matrix, split_key
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+}
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
@@ -29,9 +35,7 @@ class FeedForward(nnx.Module):
         return on_matrix(self.on_rows, x)
 
     def on_rows(self, x: jax.Array) -> jax.Array:
-        x = self.up(x)
-        x = jax.nn.gelu(x, approximate=True) if self.activation == "gelu" else jax.nn.relu(x)
-        return self.down(x)
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
 
 class Block(nnx.Module):

@@ -144,8 +144,11 @@ class CheckpointStore:
             if later > step:
                 self._manager.delete(later)
 
-    def save(self, step: int, params: Any, opt_state: Any, valid_loss: float | None = None) -> None:
-        """Writes in the background; waits for the save before. Raises UsageError where that one failed."""
+    def save(self, step: int, params: Any, opt_state: Any = None, valid_loss: float | None = None) -> None:
+        """Writes in the background; waits for the save before. Raises UsageError where that one failed.
+
+        Without `opt_state`, the run can be loaded but not gone on with.
+        """
         self.wait()
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt_state)))
         free = disk_usage(self.directory).free
@@ -154,7 +157,8 @@ class CheckpointStore:
                 f"{self.directory}: the checkpoint of step {step} needs {needed / 1e6:,.0f} MB and the disk has "
                 f"{free / 1e6:,.0f}; earlier ones are intact: make room and give the same command again"
             )
-        items = ocp.args.Composite(params=ocp.args.StandardSave(params), opt_state=ocp.args.StandardSave(opt_state))
+        items = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
+        items = ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()})
         metrics = {} if valid_loss is None else {METRIC: valid_loss}
         with _explained(step):
             self._manager.save(step, args=items, force=True)

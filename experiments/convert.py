@@ -1,0 +1,117 @@
+"""Brings weights in from other projects, and models out to and in from safetensors.
+
+python experiments/convert.py --from=original model.pth vocab.json runs/original
+python experiments/convert.py --from=pypi --n_heads=8 --shorten_factor=4 model.pth runs/pypi
+python experiments/convert.py --to=safetensors runs/original shared
+python experiments/convert.py --from=safetensors shared runs/shared
+
+The paths may be given as --model, --vocab and --out instead. What comes in becomes a run directory, as of pretrain.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+from absl import flags
+from flax import nnx
+
+from experiments import launcher
+from hourglass_jax import HourglassLM, UsageError, load
+from hourglass_jax.config import DataConfig
+from hourglass_jax.files import whole_directory
+from hourglass_jax.interop import export_safetensors, from_original, from_pypi, import_safetensors
+from hourglass_jax.tokenizers import Tokenizer
+from hourglass_jax.training.checkpoints import CheckpointStore, write_run
+
+FROM = flags.DEFINE_enum(
+    "from",
+    None,
+    ["original", "pypi", "safetensors"],
+    "original: the PyTorch project of the README; pypi: hourglass-transformer-pytorch; safetensors: of this library.",
+)
+TO = flags.DEFINE_enum("to", None, ["safetensors"], "What a run of this library becomes.")
+MODEL = flags.DEFINE_string("model", None, "What to convert: a .pth file, a safetensors directory or a run directory.")
+VOCAB = flags.DEFINE_string("vocab", None, "JSON of token to id; needed for original, and for pypi unless of bytes.")
+OUT = flags.DEFINE_string("out", None, "Directory to write, empty or absent.")
+N_HEADS = flags.DEFINE_integer(
+    "n_heads", None, "Heads, where shapes do not tell; default: 6 (original), 8 (pypi).", lower_bound=1
+)
+SHORTEN_FACTOR = flags.DEFINE_list("shorten_factor", [], "pypi without linear resampling: its factor or factors.")
+CAUSAL = flags.DEFINE_boolean("causal", True, "pypi: as the model was made.")
+FORMAT = flags.DEFINE_enum(
+    "format", "text", ["text", "haiku", "prompt"], "What the model was trained on last, as of finetune.py."
+)
+
+
+def main(arguments: list[str]) -> None:
+    model_path, vocab_path, out = read_paths(arguments[1:])
+    if (FROM.value is None) == (TO.value is None):
+        raise UsageError("give one of --from=original|pypi|safetensors and --to=safetensors")
+    if vocab_path and FROM.value not in ("original", "pypi"):
+        raise UsageError(f"{vocab_path}: only --from=original and --from=pypi take a vocabulary")
+    if TO.value:
+        model, tokenizer, _ = load(model_path)
+        export_safetensors(model, tokenizer, out)
+        print(f"{describe(model)} -> {out}")
+        return
+    with whole_directory(Path(out)) as directory:
+        model, tokenizer = read_model(model_path, vocab_path)
+        write_model(model, tokenizer, directory)
+    print(f"{describe(model)} -> {out}")
+    print(f"\nnext: python experiments/generate.py --load_model_path={shlex.quote(out)}")
+
+
+def read_paths(arguments: list[str]) -> tuple[str, str | None, str]:
+    """What to convert, the vocabulary if there is one, and where to."""
+    if arguments and (MODEL.value or VOCAB.value or OUT.value):
+        raise UsageError("give the paths either as --model, --vocab and --out, or in this order without names")
+    if not arguments and MODEL.value and OUT.value:
+        return MODEL.value, VOCAB.value, OUT.value
+    if len(arguments) not in (2, 3):
+        raise UsageError("give what to convert, the vocabulary of a .pth file and the output directory, in this order")
+    return arguments[0], arguments[1] if len(arguments) == 3 else None, arguments[-1]
+
+
+def read_model(path: str, vocab_path: str | None) -> tuple[HourglassLM, Tokenizer]:
+    if FROM.value == "safetensors":
+        return import_safetensors(path)[:2]
+    if FROM.value == "original":
+        if not vocab_path:
+            raise UsageError("--from=original needs the model's vocabulary; give it as --vocab=vocab.json")
+        return from_original(path, vocab_path, n_heads=N_HEADS.value)
+    factors = launcher.parse_flag(
+        "shorten_factor", ",".join(SHORTEN_FACTOR.value), lambda _: [int(factor) for factor in SHORTEN_FACTOR.value]
+    )
+    return from_pypi(
+        path,
+        vocab_path,
+        n_heads=N_HEADS.value or 8,
+        shorten_factor=factors[0] if len(factors) == 1 else factors,
+        causal=CAUSAL.value,
+    )
+
+
+def write_model(model: HourglassLM, tokenizer: Tokenizer, directory: Path) -> None:
+    """A run directory; its settings are what the other launchers ask a run for."""
+    config = model.config
+    data = DataConfig(tokenizer=tokenizer.kind, clean=getattr(tokenizer, "clean", False))
+    if config.positions == "learned":
+        data = dataclasses.replace(data, block_size=config.max_length)
+    settings = {"converted_from": FROM.value, "data": dataclasses.asdict(data)}
+    if FORMAT.value != "text":
+        settings["format"] = FORMAT.value
+    write_run(directory, config, tokenizer, settings)
+    store = CheckpointStore(directory)
+    store.save(0, nnx.state(model, nnx.Param))
+    store.close()
+
+
+def describe(model: HourglassLM) -> str:
+    n_parameters = sum(leaf.size for _, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    return f"{model.config.hierarchy}, {n_parameters / 1e6:.2f}M parameters, vocabulary {model.config.vocab_size}"
+
+
+if __name__ == "__main__":
+    launcher.run(main, positional=True)

@@ -1,0 +1,45 @@
+"""Models as safetensors: a directory to share, without code to run and without a training's state.
+
+model.safetensors   parameters, named as in `interop.parameters`
+config.json         as of a run directory: format version, model configuration, tokenizer; no settings
+vocab.json          characters and their tokens (character models)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.numpy import load_file, save_file
+
+from hourglass_jax.config import HourglassConfig
+from hourglass_jax.errors import UsageError
+from hourglass_jax.files import whole_directory
+from hourglass_jax.interop.parameters import build_model, named_parameters
+from hourglass_jax.model import HourglassLM
+from hourglass_jax.tokenizers import Tokenizer
+from hourglass_jax.training.checkpoints import read_run, write_run
+
+WEIGHTS = "model.safetensors"
+
+
+def export_safetensors(model: HourglassLM, tokenizer: Tokenizer, directory: str | Path) -> None:
+    """Writes `directory`, which must be empty or absent; raises UsageError where it is not."""
+    with whole_directory(Path(directory)) as temporary:
+        save_file(named_parameters(model), temporary / WEIGHTS, metadata={"format": "flax"})
+        write_run(temporary, model.config, tokenizer, settings={})
+
+
+def import_safetensors(directory: str | Path) -> tuple[HourglassLM, Tokenizer, HourglassConfig]:
+    """What `export_safetensors` wrote -> (model, tokenizer, config), bit for bit.
+
+    Raises UsageError where files or tensors are missing, damaged, left over, or do not fit the configuration.
+    """
+    config, tokenizer, _ = read_run(directory)
+    path = Path(directory) / WEIGHTS
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; give a directory that was exported as safetensors")
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # of many kinds, as the damage
+        raise UsageError(f"{path}: not a safetensors file, or damaged ({error})") from error
+    return build_model(config, tensors, path), tokenizer, config

@@ -1,0 +1,82 @@
+"""The converter as a user meets it: what it writes, the other launchers read."""
+
+import json
+
+import numpy as np
+import pytest
+from launching import ENVIRONMENT, run_forked
+
+import hourglass_jax as hg
+from hourglass_jax.interop import import_safetensors
+from hourglass_jax.interop.parameters import named_parameters
+
+torch = pytest.importorskip("torch")
+from test_interop import TOKENS, Malicious, original  # noqa: E402
+
+
+def succeed(script, *flags, cwd):
+    result = run_forked(script, *flags, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def same(a, b):
+    a, b = named_parameters(a), named_parameters(b)
+    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("convert")
+    ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
+    torch.save({"model_state_dict": original([1, 1, 1, 2]).state_dict()}, home / "model.pth")
+    (home / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(TOKENS)}))
+    (home / "text.txt").write_text("abcdefgh\n" * 30)
+    (home / "haiku.txt").write_text("\n\n".join(["a\nb\nc", "d\ne\nf", "g\nh\na"]) + "\n")
+    succeed("convert", "--from=original", "model.pth", "vocab.json", "out/", cwd=home)
+    return home
+
+
+def test_a_converted_model_is_evaluated_generates_and_is_fine_tuned(home):
+    model, tokenizer, config = hg.load(home / "out")
+    assert config.hierarchy == "1@1 1@2 1@1" and tokenizer.characters == TOKENS[3:]
+    record = json.loads(succeed("evaluate", "--load_model_path=out", "--data_path=text.txt", cwd=home).splitlines()[-1])
+    assert 0 < record["loss"] < 20
+    assert succeed("generate", "--load_model_path=out", "--max_tokens=4", cwd=home).strip()
+    flags = ["--load_model_path=out", "--data_path=haiku.txt", "--epochs=1", "--batch_size=1", "--out=tuned"]
+    succeed("finetune", *flags, "--learning_rate=1e-9", cwd=home)
+    before, after = (named_parameters(m) for m in (model, hg.load(home / "tuned")[0]))
+    for name in before:  # it started from these weights, and hardly moved
+        np.testing.assert_allclose(before[name], after[name], atol=1e-6)
+
+
+def test_a_run_goes_to_safetensors_and_comes_back_as_a_run(home):
+    succeed("convert", "--to=safetensors", "out", "shared", cwd=home)
+    succeed("convert", "--from=safetensors", "--model=shared", "--out=back", cwd=home)
+    model, tokenizer, _ = hg.load(home / "back")
+    assert same(model, hg.load(home / "out")[0]) and same(model, import_safetensors(home / "shared")[0])
+    assert tokenizer.characters == TOKENS[3:]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--from=original", "evil.pth", "vocab.json", "new"], "nothing in it was run"),
+        (["--from=original", "model.pth", "text.txt", "new"], "not a vocabulary"),
+        (["--from=original", "model.pth", "new"], "needs the model's vocabulary"),
+        (["--from=original", "model.pth", "vocab.json", "out"], "out: exists"),
+        (["--from=pypi", "--shorten_factor=x", "model.pth", "new"], "cannot be read"),
+        (["--from=safetensors", "out", "new"], "model.safetensors: no such file"),
+        (["--to=safetensors", "nowhere", "new"], "no such directory"),
+        (["model.pth", "new"], "give one of --from"),
+        (["--from=original", "model.pth"], "in this order"),
+        (["--from=original", "--out=new", "model.pth", "vocab.json"], "either as --model"),
+    ],
+)
+def test_bad_usage_is_one_line_and_leaves_nothing_behind(home, flags, message):
+    torch.save({"state_dict": {"a": torch.zeros(2)}, "rest": Malicious(home / "trace")}, home / "evil.pth")
+    before = sorted(home.iterdir())
+    result = run_forked("convert", *flags, cwd=home)
+    assert result.returncode == 2 and message in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and "Traceback" not in result.stderr
+    assert sorted(home.iterdir()) == before

@@ -1,0 +1,96 @@
+"""Models come back from safetensors bit for bit, and damaged or other directories are refused in one line."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from conftest import NESTED, forward, make_model, small_config
+from safetensors.numpy import load_file, save_file
+
+import hourglass_jax as hg
+from hourglass_jax.interop import export_safetensors, import_safetensors
+from hourglass_jax.interop.parameters import named_parameters
+from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
+
+TOKENIZER = hg.CharTokenizer("abcdefgh", clean=True)
+KERNEL = "hourglass.inner.pre.layers.attention.query.kernel"
+
+
+@pytest.mark.parametrize("shortening, upsampling", itertools.product(SHORTENINGS, UPSAMPLINGS))
+def test_every_method_comes_back_bit_for_bit(tmp_path, shortening, upsampling):
+    config = small_config(hierarchy=NESTED, shortening=shortening, upsampling=upsampling)
+    model = make_model(config)
+    export_safetensors(model, TOKENIZER, tmp_path / "shared")
+    back, tokenizer, back_config = import_safetensors(tmp_path / "shared")
+    assert back_config == back.config == config
+    assert (tokenizer.characters, tokenizer.clean) == (TOKENIZER.characters, True)
+    before, after = named_parameters(model), named_parameters(back)
+    assert before.keys() == after.keys()
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_the_logits_are_the_same(tmp_path):
+    model = make_model(small_config(vocab_size=256, positions="learned", norm="final"))
+    export_safetensors(model, hg.ByteTokenizer(), tmp_path / "shared")
+    assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == ["config.json", "model.safetensors"]
+    back, tokenizer, _ = import_safetensors(tmp_path / "shared")
+    tokens = tokenizer.encode("an old pond")[None]
+    np.testing.assert_array_equal(forward(model, tokens), forward(back, tokens))
+
+
+@pytest.fixture
+def shared(tmp_path):
+    export_safetensors(make_model(small_config()), TOKENIZER, tmp_path / "shared")
+    return tmp_path / "shared"
+
+
+def test_nothing_of_the_training_is_exported(shared):
+    assert json.loads((shared / "config.json").read_text())["settings"] == {}
+
+
+def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(shared, monkeypatch):
+    model = make_model(small_config())
+    with pytest.raises(hg.UsageError, match="exists"):
+        export_safetensors(model, TOKENIZER, shared)
+
+    def no_room(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("hourglass_jax.interop.safetensors.write_run", no_room)
+    with pytest.raises(OSError, match="no space"):
+        export_safetensors(model, TOKENIZER, shared.parent / "other")
+    assert list(shared.parent.iterdir()) == [shared]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensors: tensors.pop(KERNEL), f"lacks {KERNEL}"),
+        (lambda tensors: tensors.update(extra=np.zeros(2)), "no place for: extra"),
+        (lambda tensors: tensors.update({KERNEL: np.zeros((1, 16, 8), np.float32)}), f"{KERNEL} is float32.1, 16, 8."),
+        (lambda tensors: tensors.update({KERNEL: np.zeros((1, 16, 16))}), f"{KERNEL} is float64"),
+    ],
+)
+def test_other_tensors_are_refused_by_name(shared, change, message):
+    tensors = load_file(shared / "model.safetensors")
+    change(tensors)
+    save_file(tensors, shared / "model.safetensors")
+    with pytest.raises(hg.UsageError, match=message) as error:
+        import_safetensors(shared)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_and_missing_files_are_refused(shared):
+    weights = shared / "model.safetensors"
+    whole = weights.read_bytes()
+    for content in (whole[:-1], whole[:100], b"", b"x" * 1000):
+        weights.write_bytes(content)
+        with pytest.raises(hg.UsageError, match="not a safetensors file, or damaged"):
+            import_safetensors(shared)
+    weights.unlink()
+    with pytest.raises(hg.UsageError, match=r"model\.safetensors: no such file"):
+        import_safetensors(shared)
+    with pytest.raises(hg.UsageError, match=r"no config\.json"):
+        import_safetensors(shared.parent)
