@@ -79,8 +79,8 @@ def table_1() -> Table:
         Row(hierarchy, TEXT | {"hierarchy": hierarchy}, dict(zip(names, values, strict=True)))
         for hierarchy, values in figures.items()
     ]
-    # Ours: so that the cost of every Hourglass row lies between the costs of two baselines.
-    rows += [Row(hierarchy, TEXT | {"hierarchy": hierarchy}) for hierarchy in ("4@1", "16@1")]
+    # Ours: so that the Hourglass rows cost more than the cheapest plain one.
+    rows.append(Row("4@1", TEXT | {"hierarchy": "4@1"}))
     return Table(
         "1",
         "enwik8",
@@ -89,7 +89,8 @@ def table_1() -> Table:
         "bpc",
         tuple(rows),
         "6@1",
-        "4@1 and 16@1 are not in the paper: with them the cost of every Hourglass row lies between two baselines'.",
+        "4@1 is not in the paper. 'plain, equal FLOPs' and 'plain, equal time' are what a plain transformer of the same "
+        "cost would reach, between the two depths around it in the logarithm of the cost.",
     )
 
 
