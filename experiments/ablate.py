@@ -35,6 +35,7 @@ DATA_PATH = flags.DEFINE_string(
 DATA_NAME = flags.DEFINE_string("data_name", "", "What reports call the data; default: the file's or data set's name.")
 OUT = flags.DEFINE_string("out", "runs/ablations", "Directory of the runs.")
 RESULTS = flags.DEFINE_string("results", "experiments/results/ablations", "Directory of the reports.")
+ROWS = flags.DEFINE_list("rows", [], "Only these rows, by the name that --dry_run prints; default: all.")
 SEEDS = flags.DEFINE_integer("seeds", 2, "Of the baseline row; the others have one.", lower_bound=1)
 COMMENT = flags.DEFINE_string("comment", None, "With --report: what there is to say about the table; kept.")
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the rows with what they will cost, and train nothing.")
@@ -59,7 +60,7 @@ def main(_: list[str]) -> None:
             path = Path(RESULTS.value) / f"table{table.number}-{name}-{SCALE.value}"
             print(reporting.report(table, setup, directory, path, COMMENT.value))
         return
-    jobs = rows.plan(tables, setup, directory, SEEDS.value)
+    jobs = rows.plan(tables, setup, directory, SEEDS.value, ROWS.value)
     if DRY_RUN.value:
         print(costs.plan_table(jobs, setup))
         return

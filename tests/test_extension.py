@@ -1,9 +1,7 @@
 """The README's shortening method, defined outside of the package, works wherever the package's own do."""
 
 import math
-import re
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +10,13 @@ import optax
 import pytest
 from conftest import forward, make_model, small_config
 from flax import nnx
-from launching import run, run_forked
+from launching import METHOD, run, run_forked
 
 import hourglass_jax as hg
 from hourglass_jax.costs import count_parameters, decoding_flops, forward_flops
 from hourglass_jax.nn.resampling import AttentionShortening, AverageShortening
 from hourglass_jax.registry import SHORTENINGS
 from hourglass_jax.training.step import TrainState, make_train_step
-
-README = Path(__file__).parents[1] / "README.md"
-[METHOD] = re.findall(r"^## Add a shortening method$.*?^```python\n(.*?)^```$", README.read_text(), re.M | re.S)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from experiments.scales import Setup
 from experiments.sources import ImageSource, TextSource, open_source
 from experiments.tables import Row, Table
 from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, TrainConfig, at_shorten_factor, check_causality
+from hourglass_jax.config import check_choice
 from hourglass_jax.data import letters
 from hourglass_jax.data.pipeline import Batch, BatchAt, LazyBatches
 from hourglass_jax.evaluation import accuracy, evaluate_batches
@@ -58,12 +59,18 @@ def row_directory(row: Row, config: HourglassConfig, directory: Path) -> Path:
     return directory / "-".join(parts)
 
 
-def plan(tables: Sequence[Table], setup: Setup, directory: Path, n_seeds: int) -> list[Job]:
-    """What the tables need: each row with one seed, the baseline's with `n_seeds`; nothing twice."""
+def plan(tables: Sequence[Table], setup: Setup, directory: Path, n_seeds: int, only: Collection[str] = ()) -> list[Job]:
+    """What the tables need: each row with one seed, the baseline's with `n_seeds`; nothing twice.
+
+    `only` names the rows to train; none: all. Raises UsageError for a name that no table has.
+    """
+    names = [row.name for table in tables for row in table.rows if row.options is not None]
+    for name in only:
+        check_choice("rows", name, names)
     jobs: dict[Path, Job] = {}
     for table in tables:
         for row in table.rows:
-            if row.options is None:
+            if row.options is None or (only and row.name not in only):
                 continue
             config = row_config(row, setup)
             for seed in range(n_seeds if row.name == table.baseline else 1):
