@@ -1,5 +1,6 @@
 """Nothing is lost: damaged checkpoints, signals at any moment, a loss that is not finite, a full disk."""
 
+import itertools
 import resource
 import shutil
 import signal
@@ -89,9 +90,9 @@ def files(directory):
     return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != manifest.MANIFEST)
 
 
-def flip_bit(path):
+def flip_bit(path, place=0.5):
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
+    content[int(len(content) * place)] ^= 4
     path.write_bytes(content)
 
 
@@ -134,17 +135,20 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(copy, whole, 
 def test_without_the_manifest_a_flipped_bit_becomes_a_wrong_number(copy, monkeypatch):
     _, right = last_state(copy)
     monkeypatch.setattr("hourglass_jax.training.checkpoints.damage", lambda directory: "")
-    silently_wrong = 0
-    for path in files(newest(copy) / "params"):
+
+    def silently_wrong(path, place):
         before = path.read_bytes()
-        flip_bit(path)
+        flip_bit(path, place)
         try:
             _, params = last_state(copy)
-            silently_wrong += any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (params, right)), strict=True))
         except Exception:  # orbax does notice some
-            pass
-        path.write_bytes(before)
-    assert silently_wrong
+            return False
+        finally:
+            path.write_bytes(before)
+        return any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (params, right)), strict=True))
+
+    places = itertools.product(np.linspace(0.05, 0.95, 10), files(newest(copy) / "params"))
+    assert any(silently_wrong(path, place) for place, path in places)
 
 
 def test_a_checkpoint_that_was_not_sealed_is_passed_over(copy):
