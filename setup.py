@@ -20,6 +20,8 @@ CORE = [
     "safetensors>=0.5",
 ]
 
+NOTEBOOKS = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
+
 setup(
     name="hourglass_jax",
     version="0.1.0",
@@ -44,7 +46,8 @@ setup(
     extras_require={
         "bench": ["hourglass-transformer-pytorch>=0.0.6", "torch==2.13.0"],
         "cuda": ["jax[cuda]>=0.10.2"],
+        "notebooks": NOTEBOOKS,
         "torch": ["torch>=2.4"],  # to convert its checkpoints; 2.3 was the first for numpy 2
-        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.11"],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.11", *NOTEBOOKS],
     },
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hourglass_jax.config import check_range
 
@@ -53,13 +54,15 @@ class Sampler:
 
 
 def row_keys(key: jax.Array, prompts: Sequence[Sequence[int]]) -> jax.Array:
-    """A key for each row [B]: it depends on `key` and on how many earlier rows have the same prompt.
+    """A key for each row [B]: it depends on `key`, on the prompt, and on how many earlier rows have the same one.
 
-    So a row's sample is the same whatever batch it sits in, and equal prompts still get different samples.
+    So a row's sample is the same whatever batch it sits in, equal prompts still get different samples, and rows with
+    different prompts do not come to write the same text, as they would if they drew the same numbers.
     """
     seen: dict[tuple[int, ...], int] = {}
-    counts = []
-    for prompt in prompts:
-        counts.append(seen.get(tuple(prompt), 0))
-        seen[tuple(prompt)] = counts[-1] + 1
-    return jax.vmap(partial(jax.random.fold_in, key))(jnp.array(counts))
+    parts = []
+    for prompt in map(tuple, prompts):
+        parts.append((zlib.crc32(np.asarray(prompt, np.int32).tobytes()), seen.get(prompt, 0)))
+        seen[prompt] = parts[-1][1] + 1
+    fold_in = jax.vmap(lambda part: jax.random.fold_in(jax.random.fold_in(key, part[0]), part[1]))
+    return fold_in(jnp.array(parts, jnp.uint32))

@@ -10,7 +10,7 @@ import pytest
 from launching import METHOD, run, run_forked
 
 import hourglass_jax as hg
-from experiments.ablations import reporting
+from experiments.ablations import pictures, reporting
 from experiments.ablations.rows import plan, row_config
 from experiments.scales import SCALES, find_setup
 from experiments.tables import TABLES, find_table
@@ -179,6 +179,14 @@ def test_what_a_plain_transformer_reaches_at_equal_cost_lies_halfway_in_log_cost
         assert reporting.equal_cost(record["rows"][0], plain, cost) is None
     dearer = copy.deepcopy(record["rows"][2]) | {"step_flops": 5e9}
     assert reporting.equal_cost(dearer, plain, reporting.flops) is None
+
+
+def test_rows_that_were_not_timed_are_drawn_against_flops(tmp_path):
+    record = example_record() | {"table": "1", "data": "text"}
+    for row in record["rows"]:
+        row["cost"] = None
+    pictures.draw(record, tmp_path / "table.png")
+    assert (tmp_path / "table.png").exists()
 
 
 def test_agreement_counts_pairs_in_the_other_order():

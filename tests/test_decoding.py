@@ -8,7 +8,7 @@ from conftest import forward, make_model, small_config
 
 import hourglass_jax as hg
 from hourglass_jax import decoding
-from hourglass_jax.sampling import Sampler
+from hourglass_jax.sampling import Sampler, row_keys
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 KEY = jax.random.key(0)
@@ -36,6 +36,13 @@ def test_rows_are_what_they_would_be_alone_and_equal_prompts_differ(model):
         np.testing.assert_array_equal(row, hg.generate(model, [prompt], max_tokens=12, key=KEY)[0])
     assert (together[0] != together[3]).any()
     assert (hg.generate(model, PROMPTS, max_tokens=12, key=jax.random.key(1))[0] != together[0]).any()
+
+
+def test_different_prompts_draw_different_numbers():
+    prompts = [[1, 2, 3], [3], [1, 2, 3], [2, 1]]
+    keys = jax.random.key_data(row_keys(KEY, prompts)).tolist()
+    assert len({tuple(key) for key in keys}) == len(prompts)
+    assert keys[:2] == jax.random.key_data(row_keys(KEY, prompts[:2])).tolist()
 
 
 def test_rows_split_over_cores_are_the_same(model, monkeypatch):

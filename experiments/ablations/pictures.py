@@ -32,7 +32,7 @@ def draw_costs(record: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
     costs: dict[str, Cost] = {
         "FLOPs a step": lambda row: row["step_flops"],
         "seconds a step": lambda row: (row["cost"] or {}).get("step_seconds"),
-        "memory of a step, MB": lambda row: (row["cost"] or {}).get("memory_bytes", np.nan) / 1e6,
+        "memory of a step, MB": lambda row: (row["cost"] or {}).get("memory_bytes", 0) / 1e6,
     }
     costs = {name: cost for name, cost in costs.items() if all(cost(row) for row in rows)}
     figure = Figure(figsize=(4.6 * len(costs), 4.2), layout="constrained")

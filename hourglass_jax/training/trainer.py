@@ -135,7 +135,7 @@ class _Training:
             unit="step",
             dynamic_ncols=True,
             mininterval=0.5,
-            disable=jax.process_index() > 0,
+            **({"disable": True} if jax.process_index() else {}),  # of the first process, TQDM_DISABLE=1 decides
         )
         try:
             self.check_signals()
