@@ -44,7 +44,8 @@ class Job:
 
 
 def row_config(row: Row, setup: Setup) -> HourglassConfig:
-    return HourglassConfig(**(setup.model | row.options))
+    options = {**setup.model, **(row.options or {})}
+    return HourglassConfig(**options | {"hierarchy": setup.hierarchies.get(options["hierarchy"], options["hierarchy"])})
 
 
 def row_directory(row: Row, config: HourglassConfig, directory: Path) -> Path:
