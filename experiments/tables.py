@@ -90,7 +90,7 @@ def table_1() -> Table:
         tuple(rows),
         "6@1",
         "4@1 is not in the paper. 'plain, equal FLOPs' and 'plain, equal time' are what a plain transformer of the same "
-        "cost would reach, between the two depths around it in the logarithm of the cost.",
+        "cost reaches, between the two depths around it in the logarithm of the cost.",
     )
 
 
