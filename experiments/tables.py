@@ -89,7 +89,7 @@ def table_1() -> Table:
         "bpc",
         tuple(rows),
         "6@1",
-        "4@1 is not in the paper. 'plain, equal FLOPs' and 'plain, equal time' are what a plain transformer of the same "
+        "4@1 is not in the paper. 'plain, equal FLOPs' and 'plain, equal time' are what a plain transformer of that "
         "cost reaches, between the two depths around it in the logarithm of the cost.",
     )
 
