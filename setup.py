@@ -48,6 +48,6 @@ setup(
         "cuda": ["jax[cuda]>=0.10.2"],
         "notebooks": NOTEBOOKS,
         "torch": ["torch>=2.4"],  # to convert its checkpoints; 2.3 was the first for numpy 2
-        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.11", *NOTEBOOKS],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.8", "ruff>=0.9", "mypy>=1.11", *NOTEBOOKS],
     },
 )

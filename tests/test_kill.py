@@ -19,6 +19,7 @@ FLAGS += ["--steps=200", "--train.eval_interval=100", "--optimizer.warmup_steps=
 FLAGS += ["--sample_interval=80", "--profile_steps=3:4"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_three_times_ends_as_one_that_is_not(tmp_path):
     result = run("soak", "--kills=3", "--steps=80", "--report=soak", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
