@@ -32,7 +32,15 @@ from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
 
 # Sized so that the built-in corpus trains in about two minutes on two CPU cores.
-MODEL = HourglassConfig(vocab_size=1, hierarchy="1@1 3@3 1@1", d_model=192, n_heads=6, d_ff=768, max_length=1024)
+MODEL = HourglassConfig(
+    vocab_size=1,
+    hierarchy="1@1 3@3 1@1",
+    d_model=192,
+    n_heads=6,
+    d_ff=768,
+    max_length=1024,
+    initialization="xavier",
+)
 DATA = DataConfig(block_size=128, batch_size=8)
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
 TRAIN = TrainConfig(steps=600, eval_interval=100)

@@ -18,12 +18,13 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def provenance(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """The command as it was given, the kind of machine, and versions."""
+    """The command as it was given, but for a comment, the kind of machine, and versions."""
     device = jax.devices()[0]
     kind = device.device_kind if device.platform != "cpu" else f"{platform.machine()} CPU"
     script = Path(sys.argv[0])
+    options = [option for option in sys.argv[1:] if not option.startswith("--comment")]
     return {
-        "command": shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"{script.parent.name}/{script.name}", *options]),
         "machine": f"{jax.device_count()} x {kind}, {os.cpu_count()} CPU cores",
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
     }
