@@ -175,10 +175,10 @@ def test_what_a_plain_transformer_reaches_at_equal_cost_lies_halfway_in_log_cost
     record = example_record()
     plain = reporting.plain_rows(record)
     for cost in (reporting.flops, reporting.step_seconds):
-        assert reporting.equal_cost(record["rows"][2], plain, cost) == pytest.approx(2.5)
-        assert reporting.equal_cost(record["rows"][0], plain, cost) is None
+        assert reporting.equal_cost(record["rows"][2], plain, cost, "bpc") == pytest.approx(2.5)
+        assert reporting.equal_cost(record["rows"][0], plain, cost, "bpc") is None
     dearer = copy.deepcopy(record["rows"][2]) | {"step_flops": 5e9}
-    assert reporting.equal_cost(dearer, plain, reporting.flops) is None
+    assert reporting.equal_cost(dearer, plain, reporting.flops, "bpc") is None
 
 
 def test_rows_that_were_not_timed_are_drawn_against_flops(tmp_path):

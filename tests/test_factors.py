@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 from conftest import forward, make_model, small_config
@@ -53,19 +54,22 @@ def test_factors_are_drawn_evenly_by_seed_and_step():
     assert all(abs(count - 1000) < 120 for count in Counter(drawn).values())
 
 
-def test_training_draws_factors_and_evaluates_at_each(tmp_path, quick_compile):
+def test_training_draws_factors_compiles_each_once_and_evaluates_at_each(tmp_path, caplog, quick_compile):
     text = np.random.default_rng(0).integers(0, 11, 400).astype(np.int32)
     config = small_config(hierarchy="0@1 1@3 1@1", shortening="average", upsampling="repeat")
     validation = consecutive_windows(text, 12, 4)[:3]
     model = make_model(config)
-    result = fit(
-        model,
-        random_windows(text, 12, 4, 0),
-        validation,
-        tmp_path,
-        optimizer_config=hg.OptimizerConfig(warmup_steps=1),
-        train_config=hg.TrainConfig(steps=20, eval_interval=10, shorten_factors=(2, 3)),
-    )
+    with jax.log_compiles():
+        result = fit(
+            model,
+            random_windows(text, 12, 4, 0),
+            validation,
+            tmp_path,
+            optimizer_config=hg.OptimizerConfig(warmup_steps=1),
+            train_config=hg.TrainConfig(steps=20, eval_interval=10, shorten_factors=(2, 3)),
+        )
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("Finished XLA compilation of jit(train_step)" in message for message in messages) == 2
     at_each = [hg.evaluation.evaluate_batches(hg.at_shorten_factor(model, k), validation).loss for k in (2, 3)]
     assert result.loss == pytest.approx(np.mean(at_each), rel=1e-6)
     last = read_curves(tmp_path)[-1]

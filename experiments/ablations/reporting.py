@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from experiments.ablations.costs import read_cost
-from experiments.ablations.pictures import draw
+from experiments.ablations.pictures import Cost, draw
 from experiments.ablations.rows import RESULT, row_config, row_directory
 from experiments.reports import markdown_table, provenance, write_report
 from experiments.scales import Setup
@@ -149,7 +149,7 @@ def results_table(record: dict[str, Any]) -> str:
             trained = [run for run in row["runs"] if name in run["figures"]]
             line += [spread(figures({"runs": trained}, name)), number(row["paper"].get(name))]
         if plain:
-            line += [number(equal_cost(row, plain, cost)) for cost in (flops, step_seconds)]
+            line += [number(equal_cost(row, plain, cost, record["metric"])) for cost in (flops, step_seconds)]
         cost = row.get("cost") or {}
         line += [
             len(row["runs"]) or "-",
@@ -187,28 +187,28 @@ def is_plain(row: dict[str, Any]) -> bool:
 
 def plain_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The trained plain transformers, where there are enough of them to draw a line through."""
-    plain = [row for row in record["rows"] if is_plain(row)]
+    plain = [row for row in record["rows"] if is_plain(row) and record["metric"] in row["runs"][0]["figures"]]
     return plain if len(plain) > 1 else []
 
 
-def equal_cost(row: dict[str, Any], plain: list[dict[str, Any]], cost: Any) -> float | None:
+def equal_cost(row: dict[str, Any], plain: list[dict[str, Any]], cost: Cost, metric: str) -> float | None:
     """What a plain transformer of the same cost would reach: between the two depths around it, in log cost."""
     if not row["runs"] or is_plain(row) or any(cost(each) is None for each in (row, *plain)):
         return None
-    costs, reached = zip(*sorted((cost(each), mean_figure(each)) for each in plain), strict=True)
+    costs, reached = zip(*sorted((cost(each), mean_figure(each, metric)) for each in plain), strict=True)
     if not costs[0] <= cost(row) <= costs[-1]:
         return None
     return float(np.interp(math.log(cost(row)), np.log(costs), reached))
 
 
-def mean_figure(row: dict[str, Any], name: str = "bpc") -> float:
+def mean_figure(row: dict[str, Any], name: str) -> float:
     return statistics.mean(figures(row, name))
 
 
 def agreement(record: dict[str, Any], name: str) -> str:
     """How far the order of the rows is the paper's."""
     pairs = [
-        (row["paper"][name], statistics.mean(run["figures"][name] for run in row["runs"]), row["name"])
+        (row["paper"][name], mean_figure(row, name), row["name"])
         for row in record["rows"]
         if name in row["paper"] and any(name in run["figures"] for run in row["runs"])
     ]
