@@ -233,7 +233,12 @@ MOMENTS = {  # what is about to be called when the signal comes, for which time,
 }
 
 
-@pytest.mark.parametrize("moment", [*MOMENTS, "sample"])
+RARE = ("compilation", "evaluation", "sample")
+
+
+@pytest.mark.parametrize(
+    "moment", [pytest.param(name, marks=[pytest.mark.slow] * (name in RARE)) for name in (*MOMENTS, "sample")]
+)
 def test_a_signal_at_any_moment_leaves_a_good_checkpoint_and_the_run_goes_on(moment, tmp_path, whole, monkeypatch):
     owner, name, at, saved = MOMENTS.get(moment, (None, None, 1, {5}))
     signals, calls = Signals(), []
