@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +18,56 @@ def draw(record: dict[str, Any], path: Path) -> None:
     """Ours beside the paper's; where plain and hierarchical rows meet, against what they cost (Figure 1)."""
     trained = [row for row in record["rows"] if row["runs"]]
     comparable = [row for row in trained if record["metric"] in row["runs"][0]["figures"]]
-    of_two_kinds = len({kind(row) for row in comparable}) == 2
+    of_two_kinds = len({kind(row["hierarchy"]) for row in comparable}) == 2
     figure = draw_costs(record, comparable) if of_two_kinds else draw_rows(record, trained)
     figure.savefig(path, dpi=110)
 
 
-def kind(row: dict[str, Any]) -> str:
-    return "Hourglass" if " " in row["hierarchy"] else "plain transformer"
+def kind(hierarchy: str) -> str:
+    return "Hourglass" if " " in hierarchy else "plain transformer"
 
 
 def draw_costs(record: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
-    """A panel for each cost: the rows, and a line fitted through each kind in the logarithm of the cost."""
+    """A panel for each cost that all rows have."""
     costs: dict[str, Cost] = {
         "FLOPs a step": lambda row: row["step_flops"],
         "seconds a step": lambda row: (row["cost"] or {}).get("step_seconds"),
         "memory of a step, MB": lambda row: (row["cost"] or {}).get("memory_bytes", 0) / 1e6,
     }
     costs = {name: cost for name, cost in costs.items() if all(cost(row) for row in rows)}
-    figure = Figure(figsize=(4.6 * len(costs), 4.2), layout="constrained")
-    for axes, (name, cost) in zip(
-        figure.subplots(1, len(costs), sharey=True, squeeze=False)[0], costs.items(), strict=True
-    ):
-        for label, colour in COLOURS.items():
-            draw_line(axes, [row for row in rows if kind(row) == label], cost, record["metric"], label, colour)
-        axes.set(xlabel=name, xscale="log")
-        axes.grid(alpha=0.3, which="both")
-    figure.axes[0].set_ylabel(f"{record['metric'].upper()}, lower is better")
-    figure.axes[0].legend()
+    reached = [float(np.mean([run["figures"][record["metric"]] for run in row["runs"]])) for row in rows]
+    figure = Figure(figsize=(5.2 * len(costs), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+    for axes, (name, cost) in zip(panels, costs.items(), strict=True):
+        draw_points(axes, [(row["hierarchy"], cost(row), y) for row, y in zip(rows, reached, strict=True)])
+        axes.set_xlabel(name)
+    panels[0].set_ylabel(f"{record['metric'].upper()}, lower is better")
+    panels[0].legend()
     figure.suptitle(f"Table {record['table']}, {record['data']}")
     return figure
 
 
-def draw_line(axes: Axes, rows: list[dict[str, Any]], cost: Cost, metric: str, label: str, colour: str) -> None:
-    x = np.array([cost(row) for row in rows], float)
-    y = np.array([np.mean([run["figures"][metric] for run in row["runs"]]) for row in rows])
+def draw_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """Models as (hierarchy, cost, figure), and a line fitted through each kind in the logarithm of the cost."""
+    for label, colour in COLOURS.items():
+        of_kind = sorted((point for point in points if kind(point[0]) == label), key=lambda point: point[1])
+        if of_kind:
+            draw_kind(axes, of_kind, label, colour)
+    axes.set_xscale("log")
+    axes.margins(x=0.2, y=0.18)
+    axes.grid(alpha=0.3, which="both")
+
+
+def draw_kind(axes: Axes, points: Sequence[tuple[str, float, float]], label: str, colour: str) -> None:
+    names, x, y = zip(*points, strict=True)
+    slope, level = np.polyfit(np.log(x), y, 1) if len(points) > 1 else (0, y[0])
+    line = slope * np.log(x) + level
     axes.plot(x, y, "o", ms=5, color=colour, label=label)
-    for row, x_row, y_row in zip(rows, x, y, strict=True):
-        axes.annotate(row["name"], (x_row, y_row), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    if len(rows) > 1:
-        slope, level = np.polyfit(np.log(x), y, 1)
-        ends = np.array([x.min(), x.max()])
-        axes.plot(ends, slope * np.log(ends) + level, color=colour, lw=1)
+    axes.plot(x, line, color=colour, lw=1)
+    for name, x_row, y_row, on_line in zip(names, x, y, line, strict=True):
+        offset, side = ((3, 3), "left") if y_row > on_line else ((-3, -6), "right")  # away from the line
+        style = {"ha": side, "size": 6, "rotation": 40, "rotation_mode": "anchor", "textcoords": "offset points"}
+        axes.annotate(name, (x_row, y_row), xytext=offset, **style)
 
 
 def draw_rows(record: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
