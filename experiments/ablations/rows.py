@@ -110,6 +110,8 @@ def train(jobs: Sequence[Job], setup: Setup, runtime: RuntimeConfig, signals: Si
     source = LetterSource(setup) if setup.letters else open_source(setup.data, "")
     validation = spaced(source.validation(), setup.n_valid)
     for number, job in enumerate(waiting, len(jobs) - len(waiting) + 1):
+        if job.result() is not None:  # another process has done it meanwhile
+            continue
         print(f"[{number}/{len(jobs)}] {job.directory}", flush=True)
         result = train_row(job, setup, source, validation, runtime, signals)
         print(", ".join(f"{name} {value:.4f}" for name, value in result["figures"].items()), flush=True)
