@@ -69,6 +69,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch_on_devices_too(home)
     assert_same_curves(home, "accumulated", "large")
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_learn_as_one(home):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
