@@ -6,6 +6,8 @@ import re
 import runpy
 import subprocess
 import sys
+import threading
+from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +26,8 @@ ENVIRONMENT = {
 # The imports take three seconds a process; whoever expects an error before any computation shares them.
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(["hourglass_jax", "ml_collections.config_flags", "matplotlib.pyplot", "tensorboardX"])
+# An exit code can be read once only, and starting a process reads those of all that have ended: one thread at a time.
+exit_codes = threading.Lock()
 
 
 def run(script, *flags, cwd, **environment):
@@ -39,12 +43,15 @@ def run_forked(script, *flags, cwd):
     """Like `run`, in a fork of a process that has done the imports."""
     with (Path(cwd) / "stdout").open("w+") as stdout, (Path(cwd) / "stderr").open("w+") as stderr:
         process = forkserver.Process(target=_launch, args=(script, flags, cwd))
-        process.start()
-        process.join(timeout=300)
-        process.kill()
+        with exit_codes:
+            process.start()
+        wait([process.sentinel], timeout=300)
+        with exit_codes:
+            exit_code = process.exitcode
+            process.kill()
         for file in (stdout, stderr):
             Path(file.name).unlink()
-        return subprocess.CompletedProcess([script, *flags], process.exitcode, stdout.read(), stderr.read())
+        return subprocess.CompletedProcess([script, *flags], exit_code, stdout.read(), stderr.read())
 
 
 def _launch(script, flags, cwd):
