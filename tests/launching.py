@@ -39,10 +39,10 @@ def run(script, *flags, cwd, **environment):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=300)
 
 
-def run_forked(script, *flags, cwd):
+def run_forked(script, *flags, cwd, **environment):
     """Like `run`, in a fork of a process that has done the imports."""
     with (Path(cwd) / "stdout").open("w+") as stdout, (Path(cwd) / "stderr").open("w+") as stderr:
-        process = forkserver.Process(target=_launch, args=(script, flags, cwd))
+        process = forkserver.Process(target=_launch, args=(script, flags, cwd, environment))
         with exit_codes:
             process.start()
         wait([process.sentinel], timeout=300)
@@ -54,9 +54,9 @@ def run_forked(script, *flags, cwd):
         return subprocess.CompletedProcess([script, *flags], exit_code, stdout.read(), stderr.read())
 
 
-def _launch(script, flags, cwd):
+def _launch(script, flags, cwd, environment):
     os.chdir(cwd)
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | environment)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY), descriptor)
     path = EXPERIMENTS / f"{script}.py"

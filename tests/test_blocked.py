@@ -8,6 +8,8 @@ from jax.test_util import check_grads
 from hourglass_jax.nn import blocked
 from hourglass_jax.nn.blocked import Attend, Inputs, blocked_attention
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 GROUPS, BATCH, HEADS, SIZE = 5, 4, 2, 3
 SLOTS = [(1, 1), (1, 3), (3, 1)]  # self-attention, shortening, upsampling
 

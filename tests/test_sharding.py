@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from conftest import forward
-from launching import ENVIRONMENT, run
+from launching import ENVIRONMENT, run, run_forked
 
 import hourglass_jax as hg
 
@@ -23,13 +23,15 @@ FLAGS += [
     "--data_path=text.txt",
     "--dropout=0.1",
 ]
-DEVICES = "--xla_force_host_platform_device_count"
+TEXT = "the quick brown fox jumps over a lazy dog. " * 300
 
 
-def pretrain(home, out, *flags, devices=1, steps=20):
-    result = run(
-        "pretrain", *FLAGS, f"--out={out}", f"--steps={steps}", *flags, cwd=home, XLA_FLAGS=f"{DEVICES}={devices}"
-    )
+def devices(n):
+    return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={n}"}
+
+
+def pretrain(home, out, *flags, n_devices=1, steps=20):
+    result = run("pretrain", *FLAGS, f"--out={out}", f"--steps={steps}", *flags, cwd=home, **devices(n_devices))
     assert result.returncode == 0, result.stderr
     return result
 
@@ -43,7 +45,7 @@ def curve(home, out, name):
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("sharding")
     ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
-    (home / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 300)
+    (home / "text.txt").write_text(TEXT)
     pretrain(home, "one")
     return home
 
@@ -58,14 +60,14 @@ def assert_same_curves(home, out, reference="one"):
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 2, 8])
 def test_eight_devices_learn_as_one(home, fsdp):
-    pretrain(home, f"eight{fsdp}", f"--fsdp={fsdp}", devices=8)
+    pretrain(home, f"eight{fsdp}", f"--fsdp={fsdp}", n_devices=8)
     assert_same_curves(home, f"eight{fsdp}")
 
 
 @pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_large_batch_on_devices_too(home):
     pretrain(home, "large", "--dropout=0")
-    pretrain(home, "accumulated", "--dropout=0", "--accumulate=2", "--fsdp=4", devices=8)
+    pretrain(home, "accumulated", "--dropout=0", "--accumulate=2", "--fsdp=4", n_devices=8)
     assert_same_curves(home, "accumulated", "large")
 
 
@@ -77,7 +79,7 @@ def test_two_processes_of_four_devices_learn_as_one(home):
 
     def process(i):
         flags = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={i}", "--fsdp=2"]
-        return pretrain(home, "processes", *flags, devices=4)
+        return pretrain(home, "processes", *flags, n_devices=4)
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(process, range(2))
@@ -85,17 +87,20 @@ def test_two_processes_of_four_devices_learn_as_one(home):
     assert_same_curves(home, "processes")
 
 
-def test_a_run_goes_on_with_other_devices_and_loads_on_one(home):
-    pretrain(home, "moved", "--fsdp=8", devices=8)
-    shutil.rmtree(home / "moved" / "checkpoints" / "20")
-    pretrain(home, "moved", "--fsdp=2", devices=4)  # from step 10
-    assert_same_curves(home, "moved")
+@pytest.mark.parametrize("before, after", [(4, 2), pytest.param(8, 4, marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_other_devices_and_loads_on_one(home, before, after):
+    out = f"moved{before}"
+    pretrain(home, out, f"--fsdp={before}", n_devices=before)
+    shutil.rmtree(home / out / "checkpoints" / "20")
+    pretrain(home, out, "--fsdp=2", n_devices=after)  # from step 10
+    assert_same_curves(home, out)
     tokens = np.arange(20)[None]
-    moved, one = (forward(hg.load(home / out)[0], tokens) for out in ("moved", "one"))
+    moved, one = (forward(hg.load(home / each)[0], tokens) for each in (out, "one"))
     np.testing.assert_allclose(moved, one, atol=1e-4)
 
 
-def test_devices_that_do_not_fit_are_refused(home):
+def test_devices_that_do_not_fit_are_refused(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
     for flags, words in (
         (["--fsdp=3"], "choose factors of 8"),
         (["--batch_size=12"], "batch_size=12 cannot be divided among 8 devices"),
@@ -103,7 +108,7 @@ def test_devices_that_do_not_fit_are_refused(home):
         (["--num_processes=2"], "--coordinator"),
         (["--profile_steps=3"], "first and last step"),
     ):
-        result = run("pretrain", *FLAGS, "--out=refused", *flags, cwd=home, XLA_FLAGS=f"{DEVICES}=8")
+        result = run_forked("pretrain", *FLAGS, "--out=refused", *flags, cwd=tmp_path, **devices(8))
         assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
@@ -122,6 +127,6 @@ print(held / sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 
 
 def test_parameters_are_divided_over_fsdp():
-    environment = os.environ | {"XLA_FLAGS": f"{DEVICES}=8"}
+    environment = os.environ | devices(8)
     result = subprocess.run([sys.executable, "-c", PLACES], env=environment, capture_output=True, encoding="utf-8")
     assert float(result.stdout) == 1 / 4, result.stderr
