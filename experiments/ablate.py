@@ -13,7 +13,6 @@ are skipped, and one that was interrupted goes on.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from absl import flags
@@ -26,6 +25,8 @@ from hourglass_jax import UsageError
 from hourglass_jax.data.downloads import fetch
 from hourglass_jax.training.signals import Signals
 
+DOWNLOADS = "data"
+
 TABLE = flags.DEFINE_list("table", [], "Tables of the paper by number: 1 to 8, A1; several with commas between.")
 DATASET = flags.DEFINE_string("dataset", "enwik8", " | ".join(DATASETS))
 SCALE = flags.DEFINE_string("scale", "tiny", f"{' | '.join(SCALES)}: the paper's set-up, one GPU, two CPU cores.")
@@ -35,9 +36,11 @@ DATA_PATH = flags.DEFINE_string(
 DATA_NAME = flags.DEFINE_string("data_name", "", "What reports call the data; default: the file's or data set's name.")
 OUT = flags.DEFINE_string("out", "runs/ablations", "Directory of the runs.")
 RESULTS = flags.DEFINE_string("results", "experiments/results/ablations", "Directory of the reports.")
-ROWS = flags.DEFINE_list("rows", [], "Only these rows, by the name that --dry_run prints; default: all.")
+ROWS = flags.DEFINE_list(
+    "rows", [], 'Only these rows, by the name that --dry_run prints, "in quotes" if it has a comma; default: all.'
+)
 SEEDS = flags.DEFINE_integer("seeds", 2, "Of the baseline row; the others have one.", lower_bound=1)
-COMMENT = flags.DEFINE_string("comment", None, "With --report: what there is to say about the table; kept.")
+COMMENT = flags.DEFINE_string("comment", None, "With --report: what there is to say about the one table; kept.")
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the rows with what they will cost, and train nothing.")
 TIME = flags.DEFINE_boolean("time", False, "Measure step time and memory of the rows, on an otherwise idle machine.")
 REPORT = flags.DEFINE_boolean("report", False, "Write the tables from what has been trained, and stored before.")
@@ -52,23 +55,27 @@ def main(_: list[str]) -> None:
     if not TABLE.value:
         raise UsageError("nothing to do; choose tables, e.g. --table=1,5, or pass --costs")
     tables = [find_table(number, DATASET.value) for number in TABLE.value]
-    setup = find_setup(DATASET.value, SCALE.value, DATA_PATH.value)
+    if COMMENT.value is not None and len(tables) > 1:
+        raise UsageError(f"--comment is said of one table; --table={','.join(TABLE.value)} are {len(tables)}")
+    downloaded = DATASET.value in TEXTS and not DATA_PATH.value
+    path = f"{DOWNLOADS}/{DATASET.value}" if downloaded else DATA_PATH.value
+    setup = find_setup(DATASET.value, SCALE.value, path)
     name = DATA_NAME.value or (Path(DATA_PATH.value).name if DATASET.value in TEXTS else "") or DATASET.value
     directory = Path(OUT.value) / f"{name}-{SCALE.value}"
     if REPORT.value:
         for table in tables:
-            path = Path(RESULTS.value) / f"table{table.number}-{name}-{SCALE.value}"
-            print(reporting.report(table, setup, directory, path, COMMENT.value))
+            report = Path(RESULTS.value) / f"table{table.number}-{name}-{SCALE.value}"
+            print(reporting.report(table, setup, directory, report, COMMENT.value))
         return
     jobs = rows.plan(tables, setup, directory, SEEDS.value, ROWS.value)
     if DRY_RUN.value:
         print(costs.plan_table(jobs, setup))
         return
-    if DATASET.value in TEXTS and not DATA_PATH.value and not TIME.value:
-        setup = replace(setup, data=replace(setup.data, path=str(fetch(DATASET.value, "data"))))
+    if downloaded and not TIME.value:
+        fetch(DATASET.value, DOWNLOADS)
     with Signals() as signals:
         if TIME.value:
-            costs.measure(jobs, setup, signals)
+            costs.measure(jobs, signals)
         else:
             rows.train(jobs, setup, launcher.read_runtime(), signals)
 

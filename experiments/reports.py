@@ -14,6 +14,9 @@ from typing import Any
 
 import jax
 
+from hourglass_jax import UsageError
+from hourglass_jax.files import write_whole
+
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -30,6 +33,14 @@ def provenance(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     }
 
 
+def read_record(path: Path) -> Any:
+    """What is in a JSON file, None where there is no file; raises UsageError where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON ({error}); remove it to have it made anew") from error
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
@@ -38,7 +49,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def write_report(path: Path, record: dict[str, Any], text: str) -> None:
     """PATH.json and PATH.md; the Markdown ends with where its figures come from."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path.with_suffix(".json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     source = f"Command: `{record['command']}`  \nMachine: {record['machine']}  \nVersions: {versions}"
-    path.with_suffix(".md").write_text(f"{text.rstrip()}\n\n{source}\n", encoding="utf-8")
+    write_whole(path.with_suffix(".md"), f"{text.rstrip()}\n\n{source}\n")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from experiments.tables import Table
 from hourglass_jax import ByteTokenizer, DataConfig, ImageTokenizer, OptimizerConfig, TrainConfig
 from hourglass_jax.config import IMAGE_SIZES, check_choice
 from hourglass_jax.data import letters
@@ -22,7 +23,7 @@ class Setup:
     model: options of HourglassConfig, under those of a row.
     hierarchies: what stands for a hierarchy that is too deep for the scale.
     n_valid: sequences of the final evaluation, evenly spaced over the validation data; 0: all of it.
-    scaled: what differs from the paper, in words.
+    scaled: what differs from the paper, in words, the paper's values to be filled in by `for_table`; empty: nothing.
     """
 
     model: Mapping[str, Any]
@@ -55,8 +56,8 @@ SETUPS = {
         OptimizerConfig(learning_rate=1e-3, warmup_steps=300),
         TrainConfig(steps=3000, eval_interval=1000, eval_batches=8),
         n_valid=1024,
-        scaled="d_model 256 for 512, sequences of 1,024 for 2,048 (16 for 8 a step), 3,000 steps for 200,000, peak "
-        "learning rate 1e-3 for 4e-4, no dropout for 0.15, bfloat16",
+        scaled="d_model 256 for {d_model}, sequences of 1,024 for 2,048 (16 for 8 a step), 3,000 steps for {steps:,}, "
+        "peak learning rate 1e-3 for 4e-4, no dropout for 0.15, bfloat16",
     ),
     ("text", "tiny"): Setup(
         widths(128, 4) | {"initialization": "xavier", "max_length": 256},
@@ -65,8 +66,8 @@ SETUPS = {
         TrainConfig(steps=2000, eval_interval=1000, eval_batches=8),
         hierarchies={"2@1 24@4 2@1": "2@1 8@4 2@1"},
         n_valid=512,
-        scaled="d_model 128 for 512, sequences of 256 for 2,048 (4 for 8 a step), 2,000 steps for 200,000, peak "
-        "learning rate 2e-3 for 4e-4, no dropout for 0.15, Xavier initialisation, in Table 7 8 shortened layers for 24",
+        scaled="d_model 128 for {d_model}, sequences of 256 for 2,048 (4 for 8 a step), 2,000 steps for {steps:,}, "
+        "peak learning rate 2e-3 for 4e-4, no dropout for 0.15, Xavier initialisation",
     ),
     ("images", "paper"): Setup(
         widths(512, 8) | {"max_length": 3072},
@@ -80,7 +81,7 @@ SETUPS = {
         OptimizerConfig(learning_rate=1e-3, warmup_steps=300),
         TrainConfig(steps=3000, eval_interval=1000, eval_batches=16),
         n_valid=256,
-        scaled="d_model 256 for 512, 4 images for 8 a step, 3,000 steps for 100,000, bfloat16",
+        scaled="d_model 256 for {d_model}, 4 images for {batch_size} a step, 3,000 steps for {steps:,}, bfloat16",
     ),
     ("images", "tiny"): Setup(
         widths(128, 4) | {"initialization": "xavier", "max_length": 768},
@@ -88,8 +89,9 @@ SETUPS = {
         OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
         TrainConfig(steps=2000, eval_interval=1000, eval_batches=32),
         n_valid=128,
-        scaled="d_model 128 for 512, images of 16x16 for 32x32 (768 numbers for 3,072; 1 for 8 a step), 2,000 steps "
-        "for 100,000, peak learning rate 2e-3 for 1e-3, Xavier initialisation",
+        scaled="d_model 128 for {d_model}, images of 16x16 for {side}x{side} (768 numbers for {length:,}; 1 for "
+        "{batch_size} a step), 2,000 steps for {steps:,}, peak learning rate 2e-3 for {learning_rate}, Xavier "
+        "initialisation",
     ),
 }
 IMAGENET = {  # images a step, warm-up, steps; section 3 leaves ImageNet64's images a step open
@@ -101,7 +103,6 @@ LETTERS = Setup(
     DataConfig(batch_size=32, block_size=24),
     OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
     TrainConfig(steps=300, eval_interval=100, eval_batches=4),
-    scaled="the paper gives no set-up for this task",
     letters=True,
 )
 
@@ -128,3 +129,29 @@ def find_setup(dataset: str, scale: str, path: str = "") -> Setup:
             train=replace(setup.train, steps=steps),
         )
     return setup
+
+
+def for_table(setup: Setup, table: Table) -> Setup:
+    """`setup` for the rows of one table: what the table has of its own holds at the paper's scale."""
+    if setup.letters:
+        return setup
+    paper = find_setup("enwik8" if setup.data.dataset == "text" else setup.data.dataset, "paper", setup.data.path)
+    paper = replace(
+        paper,
+        model=paper.model | table.model,
+        optimizer=replace(paper.optimizer, warmup_steps=table.warmup_steps or paper.optimizer.warmup_steps),
+        train=replace(paper.train, steps=table.steps or paper.train.steps),
+    )
+    if not setup.scaled:
+        return paper
+    scaled = setup.scaled.format(
+        d_model=paper.model["d_model"],
+        batch_size=paper.data.batch_size,
+        steps=paper.train.steps,
+        learning_rate=f"{paper.optimizer.learning_rate:.0e}".replace("e-0", "e-"),
+        side=IMAGE_SIZES.get(setup.data.dataset),
+        length=3 * IMAGE_SIZES.get(setup.data.dataset, 0) ** 2,
+    )
+    used = {row.options["hierarchy"] for row in table.rows if row.options}
+    scaled += "".join(f", {new} for {old}" for old, new in setup.hierarchies.items() if old in used)
+    return replace(setup, scaled=scaled)

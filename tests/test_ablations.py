@@ -11,8 +11,9 @@ from launching import METHOD, run, run_forked
 
 import hourglass_jax as hg
 from experiments.ablations import pictures, reporting
-from experiments.ablations.rows import plan, row_config
-from experiments.scales import SCALES, find_setup
+from experiments.ablations.costs import step_flops
+from experiments.ablations.rows import claimed, make_job, plan, row_config, spaced
+from experiments.scales import SCALES, find_setup, for_table
 from experiments.tables import TABLES, find_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "experiments" / "results" / "ablations"
@@ -55,6 +56,8 @@ def test_the_paper_s_tables_are_complete():
 @pytest.mark.parametrize("number, dataset", TABLES)
 def test_every_row_is_a_model_and_differs_from_the_others(number, dataset, scale):
     table, setup = find_table(number, dataset), find_setup(dataset, scale)
+    setup = for_table(setup, table)
+    assert "{" not in setup.scaled and bool(setup.scaled) == (scale != "paper" and dataset != "letters")
     rows = [row for row in table.rows if row.options is not None]
     assert len({row.name for row in table.rows}) == len(table.rows)
     assert table.baseline in [row.name for row in rows]
@@ -68,6 +71,35 @@ def test_the_paper_s_set_ups():
     assert (images.train.steps, images.data.block_size, images.data.batch_size) == (100_000, 3072, 8)
     assert text.model["dropout"] == 0.15 and text.optimizer.learning_rate == 4e-4
     assert find_setup("imagenet32", "paper").data.batch_size == 64
+    main = find_table("2", "enwik8")
+    for scale, found in (("paper", (768, 350_000, 20_000)), ("tiny", (128, 2000, 100))):
+        setup = for_table(find_setup("enwik8", scale), main)
+        assert (setup.model["d_model"], setup.train.steps, setup.optimizer.warmup_steps) == found
+    assert "128 for 768" in setup.scaled and "2,000 steps for 350,000" in setup.scaled
+
+
+def test_flops_of_a_drawn_factor_are_the_mean_of_those_of_its_values(tmp_path):
+    table, setup = find_table("4", "enwik8"), find_setup("enwik8", "tiny")
+    drawn, at_2, at_3 = (step_flops(make_job(table, row, setup, tmp_path, 0)) for row in table.rows[:3])
+    assert at_3 < at_2 and drawn == (at_2 + at_3) / 2
+
+
+@pytest.mark.parametrize(
+    "n_batches, n_rows, last", [(4883, 512, 38 * 127), (199, 400, 198), (306, 256, 305), (5, 0, 4)]
+)
+def test_what_is_evaluated_reaches_to_the_end_of_the_data(n_batches, n_rows, last):
+    class Batches(list):
+        def __getitem__(self, i):
+            return [range(4)] if i == 0 else super().__getitem__(i)
+
+    assert spaced(Batches(range(n_batches)), n_rows)[-1] == last
+
+
+def test_a_row_is_trained_by_one_process_at_a_time(tmp_path):
+    with claimed(tmp_path / "row" / "seed0") as first, claimed(tmp_path / "row" / "seed0") as second:
+        assert first and not second
+    with claimed(tmp_path / "row" / "seed0") as again:
+        assert again
 
 
 def test_tables_share_the_runs_of_equal_rows(tmp_path):
@@ -93,9 +125,11 @@ def home(tmp_path_factory):
     return home
 
 
+COMMON = ("--plugin=gated.py", "--plugin=plugin.py", "--table=own", "--data_path=books", "--results=results")
+
+
 def ablate(home, *flags):
-    common = ("--plugin=gated.py", "--plugin=plugin.py", "--table=own", "--data_path=books", "--results=results")
-    result = run("ablate", *common, *flags, cwd=home)
+    result = run("ablate", *COMMON, *flags, cwd=home)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -107,6 +141,38 @@ def test_finished_rows_are_skipped_and_interrupted_ones_go_on(home):
     result.unlink()  # as if the process had been killed between the last checkpoint and this file
     assert "3 of 4 rows are done" in ablate(home)
     assert json.loads(result.read_text())["figures"] == before["figures"]
+
+
+def test_a_row_that_was_trained_otherwise_is_not_done(home):
+    path = home / "runs/ablations/books-tiny/1@1/seed0/config.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"steps": 4', '"steps": 5'))
+    for flags in ([], ["--report"]):
+        result = run("ablate", *COMMON, *flags, cwd=home)
+        assert result.returncode == 2 and "train.steps: 5 -> 4" in result.stderr
+    path.write_text(whole)
+
+
+def test_seeds_and_costs_of_a_record_stay_where_their_runs_are_gone(home, tmp_path):
+    ablate(home, "--report")
+    row = home / "runs/ablations/books-tiny/1@1"
+    record = home / "results" / "tableown-books-tiny.json"
+    before = json.loads(record.read_text())["rows"]
+    for name in ("seed1", "cost.json"):
+        shutil.move(row / name, tmp_path / name)
+    ablate(home, "--report", "--data_path=elsewhere/books")  # the text is gone, too
+    for name in ("seed1", "cost.json"):
+        shutil.move(tmp_path / name, row / name)
+    assert json.loads(record.read_text())["rows"] == before
+
+
+def test_a_damaged_record_is_one_line(home):
+    result = home / "runs/ablations/books-tiny/1@1/seed0/result.json"
+    whole = result.read_text()
+    result.write_text(whole[:20])
+    found = run("ablate", *COMMON, "--report", cwd=home)
+    result.write_text(whole)
+    assert found.returncode == 2 and found.stderr.count("\n") == 1 and "seed0/result.json: not JSON" in found.stderr
 
 
 def test_a_shortening_of_one_s_own_is_a_row_of_table_8(home):
@@ -195,6 +261,15 @@ def test_agreement_counts_pairs_in_the_other_order():
     for row, bpc in zip(record["rows"], (1, 2, 3), strict=True):
         row["runs"][0]["figures"]["bpc"] = bpc
     assert "correlation with the paper 1.00; 0 of 3 pairs" in reporting.agreement(record, "bpc")
+    for row in record["rows"]:
+        row["runs"][0]["figures"]["bpc"] = 1
+    assert "all figures are equal" in reporting.agreement(record, "bpc")
+
+
+def test_a_row_beats_a_compressor_with_all_its_figures_or_not():
+    record = example_record()
+    record["rows"][1]["runs"][0]["figures"]["bpc at k=3"] = 2.6
+    assert "xz -9 2.50 (beaten by 1 of 3 rows)" in reporting.anchor_line(record)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +284,7 @@ def test_agreement_counts_pairs_in_the_other_order():
         (["--table=5", "--dataset=cifar10", "--data_path=nothing"], ["nothing: no such directory", "data_batch"]),
         (["--table=5", "--report", "--data_path=short"], ["no finished row of table 5"]),
         (["--table=5", "--rows=n=5"], ["rows='n=5'", "n=4"]),
+        (["--table=5,6", "--report", "--comment=a"], ["--comment", "5,6"]),
         ([], ["choose tables"]),
     ],
 )

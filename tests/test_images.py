@@ -140,6 +140,18 @@ def test_other_than_images_of_the_right_shape_are_refused(tmp_path, dataset, dat
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("write", "dataset"), [(write_binary, "cifar10"), (write_python3, "cifar10"), (write_npz, "imagenet32")]
+)
+def test_a_batch_missing_between_others_is_named(tmp_path, write, dataset):
+    write(tmp_path / "images", planes(3, 32), planes(1, 32))
+    *_, last = sorted((tmp_path / "images").glob("*data_batch_*"), key=lambda file: (len(file.name), file.name))
+    number = last.stem.rpartition("_")[2]
+    last.rename(last.with_name(last.name.replace(f"_{number}", f"_{int(number) + 1}")))
+    with pytest.raises(UsageError, match=rf"training batch {number} is missing"):
+        load_images(tmp_path / "images", dataset)
+
+
 def test_missing_files_are_listed(tmp_path):
     with pytest.raises(UsageError, match=r"no such directory.*data_batch"):
         load_images(tmp_path / "nowhere", "cifar10")

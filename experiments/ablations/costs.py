@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.ablations.rows import Job, row_config
-from experiments.reports import markdown_table, provenance
+from experiments.reports import markdown_table, provenance, read_record
 from experiments.scales import Setup, find_setup
 from experiments.tables import TABLE_1
 from hourglass_jax import HourglassConfig, HourglassLM, OptimizerConfig
@@ -44,7 +44,7 @@ def plan_table(jobs: Sequence[Job], setup: Setup) -> str:
     ceiling = matmul_ceiling(jobs[0].config.dtype) * jax.device_count()
     rows, hours = [], 0.0
     for job in jobs:
-        flops = setup.data.batch_size * training_flops(job.config, setup.data.block_size)
+        flops = step_flops(job)
         seconds = job.train.steps * flops / (UTILISATION * ceiling)
         memory = state_bytes(job.config) + activation_bytes(job.config, setup.data.block_size, setup.data.batch_size)
         done = job.result() is not None
@@ -66,12 +66,30 @@ def plan_table(jobs: Sequence[Job], setup: Setup) -> str:
     return f"{markdown_table(header, rows)}\n\n{hours:,.1f} hours to go, at {kind}; memory is a lower bound"
 
 
-def measure(jobs: Sequence[Job], setup: Setup, signals: Signals) -> None:
+def configs(job: Job) -> list[HourglassConfig]:
+    """Of the models that a job trains: one, or one for each shorten factor it draws."""
+    hierarchies = [str(job.config.parsed_hierarchy.with_shorten_factor(k)) for k in job.train.shorten_factors]
+    return [replace(job.config, hierarchy=hierarchy) for hierarchy in hierarchies] or [job.config]
+
+
+def step_flops(job: Job) -> float:
+    """Of a training step; their mean where the shorten factor is drawn."""
+    data = job.setup.data
+    return data.batch_size * statistics.mean(training_flops(config, data.block_size) for config in configs(job))
+
+
+def measure(jobs: Sequence[Job], signals: Signals) -> None:
     """Step time and memory of each configuration, one after another, into their directories."""
     directories = {job.directory.parent: job for job in jobs}
     for directory, job in directories.items():
-        signals.check()
-        cost = measure_step(job.config, setup.data.batch_size, setup.data.block_size)
+        costs = []
+        for config in configs(job):
+            signals.check()
+            costs.append(measure_step(config, job.setup.data.batch_size, job.setup.data.block_size))
+        cost = {
+            "step_seconds": statistics.mean(cost["step_seconds"] for cost in costs),
+            "memory_bytes": max(cost["memory_bytes"] for cost in costs),
+        }
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / COST, json.dumps(cost | {"measured": provenance()}, indent=1) + "\n")
         print(
@@ -80,7 +98,12 @@ def measure(jobs: Sequence[Job], setup: Setup, signals: Signals) -> None:
 
 
 def measure_step(config: HourglassConfig, batch_size: int, block_size: int) -> dict[str, Any]:
-    """The median time of a training step, and what the compiled step needs: state, batch and temporaries."""
+    """The median seconds of a training step, and the bytes the compiled step needs: state, batch and temporaries.
+
+    All activations are kept, as in the paper, so that deep stacks do not save memory at the price of time, as they do
+    where they are run as loops.
+    """
+    config = replace(config, remat="none", max_unrolled_layers=100)
     graph, params = nnx.split(nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(0)))
     optimizer = make_optimizer(OptimizerConfig(), 1000)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
@@ -101,8 +124,7 @@ def measure_step(config: HourglassConfig, batch_size: int, block_size: int) -> d
 
 
 def read_cost(directory: Path) -> dict[str, Any] | None:
-    path = directory / COST
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_record(directory / COST)
 
 
 def costs_table() -> str:

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from experiments.ablations.costs import read_cost
+from experiments.ablations.costs import read_cost, step_flops
 from experiments.ablations.pictures import Cost, draw
-from experiments.ablations.rows import RESULT, row_config, row_directory
-from experiments.reports import markdown_table, provenance, write_report
-from experiments.scales import Setup
+from experiments.ablations.rows import RESULT, make_job
+from experiments.reports import markdown_table, provenance, read_record, write_report
+from experiments.scales import Setup, for_table
 from experiments.tables import UNITS, Row, Table
 from hourglass_jax import UsageError
-from hourglass_jax.costs import count_parameters, training_flops
+from hourglass_jax.costs import count_parameters
 from hourglass_jax.data.corpora import map_bytes, split_tokens
 
 N_WORST = 6  # pairs of rows against the paper's order that a report lists
@@ -30,9 +30,9 @@ N_WORST = 6  # pairs of rows against the paper's order that a report lists
 def report(table: Table, setup: Setup, directory: Path, path: Path, comment: str | None) -> str:
     """Brings PATH.json up to date with the runs in `directory`, if any, and writes PATH.md and PATH.png from it."""
     json_path = path.with_suffix(".json")
-    record = json.loads(json_path.read_text()) if json_path.exists() else None
+    record = read_record(json_path)
     if any(directory.glob(f"*/*/{RESULT}")):
-        record = collect(table, setup, directory, record)
+        record = collect(table, for_table(setup, table), directory, record)
     if record is None or not any(row["runs"] for row in record["rows"]):
         raise UsageError(
             f"{directory}: holds no finished row of table {table.number}; train it first, without --report"
@@ -45,7 +45,7 @@ def report(table: Table, setup: Setup, directory: Path, path: Path, comment: str
 
 
 def collect(table: Table, setup: Setup, directory: Path, stored: dict[str, Any] | None) -> dict[str, Any]:
-    """The record of a table. A stored row stays where its runs are gone, as long as the set-up is the same."""
+    """The record of a table. Stored runs stay where they are gone from `directory`, if the set-up is the same."""
     common = {
         "model": setup.model,
         "data": {name: value for name, value in dataclasses.asdict(setup.data).items() if name != "path"},
@@ -68,39 +68,39 @@ def collect(table: Table, setup: Setup, directory: Path, stored: dict[str, Any] 
         "scaled": setup.scaled,
         "setup": common,
         "anchors": stored["anchors"] or anchors(setup),
-        "rows": [collect_row(row, setup, directory) or known.get(row.name) or empty_row(row) for row in table.rows],
+        "rows": [collect_row(table, row, setup, directory, known.get(row.name, {})) for row in table.rows],
         "comment": stored["comment"],
         **provenance(),
     }
 
 
-def empty_row(row: Row) -> dict[str, Any]:
-    return {"name": row.name, "paper": dict(row.paper), "runs": []}
-
-
-def collect_row(row: Row, setup: Setup, directory: Path) -> dict[str, Any] | None:
-    """A row with its finished runs and what they cost; None where nothing is finished."""
+def collect_row(table: Table, row: Row, setup: Setup, directory: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """A row with its finished runs, those of `stored` and of `directory`, and what they cost."""
+    found = {"name": row.name, "paper": dict(row.paper), "runs": []}
     if row.options is None:
-        return None
-    config = row_config(row, setup)
-    place = row_directory(row, config, directory)
-    runs = [json.loads(path.read_text()) for path in sorted(place.glob(f"*/{RESULT}"))]
-    if not runs:
-        return None
-    return empty_row(row) | {
+        return found
+    first = make_job(table, row, setup, directory, seed=0)
+    place, config = first.directory.parent, first.config
+    seeds = {run["seed"]: run for run in stored.get("runs", [])}
+    for path in place.glob(f"seed*/{RESULT}"):
+        seed = int(path.parent.name.removeprefix("seed"))
+        seeds[seed] = make_job(table, row, setup, directory, seed).result()
+    if not seeds:
+        return found
+    return found | {
         "hierarchy": config.hierarchy,
         "shortening": config.shortening,
         "upsampling": config.upsampling,
         "parameters": count_parameters(config),
-        "step_flops": setup.data.batch_size * training_flops(config, setup.data.block_size),
-        "cost": read_cost(place),
-        "runs": runs,
+        "step_flops": step_flops(first),
+        "cost": read_cost(place) or stored.get("cost"),
+        "runs": [seeds[seed] for seed in sorted(seeds)],
     }
 
 
 def anchors(setup: Setup) -> dict[str, float] | None:
-    """Bits per character of general compressors on the validation text; None where there is no text."""
-    if setup.letters or setup.data.dataset != "text":
+    """Bits per character of general compressors on the validation text; None where there is no text, or it is gone."""
+    if setup.letters or setup.data.dataset != "text" or not Path(setup.data.path).is_file():
         return None
     text = split_tokens(map_bytes(setup.data.path), setup.data).valid.tobytes()
     packed = {"xz -9": lzma.compress(text, preset=9), "bzip2 -9": bz2.compress(text, 9)}
@@ -215,6 +215,8 @@ def agreement(record: dict[str, Any], name: str) -> str:
     if len(pairs) < 3:
         return f"{name}: too few rows to compare their order with the paper's."
     theirs, ours, _ = zip(*pairs, strict=True)
+    if len(set(ours)) == 1 or len(set(theirs)) == 1:
+        return f"{name}: all figures are equal, so there is no order to compare."
     against = sorted(
         (
             (abs(ours_a - ours_b), f"{a} and {b}")
@@ -234,16 +236,12 @@ def agreement(record: dict[str, Any], name: str) -> str:
 
 
 def anchor_line(record: dict[str, Any]) -> str:
-    beaten_by = {
-        name: sum(
-            mean_figure(row, metric) < bpc
-            for row in record["rows"]
-            if row["runs"]
-            for metric in row["runs"][0]["figures"]
-        )
+    trained = [row for row in record["rows"] if row["runs"]]
+    worst = [max(mean_figure(row, metric) for metric in row["runs"][0]["figures"]) for row in trained]
+    parts = [
+        f"{name} {bpc:.2f} (beaten by {sum(figure < bpc for figure in worst)} of {len(worst)} rows)"
         for name, bpc in record["anchors"].items()
-    }
-    parts = [f"{name} {bpc:.2f} (beaten by {beaten_by[name]} rows)" for name, bpc in record["anchors"].items()]
+    ]
     return f"Bits per character of general compressors on the same validation text: {', '.join(parts)}."
 
 
@@ -253,9 +251,13 @@ def setup_line(record: dict[str, Any]) -> str:
     model = ", ".join(f"{name} {value}" for name, value in setup["model"].items())
     optimizer = setup["optimizer"]
     scaled = f" Scaled from the paper's set-up: {record['scaled']}." if record["scaled"] else ""
+    machines = {run["trained"]["machine"] for row in record["rows"] for run in row["runs"] if "trained" in run}
+    trained = f" Trained on {', '.join(sorted(machines))}." if machines else ""
+    which = "evenly spaced over the validation data" if setup["n_valid"] else "all of the validation data"
     return (
         f"Set-up: {model}; {setup['steps']:,} steps of {setup['data']['batch_size']} sequences; AdamW, "
         f"{optimizer['schedule']} from {optimizer['learning_rate']:g} after {optimizer['warmup_steps']} steps. "
         f"{UNITS[record['metric']].capitalize()} over {predictions:,} predictions, sequences without context before "
-        f"them, evenly spaced over the validation data. Memory is that of a compiled training step.{scaled}"
+        f"them, {which}, by the checkpoint that was best on a part of them. Time and memory are those of a compiled "
+        f"training step that keeps all activations.{scaled}{trained}"
     )

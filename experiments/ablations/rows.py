@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
-import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 
 from experiments import launcher
-from experiments.scales import Setup
+from experiments.reports import provenance, read_record
+from experiments.scales import Setup, for_table
 from experiments.sources import ImageSource, TextSource, open_source
 from experiments.tables import Row, Table
-from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, TrainConfig, at_shorten_factor, check_causality
+from hourglass_jax import (
+    HourglassConfig,
+    HourglassLM,
+    RuntimeConfig,
+    TrainConfig,
+    UsageError,
+    at_shorten_factor,
+    check_causality,
+)
 from hourglass_jax.config import check_choice
 from hourglass_jax.data import letters
 from hourglass_jax.data.pipeline import Batch, BatchAt, LazyBatches
 from hourglass_jax.evaluation import accuracy, evaluate_batches
 from hourglass_jax.files import write_whole
+from hourglass_jax.training.checkpoints import read_run
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
 
@@ -36,11 +48,27 @@ class Job:
     metric: str
     config: HourglassConfig
     train: TrainConfig
+    setup: Setup
     directory: Path
 
+    def settings(self) -> dict[str, Any]:
+        parts = {"model": self.config, "data": self.setup.data, "optimizer": self.setup.optimizer, "train": self.train}
+        return {name: dataclasses.asdict(part) for name, part in parts.items()}
+
     def result(self) -> dict[str, Any] | None:
-        path = self.directory / RESULT
-        return json.loads(path.read_text()) if path.exists() else None
+        """What it reached, None where it is not done; raises UsageError where that was with other settings."""
+        result = read_record(self.directory / RESULT)
+        if result is None:
+            return None
+        found, asked = read_run(self.directory)[2], json.loads(json.dumps(self.settings()))
+        asked["data"]["path"] = found["data"]["path"]  # the same files may lie elsewhere
+        different = launcher.difference({name: found.get(name) for name in asked}, asked)
+        if different:
+            raise UsageError(
+                f"{self.directory}: was trained with other settings ({', '.join(different)}); remove it, or choose "
+                "another --out"
+            )
+        return result
 
 
 def row_config(row: Row, setup: Setup) -> HourglassConfig:
@@ -60,6 +88,12 @@ def row_directory(row: Row, config: HourglassConfig, directory: Path) -> Path:
     return directory / "-".join(parts)
 
 
+def make_job(table: Table, row: Row, setup: Setup, directory: Path, seed: int) -> Job:
+    config = row_config(row, setup)
+    train = dataclasses.replace(setup.train, seed=seed, shorten_factors=row.factors)
+    return Job(row, table.metric, config, train, setup, row_directory(row, config, directory) / f"seed{seed}")
+
+
 def plan(tables: Sequence[Table], setup: Setup, directory: Path, n_seeds: int, only: Collection[str] = ()) -> list[Job]:
     """What the tables need: each row with one seed, the baseline's with `n_seeds`; nothing twice.
 
@@ -73,11 +107,9 @@ def plan(tables: Sequence[Table], setup: Setup, directory: Path, n_seeds: int, o
         for row in table.rows:
             if row.options is None or (only and row.name not in only):
                 continue
-            config = row_config(row, setup)
             for seed in range(n_seeds if row.name == table.baseline else 1):
-                train = dataclasses.replace(setup.train, seed=seed, shorten_factors=row.factors)
-                path = row_directory(row, config, directory) / f"seed{seed}"
-                jobs.setdefault(path, Job(row, table.metric, config, train, path))
+                job = make_job(table, row, for_table(setup, table), directory, seed)
+                jobs.setdefault(job.directory, job)
     return list(jobs.values())
 
 
@@ -110,28 +142,45 @@ def train(jobs: Sequence[Job], setup: Setup, runtime: RuntimeConfig, signals: Si
     source = LetterSource(setup) if setup.letters else open_source(setup.data, "")
     validation = spaced(source.validation(), setup.n_valid)
     for number, job in enumerate(waiting, len(jobs) - len(waiting) + 1):
-        if job.result() is not None:  # another process has done it meanwhile
-            continue
-        print(f"[{number}/{len(jobs)}] {job.directory}", flush=True)
-        result = train_row(job, setup, source, validation, runtime, signals)
-        print(", ".join(f"{name} {value:.4f}" for name, value in result["figures"].items()), flush=True)
+        with claimed(job.directory) as free:
+            if not free or job.result() is not None:
+                print(f"[{number}/{len(jobs)}] {job.directory}: another process trains it, or has done so", flush=True)
+                continue
+            print(f"[{number}/{len(jobs)}] {job.directory}", flush=True)
+            result = train_row(job, source, validation, runtime, signals)
+            print(", ".join(f"{name} {value:.4f}" for name, value in result["figures"].items()), flush=True)
+
+
+@contextmanager
+def claimed(directory: Path) -> Iterator[bool]:
+    """Whether the run in `directory` is this process's for as long; a claim ends with its process, however that ends.
+
+    Processes that train one run together make no claim.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with directory.with_suffix(".lock").open("w") as file:
+        free = True
+        if jax.process_count() == 1:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                free = False
+        yield free
 
 
 def spaced(batches: LazyBatches, n_rows: int) -> Sequence[Batch]:
-    """About `n_rows` rows in whole batches, evenly spaced; 0: all of them."""
+    """About `n_rows` rows in whole batches, in strides as even as whole ones can be; 0: all of them."""
     n_batches = n_rows // len(batches[0][0]) if n_rows else len(batches)
-    stride = max(len(batches) // max(n_batches, 1), 1)
+    stride = max(round(len(batches) / max(n_batches, 1)), 1)
     return batches[::stride][:n_batches]
 
 
 def train_row(
-    job: Job, setup: Setup, source: Source, validation: Sequence[Batch], runtime: RuntimeConfig, signals: Signals
+    job: Job, source: Source, validation: Sequence[Batch], runtime: RuntimeConfig, signals: Signals
 ) -> dict[str, Any]:
     """Trains a row, leaves its figures in its directory and returns them."""
-    parts = {"model": job.config, "data": setup.data, "optimizer": setup.optimizer, "train": job.train}
-    settings = {name: dataclasses.asdict(part) for name, part in parts.items()} | source.fingerprint
-    launcher.start_run(job.directory, job.config, source.tokenizer, settings, runtime, setup.data.batch_size)
-    started = time.perf_counter()
+    settings, batch_size = job.settings() | source.fingerprint, job.setup.data.batch_size
+    launcher.start_run(job.directory, job.config, source.tokenizer, settings, runtime, batch_size)
     model = nnx.jit(lambda rngs: HourglassLM(job.config, rngs=rngs))(nnx.Rngs(job.train.seed))
     check_causality(model)
     evaluation = fit(
@@ -139,7 +188,7 @@ def train_row(
         source.batches(job.train.seed),
         validation,
         job.directory,
-        optimizer_config=setup.optimizer,
+        optimizer_config=job.setup.optimizer,
         train_config=job.train,
         runtime_config=runtime,
         unit=source.unit,
@@ -156,7 +205,7 @@ def train_row(
         "seed": job.train.seed,
         "figures": figures,
         "n_predictions": evaluation.n_characters,
-        "seconds": time.perf_counter() - started,
+        "trained": provenance(),
     }
     write_whole(job.directory / RESULT, json.dumps(result, indent=1) + "\n")
     return result

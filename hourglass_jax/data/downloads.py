@@ -49,10 +49,10 @@ def fetch(name: str, directory: str | Path) -> Path:
     check_choice("corpus", name, CORPORA)
     corpus, path = CORPORA[name], Path(directory) / name
     if path.exists():
-        check_file(path, corpus, f"{path}: not the true {name}: {{}}; remove it to download it again")
+        if problem := file_problem(path, corpus):
+            raise UsageError(f"{path}: not the true {name}: {problem}; remove it to download it again")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    failure = f"{corpus.url}: {name} did not come through: {{}}; try again, or put the unpacked file at {path}"
     # Beside its place, so that the rename at the end is within one file system and happens at once or not at all.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{name}-") as temporary:
         archive = Path(temporary) / "archive.zip"
@@ -61,9 +61,13 @@ def fetch(name: str, directory: str | Path) -> Path:
             download(corpus.url, archive)
             with zipfile.ZipFile(archive) as opened, opened.open(name) as source, unpacked.open("wb") as target:
                 shutil.copyfileobj(source, target)
-        except (OSError, EOFError, KeyError, HTTPException, zipfile.BadZipFile, zlib.error) as error:
-            raise UsageError(failure.format(" ".join(str(error).split()))) from error
-        check_file(unpacked, corpus, failure)
+            problem = file_problem(unpacked, corpus)
+        except (OSError, EOFError, KeyError, RuntimeError, HTTPException, zipfile.BadZipFile, zlib.error) as error:
+            problem = " ".join(str(error).split())
+        if problem:
+            raise UsageError(
+                f"{corpus.url}: {name} did not come through: {problem}; try again, or put the unpacked file at {path}"
+            )
         unpacked.replace(path)
     return path
 
@@ -78,12 +82,11 @@ def download(url: str, path: Path) -> None:
         raise OSError(f"{arrived:,} of {int(announced):,} bytes arrived")
 
 
-def check_file(path: Path, corpus: Corpus, message: str) -> None:
-    """Raises UsageError, its reason put into `message`, unless size and SHA-256 are the corpus's."""
+def file_problem(path: Path, corpus: Corpus) -> str:
+    """How size or SHA-256 differ from the corpus's; empty where both agree."""
     n_bytes = path.stat().st_size
     if n_bytes != corpus.n_bytes:
-        raise UsageError(message.format(f"{n_bytes:,} bytes instead of {corpus.n_bytes:,}"))
+        return f"{n_bytes:,} bytes instead of {corpus.n_bytes:,}"
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 != corpus.sha256:
-        raise UsageError(message.format(f"SHA-256 {sha256} instead of {corpus.sha256}"))
+    return "" if sha256 == corpus.sha256 else f"SHA-256 {sha256} instead of {corpus.sha256}"

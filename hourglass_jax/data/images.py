@@ -71,10 +71,19 @@ def find_files(path: Path, dataset: str) -> tuple[list[Path], list[Path], Callab
                 for pattern in (layout.train, layout.valid)
             )
             if train and valid:
+                check_numbering(train)
                 return train, valid, layout.read
     expected = ", or ".join(f"{layout.train} and {layout.valid}" for layout in LAYOUTS[dataset])
     problem = f"holds no {dataset} images" if path.is_dir() else "no such directory"
     raise UsageError(f"{path}: {problem}; give the directory with the unpacked files {expected}")
+
+
+def check_numbering(files: list[Path]) -> None:
+    """Raises UsageError where a numbered batch between others is missing."""
+    numbers = {int(number) for file in files if (number := file.stem.rpartition("_")[2]).isdecimal()}
+    for number in range(min(numbers, default=0), max(numbers, default=0)):
+        if number not in numbers:
+            raise UsageError(f"{files[0].parent}: training batch {number} is missing; unpack the images anew")
 
 
 def read_binary(path: Path) -> np.ndarray:
