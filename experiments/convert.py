@@ -19,10 +19,10 @@ from flax import nnx
 
 from experiments import launcher
 from hourglass_jax import HourglassLM, UsageError, load
-from hourglass_jax.config import DataConfig
+from hourglass_jax.config import IMAGE_SIZES, DataConfig
 from hourglass_jax.files import whole_directory
 from hourglass_jax.interop import export_safetensors, from_original, from_pypi, import_safetensors
-from hourglass_jax.tokenizers import Tokenizer
+from hourglass_jax.tokenizers import ImageTokenizer, Tokenizer
 from hourglass_jax.training.checkpoints import CheckpointStore, write_run
 
 FROM = flags.DEFINE_enum(
@@ -42,6 +42,9 @@ SHORTEN_FACTOR = flags.DEFINE_list("shorten_factor", [], "pypi without linear re
 CAUSAL = flags.DEFINE_boolean("causal", True, "pypi: as the model was made.")
 FORMAT = flags.DEFINE_enum(
     "format", "text", ["text", "haiku", "prompt"], "What the model was trained on last, as of finetune.py."
+)
+DATASET = flags.DEFINE_enum(
+    "dataset", "cifar10", list(IMAGE_SIZES), "Of a model of images: what evaluate.py and generate.py shall read."
 )
 
 
@@ -96,9 +99,12 @@ def read_model(path: str, vocab_path: str | None) -> tuple[HourglassLM, Tokenize
 def write_model(model: HourglassLM, tokenizer: Tokenizer, directory: Path) -> None:
     """A run directory; its settings are what the other launchers ask a run for."""
     config = model.config
-    data = DataConfig(tokenizer=tokenizer.kind, clean=getattr(tokenizer, "clean", False))
-    if config.positions == "learned":
-        data = dataclasses.replace(data, block_size=config.max_length)
+    if isinstance(tokenizer, ImageTokenizer):
+        data = DataConfig(dataset=DATASET.value, image_size=tokenizer.shape[0])
+    else:
+        data = DataConfig(tokenizer=tokenizer.kind, clean=getattr(tokenizer, "clean", False))
+        if config.positions == "learned":
+            data = dataclasses.replace(data, block_size=config.max_length)
     settings = {"converted_from": FROM.value, "data": dataclasses.asdict(data)}
     if FORMAT.value != "text":
         settings["format"] = FORMAT.value

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Hierarchy
@@ -20,12 +23,13 @@ def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
 
 
 def check_range(name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    """Raises unless low <= value <= high (low < value with `open_low`)."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    """Raises unless low <= value <= high (low < value with `open_low`), and `value` is whole where `low` is an int."""
+    kind, wanted = (numbers.Integral, "a whole number of ") if isinstance(low, int) else (numbers.Real, "")
+    number = isinstance(value, kind) and not isinstance(value, bool)
     if not number or not low <= value <= high or (open_low and value == low):
         bounds = f"{'more than' if open_low else 'at least'} {low:g}"
         bounds += "" if high == float("inf") else f" and at most {high:g}"
-        raise UsageError(f"{name}={value!r} is out of range; it must be {bounds}")
+        raise UsageError(f"{name}={value!r} is out of range; it must be {wanted}{bounds}")
 
 
 def check_image_size(dataset: str, image_size: int) -> None:
@@ -86,6 +90,9 @@ class HourglassConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hierarchy", str(Hierarchy.parse(self.hierarchy)))
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # from a computation, which JSON would not take
+                object.__setattr__(self, name, value.item())
         for name in ("vocab_size", "d_model", "n_heads", "d_ff"):
             check_range(name, getattr(self, name), 1)
         check_range("max_length", self.max_length, 2)
@@ -217,7 +224,8 @@ class OptimizerConfig:
     """AdamW with a schedule; the defaults are the paper's (section 3): no weight decay, no clipping.
 
     learning_rate: the peak.
-    schedule: cosine (to 0) | inverse_sqrt | constant, each after a linear warm-up of warmup_steps.
+    schedule: cosine (to 0) | inverse_sqrt | constant, after the warm-up.
+    warmup_steps: from 0 to the peak, linearly.
     beta1, beta2, eps, weight_decay: Adam's.
     clip_norm: of the gradient of all parameters; 0: no clipping.
     """
@@ -233,10 +241,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, ("cosine", "inverse_sqrt", "constant"))
-        check_range("learning_rate", self.learning_rate, 0, open_low=True)
-        check_range("eps", self.eps, 0, open_low=True)
-        for name in ("warmup_steps", "weight_decay", "clip_norm"):
-            check_range(name, getattr(self, name), 0)
+        check_range("learning_rate", self.learning_rate, 0.0, open_low=True)
+        check_range("eps", self.eps, 0.0, open_low=True)
+        check_range("warmup_steps", self.warmup_steps, 0)
+        for name in ("weight_decay", "clip_norm"):
+            check_range(name, getattr(self, name), 0.0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)!r} is out of range; it must be at least 0 and below 1")

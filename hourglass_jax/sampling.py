@@ -25,11 +25,11 @@ class Sampler:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        check_range("temperature", self.temperature, 0)
+        check_range("temperature", self.temperature, 0.0)
         if self.top_k is not None:
             check_range("top_k", self.top_k, 1)
         if self.top_p is not None:
-            check_range("top_p", self.top_p, 0, 1, open_low=True)
+            check_range("top_p", self.top_p, 0.0, 1, open_low=True)
 
     def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
         """logits [B, V], keys [B] -> int [B]; row b draws from keys[b] alone."""

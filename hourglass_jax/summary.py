@@ -37,12 +37,14 @@ def summary(model: HourglassLM | HourglassConfig, length: int | None = None) -> 
     sequence of `length` tokens (default: `max_length`), its parameters, and the millions of floating-point operations
     of a forward pass over that sequence, those of matrix products; see `costs.forward_flops`. A resampling's
     parameters count with the level that it leads to. The total has all there is.
+
+    Raises UsageError for a length below 1 or beyond learned positions.
     """
     if isinstance(model, HourglassConfig):
         config = model
         model = nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0)))
     length = model.config.max_length if length is None else length
-    check_range("length", length, 1)
+    check_range("length", length, 1, model.config.position_limit)
     lines = [HEADER, *(row.cells() for row in summary_rows(model, length))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]

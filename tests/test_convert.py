@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from conftest import make_model, small_config
 from launching import ENVIRONMENT, run_forked
+from layouts import planes, write_binary
 
 import hourglass_jax as hg
-from hourglass_jax.interop import import_safetensors
+from hourglass_jax.interop import export_safetensors, import_safetensors
 from hourglass_jax.interop.parameters import named_parameters
 
 torch = pytest.importorskip("torch")
@@ -56,6 +58,15 @@ def test_a_run_goes_to_safetensors_and_comes_back_as_a_run(home):
     model, tokenizer, _ = hg.load(home / "back")
     assert same(model, hg.load(home / "out")[0]) and same(model, import_safetensors(home / "shared")[0])
     assert tokenizer.characters == TOKENS[3:]
+
+
+def test_a_model_of_images_goes_and_comes_back(home, tmp_path):
+    config = small_config(vocab_size=hg.ImageTokenizer.vocab_size)
+    export_safetensors(make_model(config), hg.ImageTokenizer((4, 4, 3)), tmp_path / "images")
+    write_binary(tmp_path / "cifar", planes(8, 32), planes(3, 32))
+    succeed("convert", "--from=safetensors", "images", "run", cwd=tmp_path)
+    out = succeed("evaluate", "--load_model_path=run", "--data_path=cifar", cwd=tmp_path)
+    assert json.loads(out.splitlines()[-1])["bits_per_dim"] > 0
 
 
 @pytest.mark.parametrize(

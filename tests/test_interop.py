@@ -173,12 +173,17 @@ def test_every_form_of_the_vocabulary_and_one_without_bos(tmp_path):
         ({token: 2 * i for i, token in enumerate(TOKENS)}, "0 to 10, each once"),
         ({"a": 1.5}, "ids must be integers"),
         ("abc", "neither an object nor a list"),
+        ({"vocabulary": TOKENS[:-1]}, "has 10 tokens, but .* 11"),
+        ({"vocabulary": None}, "neither an object nor a list"),
     ],
 )
 def test_other_vocabularies_are_refused(tmp_path, vocabulary, message):
     with pytest.raises(hg.UsageError, match=message) as error:
         convert(tmp_path, original([1, 1]).state_dict(), vocabulary)
     assert "\n" not in str(error.value)
+
+
+POOLING = next(name for name in original([1, 1, 1, 2]).state_dict() if "linearProjection.weight" in name)
 
 
 def without(name):
@@ -196,6 +201,8 @@ def without(name):
         (lambda state: state | {"linear.weight": torch.zeros(11, 3)}, r"head.kernel is float32\(3, 11\), not .*16, 11"),
         (lambda state: state | {"hourglass.pre_layer.1.norm1.bias": torch.zeros(3)}, r"shapes: \(16,\), \(3,\)"),
         (lambda state: state | {"ln_f.weight": torch.zeros(16)}, "ln_f.weight is a second norm.weight"),
+        (lambda state: state | {POOLING: torch.zeros(16, 8)}, "shorten.project.kernel takes 8 numbers"),
+        (lambda state: state | {"hourglass.pre_layer.0.attn.qkv.weight": torch.tensor(1.0)}, r"attn.qkv|attention\.q"),
         (lambda state: {"epoch": 3}, "holds no state dict"),
         (lambda state: {"a": torch.zeros(2)}, "is no such model"),
     ],
@@ -204,6 +211,22 @@ def test_other_contents_are_refused_by_name(tmp_path, change, message):
     with pytest.raises(hg.UsageError, match=message) as error:
         convert(tmp_path, change(original(TWO_LEVELS).state_dict()))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("head", [None, torch.zeros(1, 16), torch.zeros(10)])
+def test_a_vocabulary_without_bos_needs_a_whole_head(tmp_path, head):
+    state = without("linear.weight")(original([1, 1]).state_dict())
+    state |= {"tokens_embedding.weight": torch.zeros(10, 16)} | ({} if head is None else {"linear.weight": head})
+    with pytest.raises(hg.UsageError, match=r"lacks head.kernel of shape \[16, 10\]"):
+        convert(tmp_path, state, [token for token in TOKENS if token != "<BOS>"])
+
+
+def test_parameters_and_other_hyperparameters_are_read_as_well(tmp_path):
+    model = original([1, 1])
+    torch.save({"state_dict": dict(model.named_parameters()), "hyperparameters": None}, tmp_path / "model.pth")
+    (tmp_path / "vocab.json").write_text(json.dumps(TOKENS))
+    converted, _ = from_original(tmp_path / "model.pth", tmp_path / "vocab.json")
+    np.testing.assert_allclose(forward(converted, TEXT % 11), logits(model, TEXT % 11), atol=1e-4)
 
 
 class Malicious:
@@ -229,8 +252,9 @@ def test_a_file_runs_no_code_and_a_damaged_one_is_refused(tmp_path):
 
 
 def test_a_head_count_that_the_tensors_contradict(tmp_path):
-    with pytest.raises(hg.UsageError, match=r"n_heads=2, but .* 3 heads"):
-        convert(tmp_path, original([1, 1]).state_dict(), n_heads=2)
+    for n_heads in (2, 0):
+        with pytest.raises(hg.UsageError, match=rf"n_heads={n_heads}, but .* 3 heads"):
+            convert(tmp_path, original([1, 1]).state_dict(), n_heads=n_heads)
 
 
 def peer(depth, shorten_factor, **options):
@@ -280,6 +304,14 @@ def test_gelu_in_its_tanh_form_would_give_other_logits(tmp_path):
         ((1, 1, 1), {}, {"shorten_factor": 2, "causal": False}, "sees the future"),
         ((1, 1, 1), {}, {}, "give the shorten_factor"),
         ((1, 1, 1), {}, {"shorten_factor": 2, "n_heads": 8}, "n_heads=8 does not divide the 15"),
+        ((1, 1, 1), {}, {"shorten_factor": 2.5}, "whole number"),
+        ((1, 1, 1), {}, {"shorten_factor": (2, 7)}, "shortens 1 times"),
+        (
+            (1, 1, 1),
+            {"updown_sample_type": "linear"},
+            {"shorten_factor": 5},
+            "shorten_factor=5, but .* takes 2 vectors",
+        ),
         ((1, 1, 1), {"num_tokens": 11}, {"shorten_factor": 2}, "bytes: 256 tokens, but .* has 11"),
     ],
 )

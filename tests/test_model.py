@@ -125,6 +125,7 @@ def test_original_project_architecture():
         ({"positions": "alibi"}, "choose one of relative, rotary, learned"),
         ({"n_heads": 3}, "n_heads=3 does not divide d_model=16"),
         ({"n_heads": 0}, "n_heads=0 is out of range"),
+        ({"d_model": 16.0}, "d_model=16.0 is out of range; it must be a whole number of at least 1"),
         ({"dropout": 1.0}, "dropout=1.0 is out of range"),
         ({"positions": "rotary", "n_heads": 16}, "even head size"),
         ({"shift": "none"}, "choose one of paper, original"),

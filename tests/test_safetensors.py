@@ -50,6 +50,21 @@ def test_nothing_of_the_training_is_exported(shared):
     assert json.loads((shared / "config.json").read_text())["settings"] == {}
 
 
+def test_images_and_sizes_from_numpy_come_back(tmp_path):
+    model = make_model(small_config(vocab_size=np.int64(257)))
+    export_safetensors(model, hg.ImageTokenizer((4, 4, 3)), tmp_path / "images")
+    back, tokenizer, _ = import_safetensors(tmp_path / "images")
+    assert tokenizer.shape == (4, 4, 3) and back.config == model.config
+
+
+def test_an_export_takes_no_tokenizer_of_another_size_and_leaves_other_files_alone(tmp_path):
+    (tmp_path / "shared.tmp").mkdir()
+    with pytest.raises(hg.UsageError, match="256 tokens, but the model 11"):
+        export_safetensors(make_model(small_config()), hg.ByteTokenizer(), tmp_path / "shared")
+    export_safetensors(make_model(small_config()), TOKENIZER, tmp_path / "shared")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shared", "shared.tmp"]
+
+
 def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(shared, monkeypatch):
     model = make_model(small_config())
     with pytest.raises(hg.UsageError, match="exists"):

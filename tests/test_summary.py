@@ -55,6 +55,8 @@ def test_a_model_and_its_configuration_have_the_same_table():
 def test_a_length_out_of_range_gives_one_line():
     with pytest.raises(hg.UsageError, match="length=0 is out of range"):
         hg.summary(small_config(), 0)
+    with pytest.raises(hg.UsageError, match=r"length=65 is out of range.*at most 64"):
+        hg.summary(small_config(positions="learned"), 65)
 
 
 @pytest.mark.parametrize("build", [make_model, abstract])

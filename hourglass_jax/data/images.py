@@ -80,7 +80,8 @@ def find_files(path: Path, dataset: str) -> tuple[list[Path], list[Path], Callab
 
 def check_numbering(files: list[Path]) -> None:
     """Raises UsageError where a numbered batch between others is missing."""
-    numbers = {int(number) for file in files if (number := file.stem.rpartition("_")[2]).isdecimal()}
+    names = [file.stem.rpartition("_")[2] for file in files]
+    numbers = {int(name) for name in names if name.isdecimal()}
     for number in range(min(numbers, default=0), max(numbers, default=0)):
         if number not in numbers:
             raise UsageError(f"{files[0].parent}: training batch {number} is missing; unpack the images anew")

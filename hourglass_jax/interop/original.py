@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +56,14 @@ def from_original(
     """
     state, rest = read_state_dict(path)
     named = rename(state, NAMES, path)
-    hyperparameters = rest.get("hyperparameters", {})
+    hyperparameters = rest.get("hyperparameters")
+    if not isinstance(hyperparameters, Mapping):
+        hyperparameters = {}
     counted = count_heads(named)
-    if n_heads and counted and n_heads != counted:
+    if n_heads is not None and counted and n_heads != counted:
         raise UsageError(f"n_heads={n_heads}, but {path} has matrices for {counted} heads a layer")
-    n_heads = n_heads or counted or hyperparameters.get("n_heads", N_HEADS)
+    if n_heads is None:
+        n_heads = counted or hyperparameters.get("n_heads", N_HEADS)
     tensors = assemble(named, path)
     sizes = infer_sizes(tensors, n_heads, (), path)
     tokens = read_vocabulary(vocab_path)
@@ -69,16 +73,18 @@ def from_original(
         )
     if "<BOS>" not in tokens:
         tokens.insert(CharTokenizer.SPECIALS.index("<BOS>"), "<BOS>")
-        tensors = _with_bos(tensors)
+        tensors = _with_bos(tensors, path)
     sizes["vocab_size"] = len(tokens)
     config = HourglassConfig.original_project(**sizes, dropout=hyperparameters.get("dropout", 0.0))
     return build_model(config, tensors, path, add_biases=True), make_tokenizer(tokens, vocab_path)
 
 
-def _with_bos(tensors: Tensors) -> Tensors:
+def _with_bos(tensors: Tensors, path: str | Path) -> Tensors:
     """Early versions had no <BOS> and began texts with <EOS>: it starts as that one's copy, and is never predicted."""
     eos, bos = CharTokenizer.SPECIALS.index("<EOS>"), CharTokenizer.SPECIALS.index("<BOS>")
-    embedding, kernel = tensors["embedding.embedding"], tensors["head.kernel"]
+    embedding, kernel = tensors["embedding.embedding"], tensors.get("head.kernel")
+    if kernel is None or kernel.shape != embedding.T.shape:
+        raise UsageError(f"{path}: lacks head.kernel of shape {list(embedding.T.shape)}; it is no such model")
     bias = tensors.get("head.bias", np.zeros(kernel.shape[1], kernel.dtype))
     return tensors | {
         "embedding.embedding": np.insert(embedding, bos, embedding[eos], axis=0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hourglass_jax.config import HourglassConfig
+from hourglass_jax.config import HourglassConfig, check_range
 from hourglass_jax.errors import UsageError
 from hourglass_jax.interop.parameters import build_model
 from hourglass_jax.interop.renaming import assemble, rename
@@ -61,8 +61,12 @@ def from_pypi(
             "too, so there is no equal; convert models with attn_resampling=False"
         )
     tensors = assemble(rename(state, NAMES, path), path)
-    levels = 1 + max(name.count(".inner") for name in tensors)
-    factors = [shorten_factor] * (levels - 1) if isinstance(shorten_factor, int) else list(shorten_factor)
+    n_factors = max(name.count(".inner") for name in tensors)
+    factors = list(shorten_factor) if isinstance(shorten_factor, Sequence) else [shorten_factor] * n_factors
+    for factor in factors:
+        check_range("shorten_factor", factor, 2)
+    if len(factors) not in (0, n_factors):
+        raise UsageError(f"shorten_factor={factors}: {path} shortens {n_factors} times; give one factor for each")
     linear = "hourglass.shorten.project.kernel" in tensors
     config = HourglassConfig(
         **infer_sizes(tensors, n_heads, factors, path),

@@ -83,7 +83,7 @@ def _split(name: str, tensor: np.ndarray) -> list[tuple[str, np.ndarray]]:
     module, _, leaf = name.rpartition(".")
     prefix, _, fused = module.rpartition(".")
     parts = FUSED.get(fused, ())
-    if not parts or len(tensor) % len(parts):
+    if not parts or not tensor.ndim or len(tensor) % len(parts):
         return [(name, tensor)]
     return [(f"{prefix}.{part}.{leaf}", x) for part, x in zip(parts, np.split(tensor, len(parts)), strict=True)]
 

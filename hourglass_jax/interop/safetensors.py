@@ -23,7 +23,15 @@ WEIGHTS = "model.safetensors"
 
 
 def export_safetensors(model: HourglassLM, tokenizer: Tokenizer, directory: str | Path) -> None:
-    """Writes `directory`, which must be empty or absent; raises UsageError where it is not."""
+    """Writes `directory`, which must be empty or absent; raises UsageError where it is not.
+
+    Raises UsageError, too, for a tokenizer that is not of the model's size.
+    """
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {model.config.vocab_size}; "
+            "give the one it was trained with"
+        )
     with whole_directory(Path(directory)) as temporary:
         save_file(named_parameters(model), temporary / WEIGHTS, metadata={"format": "flax"})
         write_run(temporary, model.config, tokenizer, settings={})

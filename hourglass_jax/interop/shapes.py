@@ -31,7 +31,16 @@ def infer_sizes(tensors: Tensors, n_heads: int, shorten_factors: Sequence[int], 
     for i, prefix in enumerate(prefixes[:-1]):
         pooling = f"{prefix}.shorten.project.kernel"
         if pooling in tensors:
-            factors.append(factors[-1] * (shape(pooling)[0] // d_model))
+            factor, rest = divmod(shape(pooling)[0], d_model)
+            if factor < 2 or rest:
+                raise UsageError(
+                    f"{source}: {pooling} takes {shape(pooling)[0]} numbers, not two or more vectors of {d_model}"
+                )
+            if i < len(shorten_factors) and factor != shorten_factors[i]:
+                raise UsageError(
+                    f"shorten_factor={shorten_factors[i]}, but {pooling} of {source} takes {factor} vectors"
+                )
+            factors.append(factors[-1] * factor)
         elif i < len(shorten_factors):
             factors.append(factors[-1] * shorten_factors[i])
         else:

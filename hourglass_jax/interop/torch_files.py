@@ -35,6 +35,7 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, 
         return isinstance(value, Mapping) and bool(value) and all(map(torch.is_tensor, value.values()))
 
     def to_numpy(tensor: Any) -> np.ndarray:
+        tensor = tensor.detach().to_dense()
         return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
     rest = {}

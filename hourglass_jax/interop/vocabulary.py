@@ -37,7 +37,8 @@ def _ids(record: Any) -> dict[str, int]:
         return {token: i for i, token in enumerate(record) if isinstance(token, str)}
     if not isinstance(record, dict):
         raise ValueError("it is neither an object nor a list")
-    record = record.get("vocabulary", record)  # as this library writes it
+    if "vocabulary" in record:  # as this library writes it
+        return _ids(record["vocabulary"])
     if all(isinstance(token, str) for token in record.values()):
         return {token: int(i) for i, token in record.items()}
     if not all(isinstance(i, int) for i in record.values()):
