@@ -1,7 +1,7 @@
 """Pretrains a character-level Hourglass on a text file or the built-in corpus, or a pixel-level one on images.
 
 python experiments/pretrain.py
-python experiments/pretrain.py --data_path=book.txt --factors=3,1,8,4 --d_model=512 --out=runs/book
+python experiments/pretrain.py --data_path=book.txt --factors=3,1,8,4 --d_model=512 --n_heads=8 --out=runs/book
 python experiments/pretrain.py --data.dataset=cifar10 --data_path=cifar-10-batches-bin --out=runs/cifar10
 """
 

@@ -8,6 +8,7 @@ import optax
 import pytest
 from conftest import HIERARCHIES, make_model, small_config
 from flax import nnx
+from launching import ROOT
 
 from experiments.ablations.costs import costs_table
 from experiments.ablations.rows import row_config
@@ -131,5 +132,8 @@ def test_activations_grow_with_tokens_and_a_deep_stack_by_one_vector_a_layer():
     assert activation_bytes(replace(config, max_unrolled_layers=8), 256, 4) > size
 
 
-def test_costs_table_has_a_line_for_each_row():
-    assert len(costs_table().splitlines()) == 2 + 15
+def test_the_committed_costs_are_those_of_table_1():
+    table = costs_table()
+    assert (ROOT / "experiments" / "results" / "costs.md").read_text() == f"{table}\n"
+    ratios = [float(line.split(" | ")[3]) for line in table.splitlines()[2:]]
+    assert len(ratios) == 15 and max(abs(ratio - 1) for ratio in ratios) < 0.03

@@ -3,13 +3,14 @@
 import json
 import math
 import random
+import re
 import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from launching import ENVIRONMENT, run, run_forked
+from launching import ENVIRONMENT, EXPERIMENTS, README, run, run_forked
 
 WORDS = "the quick brown fox jumps over a lazy dog while five wizards mix jugs of quartz pink vow"
 TINY = ["--hierarchy=1@1 1@2 1@1", "--d_model=32", "--n_heads=2", "--d_ff=64", "--block_size=32"]
@@ -158,6 +159,18 @@ def test_the_same_command_again_keeps_a_finished_run(home, tmp_path):
         log.split("validation: ")[1].split(" (")[0] for log in ((home / "pretrained.log").read_text(), stdout)
     ]
     assert figures == again
+
+
+DOCUMENTED = README + (EXPERIMENTS / "pretrain.py").read_text()
+PRETRAININGS = re.findall(r"^python experiments/pretrain.py (.*--data_path=book.txt.*)$", DOCUMENTED, re.M)
+
+
+@pytest.mark.parametrize("flags", PRETRAININGS)
+def test_the_pretraining_of_a_book_as_documented_is_a_model(tmp_path, flags):
+    assert len(PRETRAININGS) == 2
+    (tmp_path / "book.txt").write_text("an old pond " * 400)
+    result = run_forked("pretrain", *shlex.split(flags), "--accumulate=3", cwd=tmp_path)  # refused after the model
+    assert result.returncode == 2 and "accumulate=3" in result.stderr, result.stderr
 
 
 def test_overwrite_replaces_a_run_of_another_configuration(home, tmp_path):
