@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import time
@@ -35,7 +36,7 @@ from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.step import TrainState, make_train_step
 
 COST = "cost.json"  # in the directory of a configuration, beside its seeds
-TIMED_STEPS = 9
+ROUNDS = 15  # of all configurations
 UTILISATION = 0.33  # of the matrix-product ceiling that training reaches, for estimates
 
 
@@ -79,16 +80,25 @@ def step_flops(job: Job) -> float:
 
 
 def measure(jobs: Sequence[Job], signals: Signals) -> None:
-    """Step time and memory of each configuration, one after another, into their directories."""
-    directories = {job.directory.parent: job for job in jobs}
-    for directory, job in directories.items():
-        costs = []
-        for config in configs(job):
+    """Seconds and bytes of a training step of each configuration, into its directory.
+
+    The configurations take turns, so that what else the machine does meets all of them alike.
+    """
+    steps: dict[Path, list[TimedStep]] = {}
+    for job in jobs:
+        directory, data = job.directory.parent, job.setup.data
+        if directory not in steps:
             signals.check()
-            costs.append(measure_step(config, job.setup.data.batch_size, job.setup.data.block_size))
+            steps[directory] = [TimedStep(config, data.batch_size, data.block_size) for config in configs(job)]
+            print(f"{directory.name}: compiled", flush=True)
+    for _ in range(ROUNDS):
+        for step in itertools.chain.from_iterable(steps.values()):
+            signals.check()
+            step.run()
+    for directory, at_each_factor in steps.items():
         cost = {
-            "step_seconds": statistics.mean(cost["step_seconds"] for cost in costs),
-            "memory_bytes": max(cost["memory_bytes"] for cost in costs),
+            "step_seconds": statistics.mean(statistics.median(step.seconds) for step in at_each_factor),
+            "memory_bytes": max(step.memory_bytes for step in at_each_factor),
         }
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / COST, json.dumps(cost | {"measured": provenance()}, indent=1) + "\n")
@@ -97,30 +107,33 @@ def measure(jobs: Sequence[Job], signals: Signals) -> None:
         )
 
 
-def measure_step(config: HourglassConfig, batch_size: int, block_size: int) -> dict[str, Any]:
-    """The median seconds of a training step, and the bytes the compiled step needs: state, batch and temporaries.
+class TimedStep:
+    """A compiled training step, the bytes it needs (state, batch and temporaries), and the seconds of its runs.
 
     All activations are kept, as in the paper, so that deep stacks do not save memory at the price of time, as they do
     where they are run as loops.
     """
-    config = replace(config, remat="none", max_unrolled_layers=100)
-    graph, params = nnx.split(nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(0)))
-    optimizer = make_optimizer(OptimizerConfig(), 1000)
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, block_size + 1)).astype(np.int32)
-    weights = np.ones((batch_size, block_size), np.float32)
-    step = make_train_step(graph, optimizer, seed=0).lower(state, tokens, weights).compile()
-    seconds = []
-    for _ in range(TIMED_STEPS + 2):  # the first ones find cold caches
-        started = time.perf_counter()
-        state, _ = jax.block_until_ready(step(state, tokens, weights))
-        seconds.append(time.perf_counter() - started)
-    memory = step.memory_analysis()
-    parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
-    return {
-        "step_seconds": statistics.median(seconds[2:]),
-        "memory_bytes": sum(parts) - memory.alias_size_in_bytes,
-    }
+
+    def __init__(self, config: HourglassConfig, batch_size: int, block_size: int):
+        config = replace(config, remat="none", max_unrolled_layers=100)
+        graph, params = nnx.split(nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(0)))
+        optimizer = make_optimizer(OptimizerConfig(), 1000)
+        self.state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, block_size + 1))
+        self.batch = tokens.astype(np.int32), np.ones((batch_size, block_size), np.float32)
+        self.step = make_train_step(graph, optimizer, seed=0).lower(self.state, *self.batch).compile()
+        memory = self.step.memory_analysis()
+        parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+        self.memory_bytes = sum(parts) - memory.alias_size_in_bytes
+        self.seconds: list[float] = []
+
+    def run(self) -> None:
+        """A step that finds cold caches, and a timed one."""
+        for _ in range(2):
+            started = time.perf_counter()
+            self.state, _ = jax.block_until_ready(self.step(self.state, *self.batch))
+            seconds = time.perf_counter() - started
+        self.seconds.append(seconds)
 
 
 def read_cost(directory: Path) -> dict[str, Any] | None:
