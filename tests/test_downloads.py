@@ -147,3 +147,14 @@ def test_an_interrupted_download_leaves_nothing(offer, monkeypatch, tmp_path):
 def test_unknown_corpora_are_refused(tmp_path):
     with pytest.raises(UsageError, match="enwik8, text8"):
         downloads.fetch("enwik7", tmp_path)
+
+
+@pytest.mark.parametrize("error", [EOFError(), KeyError(), NotImplementedError("compression type 99")])
+def test_every_failure_is_one_even_without_words(tmp_path, monkeypatch, error):
+    def fail(url, path):
+        raise error
+
+    monkeypatch.setattr(downloads, "download", fail)
+    with pytest.raises(UsageError, match=rf"did not come through: .*({type(error).__name__}|type 99)"):
+        downloads.fetch("enwik8", tmp_path)
+    assert not any(tmp_path.iterdir())

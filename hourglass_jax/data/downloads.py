@@ -63,7 +63,7 @@ def fetch(name: str, directory: str | Path) -> Path:
                 shutil.copyfileobj(source, target)
             problem = file_problem(unpacked, corpus)
         except (OSError, EOFError, KeyError, RuntimeError, HTTPException, zipfile.BadZipFile, zlib.error) as error:
-            problem = " ".join(str(error).split())
+            problem = " ".join(str(error).split()) or type(error).__name__
         if problem:
             raise UsageError(
                 f"{corpus.url}: {name} did not come through: {problem}; try again, or put the unpacked file at {path}"
