@@ -17,10 +17,10 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import launcher
 from experiments.ablations import costs, reporting, rows
-from experiments.scales import DATASETS, SCALES, TEXTS, find_setup
-from experiments.tables import find_table
+from experiments.ablations.scales import DATASETS, SCALES, TEXTS, find_setup
+from experiments.ablations.tables import find_table
+from experiments.common import launcher
 from hourglass_jax import UsageError
 from hourglass_jax.data.downloads import fetch
 from hourglass_jax.training.signals import Signals

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import launcher
 from experiments.benchmarks import decoding, models, training
-from experiments.reports import PACKAGES, provenance, write_report
+from experiments.common import launcher
+from experiments.common.reports import PACKAGES, provenance, write_report
 
 SUITE = flags.DEFINE_enum("suite", "decoding", ["decoding", "training", "accelerator"], "What to time.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Each figure is a median of so many.", lower_bound=1)

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 from flax import nnx
 
-from experiments import launcher
+from experiments.common import launcher
 from hourglass_jax import HourglassLM, UsageError, load
 from hourglass_jax.config import IMAGE_SIZES, DataConfig
 from hourglass_jax.files import whole_directory

@@ -13,8 +13,8 @@ import json
 import numpy as np
 from absl import flags, logging
 
-from experiments import launcher
-from experiments.sources import recorded_data, recorded_images
+from experiments.common import launcher
+from experiments.common.sources import recorded_data, recorded_images
 from hourglass_jax import (
     Evaluation,
     HourglassLM,

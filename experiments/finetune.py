@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from experiments import launcher
+from experiments.common import launcher
 from hourglass_jax import OptimizerConfig, TrainConfig, UsageError, load
 from hourglass_jax.config import check_range
 from hourglass_jax.data.haiku import load_haiku, make_examples, usable_haiku

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from experiments import launcher
-from experiments.pictures import draw_images, nothing, save_grid, top_halves
-from experiments.sources import recorded_images
+from experiments.common import launcher
+from experiments.common.pictures import draw_images, nothing, save_grid, top_halves
+from experiments.common.sources import recorded_images
 from hourglass_jax import HourglassLM, ImageTokenizer, UsageError, generate, load
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer
 from hourglass_jax.training.checkpoints import read_run

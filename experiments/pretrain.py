@@ -14,8 +14,8 @@ from pathlib import Path
 from absl import flags
 from flax import nnx
 
-from experiments import launcher
-from experiments.sources import open_source
+from experiments.common import launcher
+from experiments.common.sources import open_source
 from hourglass_jax import (
     DataConfig,
     Hierarchy,

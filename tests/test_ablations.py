@@ -13,8 +13,8 @@ import hourglass_jax as hg
 from experiments.ablations import pictures, reporting
 from experiments.ablations.costs import step_flops
 from experiments.ablations.rows import claimed, make_job, plan, row_config, spaced
-from experiments.scales import SCALES, find_setup, for_table
-from experiments.tables import TABLES, find_table
+from experiments.ablations.scales import SCALES, find_setup, for_table
+from experiments.ablations.tables import TABLES, find_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "experiments" / "results" / "ablations"
 RECORDS = sorted(RESULTS.glob("table*.json"))
@@ -23,8 +23,8 @@ RECORDS = sorted(RESULTS.glob("table*.json"))
 PLUGIN = """
 from dataclasses import replace
 
-from experiments.scales import SETUPS
-from experiments.tables import TABLES, TEXT, Row, Table
+from experiments.ablations.scales import SETUPS
+from experiments.ablations.tables import TABLES, TEXT, Row, Table
 
 setup = SETUPS["text", "tiny"]
 SETUPS["text", "tiny"] = replace(

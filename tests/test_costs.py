@@ -12,8 +12,8 @@ from launching import ROOT
 
 from experiments.ablations.costs import costs_table
 from experiments.ablations.rows import row_config
-from experiments.scales import find_setup
-from experiments.tables import TABLE_1
+from experiments.ablations.scales import find_setup
+from experiments.ablations.tables import TABLE_1
 from hourglass_jax import HourglassLM
 from hourglass_jax.costs import (
     activation_bytes,

@@ -5,7 +5,7 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from experiments.launcher import N_PIECES, PIECE, fingerprint
+from experiments.common.launcher import N_PIECES, PIECE, fingerprint
 from hourglass_jax import CharTokenizer, DataConfig, UsageError
 from hourglass_jax.data.corpora import (
     builtin_text,

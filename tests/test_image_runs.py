@@ -16,7 +16,7 @@ from launching import ENVIRONMENT, run, run_forked
 from layouts import planes, write_binary
 from PIL import Image
 
-from experiments.pictures import draw_images, save_grid, top_halves
+from experiments.common.pictures import draw_images, save_grid, top_halves
 from hourglass_jax import CharTokenizer, ImageTokenizer, UsageError, load
 from hourglass_jax.data.images import load_images
 from hourglass_jax.training.checkpoints import CheckpointStore, read_run, write_run

@@ -21,7 +21,7 @@ FLAGS += ["--sample_interval=80", "--profile_steps=3:4"]
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_three_times_ends_as_one_that_is_not(tmp_path):
-    result = run("soak", "--kills=3", "--steps=80", "--report=soak", cwd=tmp_path)
+    result = run("checks/soak", "--kills=3", "--steps=80", "--report=soak", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "soak.json").read_text())
     assert record["same"] == dict.fromkeys(("step", "params", "opt_state", "curves"), True) and record["identical"]

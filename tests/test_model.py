@@ -9,8 +9,8 @@ from flax import nnx
 
 import hourglass_jax as hg
 from experiments.ablations.rows import row_config
-from experiments.scales import find_setup
-from experiments.tables import TABLE_1
+from experiments.ablations.scales import find_setup
+from experiments.ablations.tables import TABLE_1
 from hourglass_jax.costs import count_parameters
 from hourglass_jax.nn import layers
 from hourglass_jax.nn.layers import random_bits

@@ -15,7 +15,7 @@ from conftest import make_model, small_config
 from flax import nnx
 
 import hourglass_jax as hg
-from experiments.launcher import prepare_directory
+from experiments.common.launcher import prepare_directory
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
 from hourglass_jax.training import manifest, trainer
 from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore, write_run

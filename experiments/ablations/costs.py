@@ -17,9 +17,9 @@ import numpy as np
 from flax import nnx
 
 from experiments.ablations.rows import Job, row_config
-from experiments.reports import markdown_table, provenance, read_record
-from experiments.scales import Setup, find_setup
-from experiments.tables import TABLE_1
+from experiments.ablations.scales import Setup, find_setup
+from experiments.ablations.tables import TABLE_1
+from experiments.common.reports import markdown_table, provenance, read_record
 from hourglass_jax import HourglassConfig, HourglassLM, OptimizerConfig
 from hourglass_jax.costs import (
     activation_bytes,

@@ -17,9 +17,9 @@ from scipy.stats import spearmanr
 from experiments.ablations.costs import read_cost, step_flops
 from experiments.ablations.pictures import Cost, draw
 from experiments.ablations.rows import RESULT, make_job
-from experiments.reports import markdown_table, provenance, read_record, write_report
-from experiments.scales import Setup, for_table
-from experiments.tables import UNITS, Row, Table
+from experiments.ablations.scales import Setup, for_table
+from experiments.ablations.tables import UNITS, Row, Table
+from experiments.common.reports import markdown_table, provenance, read_record, write_report
 from hourglass_jax import UsageError
 from hourglass_jax.costs import count_parameters
 from hourglass_jax.data.corpora import map_bytes, split_tokens

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from experiments import launcher
-from experiments.reports import provenance, read_record
-from experiments.scales import Setup, for_table
-from experiments.sources import ImageSource, TextSource, open_source
-from experiments.tables import Row, Table
+from experiments.ablations.scales import Setup, for_table
+from experiments.ablations.tables import Row, Table
+from experiments.common import launcher
+from experiments.common.reports import provenance, read_record
+from experiments.common.sources import ImageSource, TextSource, open_source
 from hourglass_jax import (
     HourglassConfig,
     HourglassLM,

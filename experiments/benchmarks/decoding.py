@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.benchmarks import models, timing
-from experiments.reports import markdown_table
+from experiments.common.reports import markdown_table
 from hourglass_jax import HourglassLM, generate
 
 PEER_LENGTHS = (1, 64, 256, 512, 1024, 2048, 4096)  # where the peer's cost is measured; linear in between

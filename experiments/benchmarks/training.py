@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.benchmarks import models, timing
-from experiments.reports import markdown_table
+from experiments.common.reports import markdown_table
 from hourglass_jax import HourglassConfig, HourglassLM, OptimizerConfig
 from hourglass_jax.costs import training_flops
 from hourglass_jax.data.corpora import builtin_text

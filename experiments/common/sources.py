@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jax
 
-from experiments import launcher
-from experiments.pictures import COLUMNS, draw_images, nothing, save_grid, top_halves
+from experiments.common import launcher
+from experiments.common.pictures import COLUMNS, draw_images, nothing, save_grid, top_halves
 from hourglass_jax import CharTokenizer, DataConfig, HourglassLM, ImageTokenizer, UsageError
 from hourglass_jax.data.corpora import load_tokens, split_tokens
 from hourglass_jax.data.images import ImageSplits, image_batches, image_validation, load_images

@@ -17,6 +17,7 @@ import jax
 from hourglass_jax import UsageError
 from hourglass_jax.files import write_whole
 
+EXPERIMENTS = Path(__file__).resolve().parents[1]
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -24,10 +25,11 @@ def provenance(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """The command as it was given, but for a comment, the kind of machine, and versions."""
     device = jax.devices()[0]
     kind = device.device_kind if device.platform != "cpu" else f"{platform.machine()} CPU"
-    script = Path(sys.argv[0])
+    script = Path(sys.argv[0]).absolute()
+    script = script.relative_to(EXPERIMENTS.parent) if script.is_relative_to(EXPERIMENTS) else Path(script.name)
     options = [option for option in sys.argv[1:] if not option.startswith("--comment")]
     return {
-        "command": shlex.join(["python", f"{script.parent.name}/{script.name}", *options]),
+        "command": shlex.join(["python", script.as_posix(), *options]),
         "machine": f"{jax.device_count()} x {kind}, {os.cpu_count()} CPU cores",
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
     }

@@ -1,7 +1,7 @@
 """Does kill -9 at any moment lose nothing? A run killed again and again must end as one left alone, bit for bit.
 
-python experiments/soak.py
-python experiments/soak.py --kills=50 --report=experiments/results/reliability/soak
+python experiments/checks/soak.py
+python experiments/checks/soak.py --kills=50 --report=experiments/results/reliability/soak
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from experiments import launcher
-from experiments.reports import markdown_table, provenance, write_report
+from experiments.common import launcher
+from experiments.common.reports import markdown_table, provenance, write_report
 from hourglass_jax import HourglassLM, OptimizerConfig, UsageError
 from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore, read_run
 from hourglass_jax.training.manifest import MANIFEST
@@ -55,7 +55,7 @@ class Run:
         self.checkpoints = workdir / out / CHECKPOINTS
         self.log = workdir / f"{out}.stderr"
         self.present, self.changes, self.started = self.unwritten(), 0, time.monotonic()
-        command = [sys.executable, Path(__file__).with_name("pretrain.py"), *RUN, f"--out={out}", *options]
+        command = [sys.executable, Path(__file__).parents[1] / "pretrain.py", *RUN, f"--out={out}", *options]
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str((workdir / "compiled").absolute()),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -1,6 +1,6 @@
 """Draws how a hierarchy lets a sequence pass: what is pooled into which group, and whom the group serves.
 
-python experiments/draw_hourglass.py --text="an old silent pond" --hierarchy="2@1 4@3 2@1" --out=hourglass.png
+python experiments/checks/draw_hourglass.py --text="an old silent pond" --hierarchy="2@1 4@3 2@1" --out=hourglass.png
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from experiments import launcher
+from experiments.common import launcher
 from hourglass_jax import Hierarchy, UsageError
 
 TEXT = flags.DEFINE_string("text", "an old silent pond", "A short text, one box a character.")

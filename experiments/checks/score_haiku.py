@@ -1,7 +1,7 @@
 """Of a fine-tuned model's samples, how many are well-formed haiku that end by themselves?
 
-python experiments/score_haiku.py --load_model_path=runs/finetune
-python experiments/score_haiku.py --load_model_path=runs/prompt --report=experiments/results/foundation/prompt
+python experiments/checks/score_haiku.py --load_model_path=runs/finetune
+python experiments/checks/score_haiku.py --load_model_path=runs/prompt --report=experiments/results/foundation/prompt
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import launcher
-from experiments.reports import provenance, write_report
+from experiments.common import launcher
+from experiments.common.reports import provenance, write_report
 from hourglass_jax import UsageError, generate, load
 from hourglass_jax.data.haiku import encode_haiku, is_haiku, load_haiku, usable_haiku
 from hourglass_jax.tokenizers import Tokenizer

@@ -1,0 +1,1 @@
+"""What the launchers share: flags, run directories, sources of data, pictures, reports."""
