@@ -12,7 +12,7 @@ from launching import METHOD, run, run_forked
 import hourglass_jax as hg
 from experiments.ablations import pictures, reporting
 from experiments.ablations.costs import step_flops
-from experiments.ablations.rows import claimed, make_job, plan, row_config, spaced
+from experiments.ablations.rows import claimed, make_job, plan, row_config
 from experiments.ablations.scales import SCALES, find_setup, for_table
 from experiments.ablations.tables import TABLES, find_table
 
@@ -82,17 +82,6 @@ def test_flops_of_a_drawn_factor_are_the_mean_of_those_of_its_values(tmp_path):
     table, setup = find_table("4", "enwik8"), find_setup("enwik8", "tiny")
     drawn, at_2, at_3 = (step_flops(make_job(table, row, setup, tmp_path, 0)) for row in table.rows[:3])
     assert at_3 < at_2 and drawn == (at_2 + at_3) / 2
-
-
-@pytest.mark.parametrize(
-    "n_batches, n_rows, last", [(4883, 512, 38 * 127), (199, 400, 198), (306, 256, 305), (5, 0, 4)]
-)
-def test_what_is_evaluated_reaches_to_the_end_of_the_data(n_batches, n_rows, last):
-    class Batches(list):
-        def __getitem__(self, i):
-            return [range(4)] if i == 0 else super().__getitem__(i)
-
-    assert spaced(Batches(range(n_batches)), n_rows)[-1] == last
 
 
 def test_a_row_is_trained_by_one_process_at_a_time(tmp_path):

@@ -8,7 +8,9 @@ import pytest
 from hourglass_jax import DataConfig
 from hourglass_jax.data.corpora import load_tokens, map_bytes, split_tokens
 from hourglass_jax.data.pipeline import (
+    LazyBatches,
     consecutive_windows,
+    evenly_spaced,
     pack_examples,
     random_windows,
     shuffled_examples,
@@ -262,3 +264,26 @@ def test_stream_yields_the_batches_of_its_steps_in_order(start, stop):
     assert len(streamed) == stop - start
     for step, batch in zip(range(start, stop), streamed, strict=True):
         assert same(batch, batch_at(step))
+
+
+@pytest.mark.parametrize("n_batches", [1, 2, 7, 25, 45, 4883])
+@pytest.mark.parametrize("n", [1, 2, 3, 20, 128])
+def test_evenly_spaced_batches_stand_for_equal_stretches_from_the_first_to_the_last(n_batches, n):
+    chosen = list(evenly_spaced(range(n_batches), n))
+    assert len(chosen) == min(n, n_batches)
+    stretch = n_batches / len(chosen)
+    assert all(index <= (i + 0.5) * stretch < index + 1 for i, index in enumerate(chosen))
+    assert abs(np.mean(chosen) - (n_batches - 1) / 2) <= 0.5  # the first 20 of 25 would be 2.5 too early
+    assert set(np.diff(chosen)) <= {int(stretch), int(stretch) + 1}
+
+
+def test_evenly_spaced_batches_of_nothing_are_none():
+    assert list(evenly_spaced([], 3)) == []
+
+
+def test_evenly_spaced_batches_are_made_when_they_are_asked_for():
+    made = []
+    batches = LazyBatches(lambda step: made.append(step) or step, range(10))
+    chosen = evenly_spaced(batches, 5)
+    assert len(chosen) == 5 and not made
+    assert list(chosen[:2]) == [1, 3] == made

@@ -30,7 +30,7 @@ from hourglass_jax import (
 )
 from hourglass_jax.config import check_choice
 from hourglass_jax.data import letters
-from hourglass_jax.data.pipeline import Batch, BatchAt, LazyBatches
+from hourglass_jax.data.pipeline import Batch, BatchAt, LazyBatches, evenly_spaced
 from hourglass_jax.evaluation import accuracy, evaluate_batches
 from hourglass_jax.files import write_whole
 from hourglass_jax.training.checkpoints import read_run
@@ -140,7 +140,9 @@ def train(jobs: Sequence[Job], setup: Setup, runtime: RuntimeConfig, signals: Si
     if not waiting:
         return
     source = LetterSource(setup) if setup.letters else open_source(setup.data, "")
-    validation = spaced(source.validation(), setup.n_valid)
+    validation = source.validation()
+    if setup.n_valid:
+        validation = evenly_spaced(validation, setup.n_valid // len(validation[0][0]))
     for number, job in enumerate(waiting, len(jobs) - len(waiting) + 1):
         with claimed(job.directory) as free:
             if not free or job.result() is not None:
@@ -166,13 +168,6 @@ def claimed(directory: Path) -> Iterator[bool]:
             except BlockingIOError:
                 free = False
         yield free
-
-
-def spaced(batches: LazyBatches, n_rows: int) -> Sequence[Batch]:
-    """About `n_rows` rows in whole batches, in strides as even as whole ones can be; 0: all of them."""
-    n_batches = n_rows // len(batches[0][0]) if n_rows else len(batches)
-    stride = max(round(len(batches) / max(n_batches, 1)), 1)
-    return batches[::stride][:n_batches]
 
 
 def train_row(

@@ -100,7 +100,7 @@ def pack_examples(sequences: Sequence[np.ndarray], loss_from: Sequence[int], pad
 class LazyBatches(Sequence[Batch]):
     """A sequence of batches, each made when it is asked for; a slice of it is one too."""
 
-    def __init__(self, batch_at: Callable[[int], Batch], steps: range):
+    def __init__(self, batch_at: Callable[[int], Batch], steps: Sequence[int]):
         self._batch_at = batch_at
         self._steps = steps
 
@@ -115,6 +115,12 @@ class LazyBatches(Sequence[Batch]):
         if isinstance(index, slice):
             return LazyBatches(self._batch_at, self._steps[index])
         return self._batch_at(self._steps[index])
+
+
+def evenly_spaced(batches: Sequence[Batch], n: int) -> LazyBatches:
+    """`n` of the batches, each from the middle of one of `n` equal stretches; all of them where there are no more."""
+    n = min(n, len(batches))
+    return LazyBatches(batches.__getitem__, [(2 * i + 1) * len(batches) // (2 * n) for i in range(n)])
 
 
 def consecutive_windows(tokens: np.ndarray, block_size: int, batch_size: int) -> LazyBatches:
