@@ -1,0 +1,84 @@
+"""Options of a pretraining run: its configurations and their short names, for whatever starts or plans one."""
+
+from __future__ import annotations
+
+from absl import flags
+
+from experiments.common import launcher
+from hourglass_jax import DataConfig, Hierarchy, HourglassConfig, OptimizerConfig, TrainConfig, UsageError
+
+# Sized so that the built-in corpus trains in about two minutes on two CPU cores.
+MODEL = HourglassConfig(
+    vocab_size=1,
+    hierarchy="1@1 3@3 1@1",
+    d_model=192,
+    n_heads=6,
+    d_ff=768,
+    max_length=1024,
+    initialization="xavier",
+)
+DATA = DataConfig(block_size=128, batch_size=8)
+OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
+TRAIN = TrainConfig(steps=600, eval_interval=100)
+
+OUT = flags.DEFINE_string("out", "runs/pretrain", "Directory for checkpoints, curves and plots.")
+VOCAB_PATH = flags.DEFINE_string("vocab_path", "", "Use this vocabulary (JSON) instead of the text's own.")
+EPOCHS = flags.DEFINE_integer("epochs", None, "With --iter: train for epochs * iter steps.", lower_bound=1)
+ITER = flags.DEFINE_integer("iter", None, "Steps an epoch; an evaluation follows each.", lower_bound=1)
+flags.DEFINE_alias("model_save_path", "out")
+
+launcher.define_config("model", MODEL, without=("vocab_size",))
+launcher.define_config("data", DATA)
+launcher.define_config("optimizer", OPTIMIZER)
+launcher.define_config("train", TRAIN)
+launcher.define_runtime()
+
+
+def parse_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.replace(",", " ").split())
+
+
+def parse_factors(text: str) -> str:
+    return str(Hierarchy.from_factors(parse_numbers(text)))
+
+
+def parse_betas(text: str) -> tuple[float, float]:
+    beta1, beta2 = (float(part) for part in text.replace(",", " ").split())
+    return beta1, beta2
+
+
+for _name in ("hierarchy", "shortening", "upsampling", "positions", "activation", "norm"):
+    launcher.define_alias(_name, f"model.{_name}", str)
+for _name in ("d_model", "n_heads", "d_ff"):
+    launcher.define_alias(_name, f"model.{_name}", int)
+launcher.define_alias("dropout", "model.dropout", float)
+launcher.define_alias("factors", "model.hierarchy", parse_factors)
+launcher.define_alias("n_embedding", "model.d_model", int)
+launcher.define_alias("data_path", "data.path", str)
+launcher.define_alias("batch_size", "data.batch_size", int)
+launcher.define_alias("block_size", "data.block_size", int)
+launcher.define_alias("train_val_split", "data.train_fraction", float)
+launcher.define_alias("learning_rate", "optimizer.learning_rate", float)
+launcher.define_alias("eps", "optimizer.eps", float)
+launcher.define_alias("steps", "train.steps", int)
+launcher.define_alias("eval_iter", "train.eval_batches", int)
+launcher.define_alias("seed", "train.seed", int)
+launcher.define_alias("shorten_factors", "train.shorten_factors", parse_numbers)
+BETAS = flags.DEFINE_string("betas", None, "Short for --optimizer.beta1 and --optimizer.beta2, e.g. 0.9,0.98.")
+
+
+def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:
+    betas = {}
+    if BETAS.value is not None:
+        beta1, beta2 = launcher.parse_flag("betas", BETAS.value, parse_betas)
+        betas = {"beta1": beta1, "beta2": beta2}
+    schedule = {}
+    if (EPOCHS.value is None) != (ITER.value is None):
+        raise UsageError("--epochs and --iter go together: epochs * iter steps; or give --steps alone")
+    if EPOCHS.value is not None:
+        schedule = {"steps": EPOCHS.value * ITER.value, "eval_interval": ITER.value}
+    return (
+        launcher.read_config("data", DataConfig),
+        launcher.read_config("optimizer", OptimizerConfig, **betas),
+        launcher.read_config("train", TrainConfig, **schedule),
+    )
