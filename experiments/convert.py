@@ -23,7 +23,8 @@ from hourglass_jax.config import IMAGE_SIZES, DataConfig
 from hourglass_jax.files import whole_directory
 from hourglass_jax.interop import export_safetensors, from_original, from_pypi, import_safetensors
 from hourglass_jax.tokenizers import ImageTokenizer, Tokenizer
-from hourglass_jax.training.checkpoints import CheckpointStore, write_run
+from hourglass_jax.training.checkpoints import CheckpointStore
+from hourglass_jax.training.run import Record, Run
 
 FROM = flags.DEFINE_enum(
     "from",
@@ -108,7 +109,7 @@ def write_model(model: HourglassLM, tokenizer: Tokenizer, directory: Path) -> No
     settings = {"converted_from": FROM.value, "data": dataclasses.asdict(data)}
     if FORMAT.value != "text":
         settings["format"] = FORMAT.value
-    write_run(directory, config, tokenizer, settings)
+    Run(directory).write(Record(config, tokenizer, settings, history=[]))
     store = CheckpointStore(directory)
     store.save(0, nnx.state(model, nnx.Param))
     store.close()

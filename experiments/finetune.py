@@ -7,7 +7,6 @@ python experiments/finetune.py --load_model_path=runs/pretrain --format=prompt -
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -17,8 +16,9 @@ from hourglass_jax import OptimizerConfig, TrainConfig, UsageError, load
 from hourglass_jax.config import check_range
 from hourglass_jax.data.haiku import load_haiku, make_examples, usable_haiku
 from hourglass_jax.data.pipeline import shuffled_examples
-from hourglass_jax.training.checkpoints import read_run
+from hourglass_jax.training.identity import fingerprint
 from hourglass_jax.training.metrics import plot_curves
+from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
 
@@ -69,9 +69,9 @@ def finetune(signals: Signals) -> None:
     train = TrainConfig(steps=EPOCHS.value * steps_an_epoch, eval_interval=steps_an_epoch, seed=SEED.value)
     settings = {
         "pretrained": str(LOAD.value),
-        "pretrained_settings": read_run(LOAD.value)[2],
+        "pretrained_settings": Run(LOAD.value).read().settings,
         "data_path": DATA_PATH.value,
-        "text_fingerprint": launcher.fingerprint(examples[0]),
+        "text_fingerprint": fingerprint(examples[0]),
         "format": FORMAT.value,
         "block_size": block_size,
         "batch_size": BATCH_SIZE.value,
@@ -79,9 +79,11 @@ def finetune(signals: Signals) -> None:
         "optimizer": dataclasses.asdict(optimizer),
         "train": dataclasses.asdict(train),
     }
-    out = Path(OUT.value)
-    launcher.start_run(out, config, tokenizer, settings, runtime, BATCH_SIZE.value)
-    print(f"{len(examples[0]):,} haiku to train on, {len(valid[0]):,} held back, {train.steps} steps -> {out}")
+    run = Run(OUT.value)
+    launcher.start_run(run, config, tokenizer, settings, runtime, BATCH_SIZE.value)
+    print(
+        f"{len(examples[0]):,} haiku to train on, {len(valid[0]):,} held back, {train.steps} steps -> {run.directory}"
+    )
     mode, first_line = ["--gen_mode=scratch"], ""
     if FORMAT.value == "prompt":
         first_line = haiku[-1].split("\n")[0]
@@ -96,16 +98,16 @@ def finetune(signals: Signals) -> None:
         model,
         shuffled_examples(examples, BATCH_SIZE.value, train.seed),
         batches,
-        out,
+        run,
         optimizer_config=optimizer,
         train_config=train,
         runtime_config=runtime,
         sample=lambda model: first_line + sample(model),
         signals=signals,
     )
-    print(f"held-back haiku: {result} (curves in {plot_curves(out)})")
+    print(f"held-back haiku: {result} (curves in {plot_curves(run.directory)})")
     print(f"sample:\n{first_line}{sample(model)}")
-    print("\n" + launcher.next_command("generate", f"--load_model_path={out}", *mode))
+    print("\n" + launcher.next_command("generate", f"--load_model_path={run.directory}", *mode))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from experiments.common.pictures import draw_images, nothing, save_grid, top_hal
 from experiments.common.sources import recorded_images
 from hourglass_jax import HourglassLM, ImageTokenizer, UsageError, generate, load
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer
-from hourglass_jax.training.checkpoints import read_run
+from hourglass_jax.training.run import Run
 
 LOAD = flags.DEFINE_string("load_model_path", "runs/finetune", "Directory of a pretrained or fine-tuned model.")
 GEN_MODE = flags.DEFINE_enum(
@@ -75,7 +75,7 @@ def draw(model: HourglassLM, tokenizer: ImageTokenizer) -> None:
 
 
 def write(model: HourglassLM, tokenizer: CharTokenizer | ByteTokenizer) -> None:
-    form = read_run(LOAD.value)[2].get("format", "text")
+    form = Run(LOAD.value).read().settings.get("format", "text")
     text = PROMPT.value
     if form == "prompt" and text and not text.endswith("\n"):
         text += "\n"  # such a model completes whole first lines

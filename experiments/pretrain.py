@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from pathlib import Path
 
 from absl import flags
 from flax import nnx
 
 from experiments.common import launcher, pretraining
 from experiments.common.sources import open_source
-from hourglass_jax import HourglassConfig, HourglassLM, UsageError, check_causality
+from hourglass_jax import HourglassLM, Run, UsageError, check_causality, load
 from hourglass_jax.model import n_parameters
+from hourglass_jax.tokenizers import TextTokenizer
 from hourglass_jax.training.metrics import plot_curves
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
@@ -34,8 +34,15 @@ def pretrain(signals: Signals) -> None:
     started = time.perf_counter()
     runtime = launcher.read_runtime()
     data, optimizer, train = pretraining.read_configs()
-    source = open_source(data, pretraining.VOCAB_PATH.value)
-    config = launcher.read_config("model", HourglassConfig, vocab_size=source.tokenizer.vocab_size)
+    vocabulary, base, begun = pretraining.VOCAB_PATH.value, None, None
+    if origin := pretraining.INIT_FROM.value:
+        base, tokenizer, _ = load(origin)
+        begun = {"path": origin, "settings": Run(origin).read().settings}
+        if isinstance(tokenizer, TextTokenizer):
+            data = dataclasses.replace(data, tokenizer=tokenizer.kind)
+            vocabulary = vocabulary or Run(origin).vocabulary
+    source = open_source(data, vocabulary)
+    config = pretraining.read_model(source.tokenizer.vocab_size, base.config if base else None)
     if source.n_positions > config.position_limit:
         raise UsageError(
             f"sequences of {source.n_positions} tokens are longer than the learned positions, which end at "
@@ -43,21 +50,24 @@ def pretrain(signals: Signals) -> None:
         )
     parts = {"model": config, "data": data, "optimizer": optimizer, "train": train}
     settings = {name: dataclasses.asdict(part) for name, part in parts.items()}
-    settings |= source.fingerprint
-    out = Path(pretraining.OUT.value)
-    launcher.start_run(out, config, source.tokenizer, settings, runtime, data.batch_size)
+    settings |= source.fingerprint | {"init_from": begun}
+    run = Run(pretraining.OUT.value)
+    launcher.start_run(run, config, source.tokenizer, settings, runtime, data.batch_size)
 
-    model = nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed))
+    if base is None:
+        model = nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed))
+    else:
+        model = base.reconfigured(config)
     check_causality(model)
     millions = n_parameters(model) / 1e6
     print(f"{config.hierarchy}, {millions:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes")
-    print(f"{source.size} -> {out}")
-    heading, sample = source.sampler(config.position_limit, train.seed, out, signals)
+    print(f"{source.size} -> {run.directory}")
+    heading, sample = source.sampler(config.position_limit, train.seed, run.directory, signals)
     result = fit(
         model,
         source.batches(train.seed),
         source.validation(),
-        out,
+        run,
         optimizer_config=optimizer,
         train_config=train,
         runtime_config=runtime,
@@ -65,11 +75,11 @@ def pretrain(signals: Signals) -> None:
         unit=source.unit,
         signals=signals,
     )
-    plot = plot_curves(out)
+    plot = plot_curves(run.directory)
     print(f"validation: {result.summary(source.unit)} ({time.perf_counter() - started:.0f} s, curves in {plot})")
     print(f"sample: {heading}{sample(model)}")
     script, *options = source.next_command
-    print("\n" + launcher.next_command(script, f"--load_model_path={out}", *options))
+    print("\n" + launcher.next_command(script, f"--load_model_path={run.directory}", *options))
 
 
 if __name__ == "__main__":

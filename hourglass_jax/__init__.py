@@ -8,7 +8,7 @@ Models      HourglassConfig, HourglassLM, Hourglass, Hierarchy, summary, check_c
             at_shorten_factor
 Sequences   CharTokenizer, ByteTokenizer, ImageTokenizer, generate, init_cache
 Figures     evaluate, evaluate_sliding, score, Evaluation
-Runs        load, DataConfig, OptimizerConfig, TrainConfig, RuntimeConfig
+Runs        load, Run, DataConfig, OptimizerConfig, TrainConfig, RuntimeConfig
 Errors      UsageError, CausalityError
 Modules     costs (FLOPs and memory of a configuration), registry (add a resampling method), nn (the layers),
             data (corpora and batches), training (loop, checkpoints, devices)
@@ -26,7 +26,7 @@ from hourglass_jax.hierarchy import Hierarchy
 from hourglass_jax.model import Hourglass, HourglassLM
 from hourglass_jax.summary import summary
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, ImageTokenizer
-from hourglass_jax.training.checkpoints import load
+from hourglass_jax.training.run import Run, load
 
 __version__ = "0.1.0"
 
@@ -42,6 +42,7 @@ __all__ = [
     "HourglassLM",
     "ImageTokenizer",
     "OptimizerConfig",
+    "Run",
     "RuntimeConfig",
     "TrainConfig",
     "UsageError",

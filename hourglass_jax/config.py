@@ -257,7 +257,8 @@ class TrainConfig:
 
     steps: batches.
     eval_interval: steps between evaluations, each with a checkpoint.
-    eval_batches: batches an evaluation during training; the last one reads the whole split.
+    eval_batches: batches an evaluation during training, evenly spaced; the last one reads the whole split.
+    patience: evaluations in a row without a better one after which training ends early; 0: it never does.
     seed: of initialisation, order and dropout.
     shorten_factors: one of them is drawn each step (section 4.1); none: the hierarchy's own.
     """
@@ -265,13 +266,15 @@ class TrainConfig:
     steps: int = 1000
     eval_interval: int = 200
     eval_batches: int = 20
+    patience: int = 0
     seed: int = 0
     shorten_factors: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_interval", "eval_batches"):
             check_range(name, getattr(self, name), 1)
-        check_range("seed", self.seed, 0)
+        for name in ("patience", "seed"):
+            check_range(name, getattr(self, name), 0)
         for factor in self.shorten_factors:
             check_range("shorten_factors", factor, 2)
 
@@ -284,22 +287,29 @@ class RuntimeConfig:
     fsdp: devices among which parameters and optimiser state are divided, and the batch too.
     accumulate: parts a batch is taken in, one after another, to save memory.
     checkpoint_interval: steps between checkpoints beside those of each evaluation; 0: none.
+    keep_checkpoints: the latest that are kept, 2 at least, beside the best one; 0: all.
     sample_interval: steps between samples during training; 0: none.
     profile_steps: first:last steps to profile, e.g. 10:12; empty: none.
+    log: bar | plain (lines) | none | auto: a bar on a terminal, lines elsewhere.
     """
 
     data: int = -1
     fsdp: int = 1
     accumulate: int = 1
     checkpoint_interval: int = 0
+    keep_checkpoints: int = 2
     sample_interval: int = 0
     profile_steps: str = ""
+    log: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("fsdp", "accumulate"):
             check_range(name, getattr(self, name), 1)
-        for name in ("checkpoint_interval", "sample_interval"):
+        for name in ("checkpoint_interval", "sample_interval", "keep_checkpoints"):
             check_range(name, getattr(self, name), 0)
+        if self.keep_checkpoints == 1:
+            raise UsageError("keep_checkpoints=1 leaves none while the next is written; give 2 or more, or 0 for all")
+        check_choice("log", self.log, ("auto", "bar", "plain", "none"))
         if self.data != -1:
             check_range("data", self.data, 1)
         self.profiled  # noqa: B018 - read for its check

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import jax
 import numpy as np
-from flax import nnx
 
 from hourglass_jax.errors import UsageError
 from hourglass_jax.model import HourglassLM
@@ -23,20 +21,14 @@ def at_shorten_factor(model: HourglassLM, shorten_factor: int) -> HourglassLM:
     """
     config = model.config
     hierarchy = config.parsed_hierarchy.with_shorten_factor(shorten_factor)
-    config = replace(config, hierarchy=str(hierarchy))
-    other = nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0)))
-    other.train()
-    if model.dropout.deterministic:
-        other.eval()
-    graph, needed = nnx.split(other)
-    parameters = nnx.state(model)
-    if jax.tree.map(np.shape, needed) != jax.tree.map(np.shape, parameters):
+    try:
+        return model.reconfigured(replace(config, hierarchy=str(hierarchy)))
+    except UsageError as error:
         raise UsageError(
             f"shortening={config.shortening!r} with upsampling={config.upsampling!r} has parameters that depend on the "
             "shorten factor, so that one model cannot be used at several; choose average or attention_average, and "
             "repeat, attention or attention_repeat"
-        )
-    return nnx.merge(graph, parameters)
+        ) from error
 
 
 def drawn_factor(factors: Sequence[int], seed: int, step: int) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,13 +14,26 @@ from hourglass_jax.errors import UsageError
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Text is written in UTF-8; at every moment `path` is what it was before or all of `content`."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Text is written in UTF-8; at every moment `path` is what it was before or all of `content`.
+
+    Several may write at once: the last one stays. A process that is killed may leave a file that `is_temporary`.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except Exception:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def is_temporary(path: Path, names: Collection[str]) -> bool:
+    """Whether `write_whole` was killed as it wrote a file with one of these names, and left this one."""
+    match = re.fullmatch(r"(.+?)(\.[0-9a-f]{8})?\.tmp", path.name)
+    return bool(match and match[1] in names)
 
 
 @contextmanager

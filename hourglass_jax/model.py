@@ -164,6 +164,24 @@ class HourglassLM(nnx.Module):
 
     __str__ = __repr__
 
+    def reconfigured(self, config: HourglassConfig) -> HourglassLM:
+        """The same parameters, shared and not copied, in another configuration; raises UsageError unless they fit."""
+        other = nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0)))
+        other.eval() if self.dropout.deterministic else other.train()
+        graph, needed = nnx.split(other)
+        parameters = nnx.state(self)
+        shapes, wanted = (
+            {"/".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
+            for state in (parameters, needed)
+        )
+        if shapes != wanted:
+            [*_, name] = sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
+            raise UsageError(
+                f"the parameters do not fit the configuration: {name} has the shape {shapes.get(name)} and would need "
+                f"{wanted.get(name)}; choose the sizes, methods and vocabulary they were trained with"
+            )
+        return nnx.merge(graph, parameters)
+
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int [B, L] -> [B, L, D], learned positions included."""
         length = tokens.shape[1]

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,11 +11,14 @@ import pytest
 from launching import METHOD, run, run_forked
 
 import hourglass_jax as hg
-from experiments.ablations import pictures, reporting
+from experiments.ablations import pictures, reporting, rows
 from experiments.ablations.costs import step_flops
-from experiments.ablations.rows import claimed, make_job, plan, row_config
+from experiments.ablations.rows import make_job, plan, row_config
 from experiments.ablations.scales import SCALES, find_setup, for_table
 from experiments.ablations.tables import TABLES, find_table
+from hourglass_jax.training.run import RunBusy
+from hourglass_jax.training.signals import Signals
+from hourglass_jax.training.trainer import Diverged
 
 RESULTS = Path(__file__).resolve().parents[1] / "experiments" / "results" / "ablations"
 RECORDS = sorted(RESULTS.glob("table*.json"))
@@ -84,11 +88,23 @@ def test_flops_of_a_drawn_factor_are_the_mean_of_those_of_its_values(tmp_path):
     assert at_3 < at_2 and drawn == (at_2 + at_3) / 2
 
 
-def test_a_row_is_trained_by_one_process_at_a_time(tmp_path):
-    with claimed(tmp_path / "row" / "seed0") as first, claimed(tmp_path / "row" / "seed0") as second:
-        assert first and not second
-    with claimed(tmp_path / "row" / "seed0") as again:
-        assert again
+def test_rows_that_are_busy_or_diverge_do_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    jobs = plan([find_table("A1", "letters")], find_setup("letters", "tiny"), tmp_path, 2)
+    outcomes = iter([RunBusy("host, process 7 trains here"), Diverged("step 3: train_loss is nan")])
+
+    def train_row(job, run, *_):
+        trained.append(run.directory)
+        for error in outcomes:
+            raise error
+        return {"figures": {"accuracy": 0.5}}
+
+    trained = []
+    monkeypatch.setattr(rows, "train_row", train_row)
+    with pytest.raises(hg.UsageError, match=f"1 of {len(jobs)} rows diverged .*{re.escape(str(jobs[1].directory))}"):
+        rows.train(jobs, find_setup("letters", "tiny"), hg.RuntimeConfig(), Signals())
+    assert trained == [job.directory for job in jobs] and len(jobs) > 2
+    printed = capsys.readouterr().out
+    assert "process 7 trains here" in printed and "train_loss is nan" in printed
 
 
 def test_tables_share_the_runs_of_equal_rows(tmp_path):

@@ -5,7 +5,6 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from experiments.common.launcher import N_PIECES, PIECE, fingerprint
 from hourglass_jax import CharTokenizer, DataConfig, UsageError
 from hourglass_jax.data.corpora import (
     builtin_text,
@@ -18,6 +17,7 @@ from hourglass_jax.data.corpora import (
 )
 from hourglass_jax.data.haiku import is_haiku, load_haiku, make_examples, parse_haiku, usable_haiku
 from hourglass_jax.tokenizers import ByteTokenizer
+from hourglass_jax.training.identity import N_PIECES, PIECE, fingerprint
 
 TEXT = np.arange(1000, dtype=np.int32)
 

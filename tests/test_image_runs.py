@@ -19,7 +19,8 @@ from PIL import Image
 from experiments.common.pictures import draw_images, save_grid, top_halves
 from hourglass_jax import CharTokenizer, ImageTokenizer, UsageError, load
 from hourglass_jax.data.images import load_images
-from hourglass_jax.training.checkpoints import CheckpointStore, read_run, write_run
+from hourglass_jax.training.checkpoints import CheckpointStore
+from hourglass_jax.training.run import Record, Run
 
 TINY = ["--hierarchy=0@1 1@3 1@1", "--d_model=16", "--n_heads=2", "--d_ff=32", "--batch_size=4", "--steps=4"]
 TINY += ["--sample_interval=2", "--shortening=linear", "--upsampling=linear", "--out=run"]
@@ -148,7 +149,7 @@ def bad_inputs(home):
     write_binary(home / "other", planes(8, 32, seed=2), planes(3, 32, seed=1))
     tokenizer = CharTokenizer("ab")
     config = small_config(vocab_size=tokenizer.vocab_size)
-    write_run(home / "text", config, tokenizer, {})
+    Run(home / "text").write(Record(config, tokenizer, {}, []))
     model = make_model(config)
     store = CheckpointStore(home / "text", for_training=True)
     store.save(1, nnx.split(model)[1], {"count": np.zeros(1)})
@@ -175,17 +176,18 @@ def test_bad_input_gets_one_line(bad_inputs, script, flags, words):
 
 def test_an_old_run_directory_still_loads(tmp_path):
     tokenizer = CharTokenizer("ab")
-    write_run(tmp_path, small_config(vocab_size=tokenizer.vocab_size), tokenizer, {"data": {"tokenizer": "char"}})
+    config = small_config(vocab_size=tokenizer.vocab_size)
+    Run(tmp_path).write(Record(config, tokenizer, {"data": {"tokenizer": "char"}}, []))
     record = json.loads((tmp_path / "config.json").read_text())
     assert "image_shape" not in record and record["format_version"] == 1
-    assert read_run(tmp_path)[1].characters == ["a", "b"]
+    assert Run(tmp_path).read().tokenizer.characters == ["a", "b"]
 
 
 def test_a_recorded_shape_must_fit(tmp_path):
-    write_run(tmp_path, small_config(vocab_size=257), ImageTokenizer((2, 4, 3)), {})
-    assert read_run(tmp_path)[1].shape == (2, 4, 3)
+    Run(tmp_path).write(Record(small_config(vocab_size=257), ImageTokenizer((2, 4, 3)), {}, []))
+    assert Run(tmp_path).read().tokenizer.shape == (2, 4, 3)
     record = json.loads((tmp_path / "config.json").read_text())
     for shape in ([2, 4], None, "243"):
         (tmp_path / "config.json").write_text(json.dumps(record | {"image_shape": shape}))
         with pytest.raises(UsageError):
-            read_run(tmp_path)
+            Run(tmp_path).read()

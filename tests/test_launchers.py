@@ -150,10 +150,14 @@ def copy_of_run(home, directory):
     return directory / "runs" / "pretrain"
 
 
-def test_the_same_command_again_keeps_a_finished_run(home, tmp_path):
+def test_the_same_command_again_keeps_a_finished_run_wherever_its_files_lie_now(home, tmp_path):
     out = copy_of_run(home, tmp_path)
+    (tmp_path / "text.txt").rename(tmp_path / "moved.txt")
     before = (out / "metrics.jsonl").read_text()
-    stdout = succeed("pretrain", *TINY, "--data_path=text.txt", cwd=tmp_path).stdout
+    flags = ["--data_path=~/moved.txt", "--out=~/runs/pretrain/"]
+    result = run("pretrain", *TINY, *flags, cwd=home, HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    stdout = result.stdout
     assert (out / "metrics.jsonl").read_text() == before
     [figures, again] = [
         log.split("validation: ")[1].split(" (")[0] for log in ((home / "pretrained.log").read_text(), stdout)
@@ -178,6 +182,18 @@ def test_overwrite_replaces_a_run_of_another_configuration(home, tmp_path):
     succeed("pretrain", *TINY, "--data_path=text.txt", "--steps=2", "--overwrite", cwd=tmp_path)
     assert json.loads((out / "config.json").read_text())["settings"]["train"]["steps"] == 2
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [2, 2]
+
+
+def test_a_run_begins_with_another_s_parameters_model_and_vocabulary(home, tmp_path):
+    (tmp_path / "other.txt").write_text("the lazy dog jumps. " * 200)
+    flags = [f"--init_from={home / 'runs' / 'pretrain'}", "--data_path=other.txt", "--block_size=32", "--steps=1"]
+    succeed("pretrain", *flags, "--dropout=0.1", "--learning_rate=1e-30", "--optimizer.warmup_steps=0", cwd=tmp_path)
+    begun, base = (json.loads((at / "runs/pretrain/config.json").read_text()) for at in (tmp_path, home))
+    assert begun["model"] == base["model"] | {"dropout": 0.1}
+    assert begun["settings"]["init_from"]["settings"] == base["settings"]
+    assert (tmp_path / "runs/pretrain/vocab.json").read_text() == (home / "runs/pretrain/vocab.json").read_text()
+    [first] = [json.loads(line) for line in (tmp_path / "runs/pretrain/metrics.jsonl").open() if "train_loss" in line]
+    assert first["train_loss"] < 3  # a new one would be at 3.4
 
 
 def test_max_length_bounds_learned_positions_only(home, tmp_path):
@@ -222,6 +238,8 @@ PRETRAIN = [
     ("one_beta", ["--betas=0.9"], "betas"),
     ("epochs_alone", ["--epochs=2"], "--iter"),
     ("short_positions", ["--positions=learned", "--model.max_length=16"], "max_length"),
+    ("other_sizes", ["--init_from=run", "--out=new", "--d_model=64"], "do not fit"),
+    ("one_checkpoint", ["--keep_checkpoints=1", "--out=new"], "keep_checkpoints=1"),
     ("foreign_out", ["--out=foreign", "--overwrite"], "not a run"),
     ("another_configuration", ["--out=run", "--learning_rate=0.5"], "learning_rate"),
 ]

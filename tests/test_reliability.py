@@ -15,10 +15,9 @@ from conftest import make_model, small_config
 from flax import nnx
 
 import hourglass_jax as hg
-from experiments.common.launcher import prepare_directory
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
 from hourglass_jax.training import manifest, trainer
-from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore, write_run
+from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore
 from hourglass_jax.training.metrics import CurveWriter, read_curves
 from hourglass_jax.training.sharding import on_one_device
 from hourglass_jax.training.signals import Interrupted, Signals
@@ -38,13 +37,14 @@ def quick_compile():
 
 
 def train(directory, batch_at=BATCHES, *, steps=20, learning_rate=1e-2, signals=None, sample=None, **runtime):
-    write_run(directory, CONFIG, hg.CharTokenizer("abcdefgh"), {})
+    run = hg.Run(directory)
+    run.start(CONFIG, hg.CharTokenizer("abcdefgh"))
     model = make_model(CONFIG, scale=1.0)
     fit(
         model,
         batch_at,
         consecutive_windows(TOKENS[:200], 16, 4),
-        directory,
+        run,
         optimizer_config=hg.OptimizerConfig(learning_rate=learning_rate, warmup_steps=5),
         train_config=hg.TrainConfig(steps=steps, eval_interval=10),
         runtime_config=hg.RuntimeConfig(**runtime),
@@ -184,8 +184,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("at", range(3), ids=["vocabulary", "configuration", "curves"])
 def test_a_run_killed_at_any_write_of_its_start_can_start_again(at, started, tmp_path, monkeypatch):
     def start(step):
-        prepare_directory(tmp_path, {"seed": 0}, overwrite=False)
-        write_run(tmp_path, CONFIG, hg.CharTokenizer("abcdefgh"), {"seed": 0})
+        hg.Run(tmp_path).start(CONFIG, hg.CharTokenizer("abcdefgh"), {"seed": 0})
         return CurveWriter(tmp_path, step)
 
     def dying(path, target):
@@ -208,10 +207,10 @@ def test_a_run_killed_at_any_write_of_its_start_can_start_again(at, started, tmp
 def test_overwriting_cut_off_can_be_asked_for_again(copy, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
-        prepare_directory(copy, {}, overwrite=True)
+        hg.Run(copy).start(CONFIG, overwrite=True)
     monkeypatch.undo()
-    prepare_directory(copy, {}, overwrite=True)
-    assert not list(copy.iterdir())
+    hg.Run(copy).start(CONFIG, overwrite=True)
+    assert sorted(path.name for path in copy.iterdir()) == ["config.json", "lock"]
 
 
 def test_only_damaged_checkpoints_are_a_clear_error(copy):

@@ -73,7 +73,7 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(shared, mo
     def no_room(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("hourglass_jax.interop.safetensors.write_run", no_room)
+    monkeypatch.setattr(hg.Run, "write", no_room)
     with pytest.raises(OSError, match="no space"):
         export_safetensors(model, TOKENIZER, shared.parent / "other")
     assert list(shared.parent.iterdir()) == [shared]

@@ -13,7 +13,7 @@ from flax import nnx
 
 import hourglass_jax as hg
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
-from hourglass_jax.training.checkpoints import CheckpointStore, write_run
+from hourglass_jax.training.checkpoints import CheckpointStore
 from hourglass_jax.training.metrics import read_curves
 from hourglass_jax.training.optimizer import learning_rate_schedule
 from hourglass_jax.training.step import TrainState, make_train_step
@@ -26,13 +26,14 @@ OPTIMIZER = hg.OptimizerConfig(learning_rate=1e-2, warmup_steps=5)
 
 
 def train(directory, batch_at=None, steps=60):
-    write_run(directory, CONFIG, hg.CharTokenizer("abcdefgh"), {})
+    run = hg.Run(directory)
+    run.start(CONFIG, hg.CharTokenizer("abcdefgh"))
     model = make_model(CONFIG, scale=1.0)
     result = fit(
         model,
         batch_at or random_windows(TOKENS, 16, 4, seed=0),
         consecutive_windows(TOKENS[:200], 16, 4),
-        directory,
+        run,
         optimizer_config=OPTIMIZER,
         train_config=hg.TrainConfig(steps=steps, eval_interval=20),
     )
@@ -77,7 +78,7 @@ def test_training_learns_and_the_directory_loads(tmp_path):
 
 
 def test_load_takes_the_best_step_not_the_last(tmp_path):
-    write_run(tmp_path, CONFIG, hg.CharTokenizer("abcdefgh"), {})
+    hg.Run(tmp_path).start(CONFIG, hg.CharTokenizer("abcdefgh"))
     store = CheckpointStore(tmp_path)
     for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0)):
         params = nnx.state(make_model(CONFIG, seed=step), nnx.Param)

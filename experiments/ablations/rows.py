@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +31,10 @@ from hourglass_jax.data import letters
 from hourglass_jax.data.pipeline import Batch, BatchAt, LazyBatches, evenly_spaced
 from hourglass_jax.evaluation import accuracy, evaluate_batches
 from hourglass_jax.files import write_whole
-from hourglass_jax.training.checkpoints import read_run
+from hourglass_jax.training.identity import described, differences, identity
+from hourglass_jax.training.run import Run, RunBusy
 from hourglass_jax.training.signals import Signals
-from hourglass_jax.training.trainer import fit
+from hourglass_jax.training.trainer import Diverged, fit
 
 RESULT = "result.json"
 
@@ -60,12 +59,11 @@ class Job:
         result = read_record(self.directory / RESULT)
         if result is None:
             return None
-        found, asked = read_run(self.directory)[2], json.loads(json.dumps(self.settings()))
-        asked["data"]["path"] = found["data"]["path"]  # the same files may lie elsewhere
-        different = launcher.difference({name: found.get(name) for name in asked}, asked)
+        found, asked = Run(self.directory).read().settings, self.settings()
+        different = differences(identity({name: found.get(name) for name in asked}), identity(asked))
         if different:
             raise UsageError(
-                f"{self.directory}: was trained with other settings ({', '.join(different)}); remove it, or choose "
+                f"{self.directory}: was trained with other settings ({described(different)}); remove it, or choose "
                 "another --out"
             )
         return result
@@ -134,7 +132,10 @@ Source = TextSource | ImageSource | LetterSource
 
 
 def train(jobs: Sequence[Job], setup: Setup, runtime: RuntimeConfig, signals: Signals) -> None:
-    """Trains what is not done; a job that was interrupted goes on."""
+    """Trains what is not done; a job that was interrupted goes on.
+
+    Raises UsageError, after the other jobs, where one diverged.
+    """
     waiting = [job for job in jobs if job.result() is None]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} rows are done")
     if not waiting:
@@ -143,46 +144,43 @@ def train(jobs: Sequence[Job], setup: Setup, runtime: RuntimeConfig, signals: Si
     validation = source.validation()
     if setup.n_valid:
         validation = evenly_spaced(validation, setup.n_valid // len(validation[0][0]))
+    diverged = []
     for number, job in enumerate(waiting, len(jobs) - len(waiting) + 1):
-        with claimed(job.directory) as free:
-            if not free or job.result() is not None:
-                print(f"[{number}/{len(jobs)}] {job.directory}: another process trains it, or has done so", flush=True)
-                continue
-            print(f"[{number}/{len(jobs)}] {job.directory}", flush=True)
-            result = train_row(job, source, validation, runtime, signals)
-            print(", ".join(f"{name} {value:.4f}" for name, value in result["figures"].items()), flush=True)
-
-
-@contextmanager
-def claimed(directory: Path) -> Iterator[bool]:
-    """Whether the run in `directory` is this process's for as long; a claim ends with its process, however that ends.
-
-    Processes that train one run together make no claim.
-    """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with directory.with_suffix(".lock").open("w") as file:
-        free = True
-        if jax.process_count() == 1:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                free = False
-        yield free
+        print(f"[{number}/{len(jobs)}] {job.directory}", flush=True)
+        run = Run(job.directory)
+        try:
+            result = train_row(job, run, source, validation, runtime, signals)
+        except RunBusy as busy:
+            if jax.process_count() > 1:
+                raise
+            print(busy, flush=True)
+            continue
+        except Diverged as error:
+            print(error, flush=True)
+            diverged.append(str(job.directory))
+            continue
+        finally:
+            run.release()
+        print(", ".join(f"{name} {value:.4f}" for name, value in result["figures"].items()), flush=True)
+    if diverged:
+        raise UsageError(f"{len(diverged)} of {len(waiting)} rows diverged and have no result: {', '.join(diverged)}")
 
 
 def train_row(
-    job: Job, source: Source, validation: Sequence[Batch], runtime: RuntimeConfig, signals: Signals
+    job: Job, run: Run, source: Source, validation: Sequence[Batch], runtime: RuntimeConfig, signals: Signals
 ) -> dict[str, Any]:
-    """Trains a row, leaves its figures in its directory and returns them."""
+    """Trains a row in `run`, leaves its figures there and returns them; raises RunBusy where another process does."""
     settings, batch_size = job.settings() | source.fingerprint, job.setup.data.batch_size
-    launcher.start_run(job.directory, job.config, source.tokenizer, settings, runtime, batch_size)
+    launcher.start_run(run, job.config, source.tokenizer, settings, runtime, batch_size)
+    if (result := job.result()) is not None:  # another process has trained it since
+        return result
     model = nnx.jit(lambda rngs: HourglassLM(job.config, rngs=rngs))(nnx.Rngs(job.train.seed))
     check_causality(model)
     evaluation = fit(
         model,
         source.batches(job.train.seed),
         validation,
-        job.directory,
+        run,
         optimizer_config=job.setup.optimizer,
         train_config=job.train,
         runtime_config=runtime,

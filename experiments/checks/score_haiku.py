@@ -19,7 +19,7 @@ from experiments.common.reports import provenance, write_report
 from hourglass_jax import UsageError, generate, load
 from hourglass_jax.data.haiku import encode_haiku, is_haiku, load_haiku, usable_haiku
 from hourglass_jax.tokenizers import Tokenizer
-from hourglass_jax.training.checkpoints import read_run
+from hourglass_jax.training.run import Run
 
 LOAD = flags.DEFINE_string("load_model_path", "runs/finetune", "Directory of a model that finetune.py wrote.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 200, "Samples to count.", lower_bound=1)
@@ -69,7 +69,7 @@ The malformed ones:
 
 def main(_: list[str]) -> None:
     model, tokenizer, _ = load(LOAD.value)
-    settings = read_run(LOAD.value)[2]
+    settings = Run(LOAD.value).read().settings
     form = settings.get("format")
     if form is None:
         raise UsageError(f"{LOAD.value}: a pretrained model; give the directory of one that finetune.py wrote")

@@ -26,10 +26,11 @@ from flax import nnx
 from experiments.common import launcher
 from experiments.common.reports import markdown_table, provenance, write_report
 from hourglass_jax import HourglassLM, OptimizerConfig, UsageError
-from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore, read_run
+from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore
 from hourglass_jax.training.manifest import MANIFEST
 from hourglass_jax.training.metrics import read_curves
 from hourglass_jax.training.optimizer import make_optimizer
+from hourglass_jax.training.run import Run
 from hourglass_jax.training.sharding import on_one_device
 
 KILLS = flags.DEFINE_integer("kills", 50, "How often the run is killed.", lower_bound=1)
@@ -48,7 +49,7 @@ LEARNED = ("train_loss", "gradient_norm", "parameter_norm", "learning_rate", "va
 PATIENCE = 1200  # seconds after which a process hangs
 
 
-class Run:
+class Watched:
     """One process of pretrain.py, watched from outside."""
 
     def __init__(self, workdir: Path, out: str, *options: str):
@@ -107,7 +108,7 @@ class Run:
 
 @contextmanager
 def start(workdir: Path, out: str, *options: str) -> Iterator[Run]:
-    run = Run(workdir, out, *options)
+    run = Watched(workdir, out, *options)
     try:
         yield run
     finally:
@@ -117,7 +118,7 @@ def start(workdir: Path, out: str, *options: str) -> Iterator[Run]:
 
 def final_state(directory: Path) -> tuple[int | None, dict[str, Any]]:
     """The newest whole step, its parameters and optimiser state."""
-    config, _, settings = read_run(directory)
+    config, _, settings, _ = Run(directory).read()
     optimizer = make_optimizer(OptimizerConfig(**settings["optimizer"]), settings["train"]["steps"])
 
     def first() -> dict[str, Any]:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-import json
 import logging as python_logging
 import os
 import shlex
-import shutil
 import sys
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,14 +21,12 @@ from ml_collections import ConfigDict, config_flags
 
 from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, UsageError, generate
 from hourglass_jax.tokenizers import Tokenizer
-from hourglass_jax.training.checkpoints import CONFIG, VOCABULARY, read_run, write_run
+from hourglass_jax.training.run import Run
 from hourglass_jax.training.sharding import check_batch, make_mesh
 from hourglass_jax.training.signals import Interrupted, Signals
 
 FLAGS = flags.FLAGS
 Config = TypeVar("Config")
-N_PIECES, PIECE = 64, 65_536  # of a long text's fingerprint; PIECE in tokens
-UNFINISHED = {f"{CONFIG}.tmp", VOCABULARY, f"{VOCABULARY}.tmp"}  # all there is where a run was killed as it started
 PLUGIN = flags.DEFINE_multi_string(
     "plugin", [], "A Python file or module to import first, e.g. one that registers a shortening; may be repeated."
 )
@@ -106,12 +101,32 @@ def next_command(script: str, *options: str) -> str:
     return f"next: {shlex.join(['python', f'experiments/{script}.py', *options, *plugins])}"
 
 
+class PathParser(flags.ArgumentParser):
+    """A path, `~` for the home directory."""
+
+    syntactic_help = "a path"
+
+    def parse(self, argument: str) -> str:
+        return os.path.expanduser(argument)
+
+
+def define_path(name: str, default: str | None, help_text: str) -> flags.FlagHolder:
+    """A flag for a file or directory; `~/x` lies in the home directory, which a shell leaves as it is after `=`."""
+    return flags.DEFINE(PathParser(), name, default, help_text, serializer=flags.ArgumentSerializer())
+
+
+def checkpoints_to_keep(value: str) -> int:
+    return 0 if value == "all" else int(value)
+
+
 def define_runtime() -> None:
     """Flags of a run's devices and of going on with it."""
     define_config("runtime", RuntimeConfig())
     for name in ("fsdp", "accumulate", "checkpoint_interval", "sample_interval"):
         define_alias(name, f"runtime.{name}", int)
-    define_alias("profile_steps", "runtime.profile_steps", str)
+    define_alias("keep_checkpoints", "runtime.keep_checkpoints", checkpoints_to_keep)
+    for name in ("profile_steps", "log"):
+        define_alias(name, f"runtime.{name}", str)
     flags.DEFINE_enum("resume", "auto", ["auto", "never"], "Go on with a run of the same settings, or refuse to.")
     flags.DEFINE_boolean("overwrite", False, "Remove another run found in the output directory.")
     flags.DEFINE_string("coordinator", None, "host:port of the first of several processes; give all three.")
@@ -135,45 +150,19 @@ def read_runtime() -> RuntimeConfig:
 
 
 def start_run(
-    directory: Path,
+    run: Run,
     config: HourglassConfig,
     tokenizer: Tokenizer,
     settings: Mapping[str, Any],
     runtime: RuntimeConfig,
     batch_size: int,
 ) -> None:
-    """Makes the directory ready for a run to start or go on in; raises UsageError where it must not or cannot."""
+    """Starts `run`, or finds it to be this one; raises UsageError where it must not or cannot go on."""
     check_batch(make_mesh(runtime), batch_size, runtime.accumulate)
     if jax.process_index() == 0:
-        prepare_directory(directory, settings, overwrite=FLAGS.overwrite, resume=FLAGS.resume == "auto")
-        write_run(directory, config, tokenizer, dict(settings))
+        run.start(config, tokenizer, settings, overwrite=FLAGS.overwrite, resume=FLAGS.resume == "auto")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the run directory is ready")
-
-
-def prepare_directory(directory: Path, settings: Mapping[str, Any], *, overwrite: bool, resume: bool = True) -> None:
-    """Lets a run start or go on in `directory`, or raises UsageError; nothing is written.
-
-    A run with the same settings goes on; another one is refused, or removed with `overwrite`.
-    """
-    if not directory.exists() or (directory.is_dir() and not {path.name for path in directory.iterdir()} - UNFINISHED):
-        return
-    if not directory.is_dir() or not (directory / CONFIG).is_file():
-        raise UsageError(f"{directory}: exists and is not a run of this library; choose another output directory")
-    if overwrite:
-        for path in sorted(directory.iterdir(), key=lambda path: path.name == CONFIG):  # by which a rest is known, last
-            path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
-        return
-    if not resume:
-        raise UsageError(f"{directory}: holds a run; go on with --resume=auto, or pass --overwrite to remove it")
-    found = read_run(directory)[2]
-    asked = json.loads(json.dumps(settings))
-    if found != asked:
-        different = ", ".join(difference(found, asked))
-        raise UsageError(
-            f"{directory}: holds a run with another configuration ({different}); choose another directory, "
-            "or pass --overwrite to remove it"
-        )
 
 
 def make_sampler(
@@ -198,32 +187,6 @@ def make_sampler(
     return sample
 
 
-def fingerprint(tokens: np.ndarray) -> int:
-    """Tells two texts, or one text in two vocabularies, apart in a run's settings, whatever the integer type.
-
-    Of a long text, only its length and evenly spaced pieces with both ends count: 100 GB take no time.
-    """
-    tokens = tokens.reshape(-1)
-    crc, starts, length = 0, [0], len(tokens)
-    if len(tokens) > N_PIECES * PIECE:
-        crc, length = zlib.crc32(str(len(tokens)).encode()), PIECE
-        starts = [i * (len(tokens) - PIECE) // (N_PIECES - 1) for i in range(N_PIECES)]
-    for start in starts:
-        crc = zlib.crc32(np.ascontiguousarray(tokens[start : start + length], np.int32), crc)
-    return crc
-
-
-def difference(old: Any, new: Any, path: str = "") -> list[str]:
-    """The leaves in which two JSON values differ, as 'a.b: 1 -> 2'."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for key in sorted(old.keys() | new.keys())
-            for line in difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
-        ]
-    return [] if old == new else [f"{path}: {old} -> {new}"]
-
-
 def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
     """absl's app.run, with bad input reported in one line on stderr and exit code 2; 0 where a signal ends a run.
 
@@ -237,6 +200,9 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
             fail(argv[0], str(error))
 
     def guarded(argv: list[str]) -> None:
+        for stream in (sys.stdout, sys.stderr):  # no text that a terminal cannot show may end a run
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         python_logging.getLogger("orbax").setLevel(python_logging.ERROR)
         logging.set_verbosity(logging.WARNING)
         try:

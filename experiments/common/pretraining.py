@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+
 from absl import flags
 
 from experiments.common import launcher
@@ -21,8 +24,11 @@ DATA = DataConfig(block_size=128, batch_size=8)
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
 TRAIN = TrainConfig(steps=600, eval_interval=100)
 
-OUT = flags.DEFINE_string("out", "runs/pretrain", "Directory for checkpoints, curves and plots.")
-VOCAB_PATH = flags.DEFINE_string("vocab_path", "", "Use this vocabulary (JSON) instead of the text's own.")
+OUT = launcher.define_path("out", "runs/pretrain", "Directory for checkpoints, curves and plots.")
+INIT_FROM = launcher.define_path(
+    "init_from", "", "Start from this run's parameters; its model and vocabulary are the defaults."
+)
+VOCAB_PATH = launcher.define_path("vocab_path", "", "Use this vocabulary (JSON) instead of the text's own.")
 EPOCHS = flags.DEFINE_integer("epochs", None, "With --iter: train for epochs * iter steps.", lower_bound=1)
 ITER = flags.DEFINE_integer("iter", None, "Steps an epoch; an evaluation follows each.", lower_bound=1)
 flags.DEFINE_alias("model_save_path", "out")
@@ -54,7 +60,7 @@ for _name in ("d_model", "n_heads", "d_ff"):
 launcher.define_alias("dropout", "model.dropout", float)
 launcher.define_alias("factors", "model.hierarchy", parse_factors)
 launcher.define_alias("n_embedding", "model.d_model", int)
-launcher.define_alias("data_path", "data.path", str)
+launcher.define_alias("data_path", "data.path", os.path.expanduser)
 launcher.define_alias("batch_size", "data.batch_size", int)
 launcher.define_alias("block_size", "data.block_size", int)
 launcher.define_alias("train_val_split", "data.train_fraction", float)
@@ -63,8 +69,18 @@ launcher.define_alias("eps", "optimizer.eps", float)
 launcher.define_alias("steps", "train.steps", int)
 launcher.define_alias("eval_iter", "train.eval_batches", int)
 launcher.define_alias("seed", "train.seed", int)
+launcher.define_alias("patience", "train.patience", int)
 launcher.define_alias("shorten_factors", "train.shorten_factors", parse_numbers)
 BETAS = flags.DEFINE_string("betas", None, "Short for --optimizer.beta1 and --optimizer.beta2, e.g. 0.9,0.98.")
+
+
+def read_model(vocab_size: int, base: HourglassConfig | None = None) -> HourglassConfig:
+    """From its flags; where there is a `base`, that one with the options that differ from the defaults."""
+    asked = launcher.read_config("model", HourglassConfig, vocab_size=vocab_size)
+    if base is None:
+        return asked
+    given = {name: value for name, value in dataclasses.asdict(asked).items() if value != getattr(MODEL, name)}
+    return dataclasses.replace(base, **given)
 
 
 def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:

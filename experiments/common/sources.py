@@ -13,7 +13,8 @@ from hourglass_jax import CharTokenizer, DataConfig, HourglassLM, ImageTokenizer
 from hourglass_jax.data.corpora import load_tokens, split_tokens
 from hourglass_jax.data.images import ImageSplits, image_batches, image_validation, load_images
 from hourglass_jax.data.pipeline import BatchAt, LazyBatches, consecutive_windows, training_batches
-from hourglass_jax.training.checkpoints import read_run
+from hourglass_jax.training.identity import fingerprint
+from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Signals
 
 Sampler = Callable[[HourglassLM], str]
@@ -30,7 +31,7 @@ class TextSource:
         self.train, self.valid, _ = split_tokens(tokens, config)
         self.config = config
         self.n_positions = config.block_size
-        self.fingerprint = {"text_fingerprint": launcher.fingerprint(tokens)}
+        self.fingerprint = {"text_fingerprint": fingerprint(tokens)}
         self.size = f"{len(self.train):,} tokens to train on, {len(self.valid):,} for validation"
 
     def batches(self, seed: int) -> BatchAt:
@@ -57,7 +58,7 @@ class ImageSource:
         self.config = config
         self.tokenizer = ImageTokenizer(self.train.shape[1:])
         self.n_positions = self.tokenizer.n_tokens + 1  # BOS too, and `generate` counts the last new token
-        self.fingerprint = {"image_fingerprints": [launcher.fingerprint(part) for part in (self.train, self.valid)]}
+        self.fingerprint = {"image_fingerprints": [fingerprint(part) for part in (self.train, self.valid)]}
         self.size = f"{len(self.train):,} images to train on, {len(self.valid):,} for validation"
 
     def batches(self, seed: int) -> BatchAt:
@@ -93,7 +94,7 @@ def open_source(config: DataConfig, vocab_path: str) -> TextSource | ImageSource
 
 def recorded_data(run: str) -> DataConfig:
     """What the model in run directory `run` was pretrained on."""
-    settings = read_run(run)[2]
+    settings = Run(run).read().settings
     return DataConfig(**settings.get("pretrained_settings", settings)["data"])
 
 

@@ -17,7 +17,7 @@ from hourglass_jax.files import whole_directory
 from hourglass_jax.interop.parameters import build_model, named_parameters
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.tokenizers import Tokenizer
-from hourglass_jax.training.checkpoints import read_run, write_run
+from hourglass_jax.training.run import Record, Run
 
 WEIGHTS = "model.safetensors"
 
@@ -34,7 +34,7 @@ def export_safetensors(model: HourglassLM, tokenizer: Tokenizer, directory: str 
         )
     with whole_directory(Path(directory)) as temporary:
         save_file(named_parameters(model), temporary / WEIGHTS, metadata={"format": "flax"})
-        write_run(temporary, model.config, tokenizer, settings={})
+        Run(temporary).write(Record(model.config, tokenizer, settings={}, history=[]))
 
 
 def import_safetensors(directory: str | Path) -> tuple[HourglassLM, Tokenizer, HourglassConfig]:
@@ -42,8 +42,13 @@ def import_safetensors(directory: str | Path) -> tuple[HourglassLM, Tokenizer, H
 
     Raises UsageError where files or tensors are missing, damaged, left over, or do not fit the configuration.
     """
-    config, tokenizer, _ = read_run(directory)
-    path = Path(directory) / WEIGHTS
+    run = Run(directory)
+    config, tokenizer, _, _ = run.read()
+    path = run.directory / WEIGHTS
+    if tokenizer is None:
+        raise UsageError(
+            f"{run.directory}: says nothing of its tokens; give a directory that was exported as safetensors"
+        )
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give a directory that was exported as safetensors")
     try:

@@ -1,14 +1,7 @@
-"""Run directories: config.json, the vocabulary, and orbax checkpoints of parameters and optimiser state.
-
-config.json   format version, model configuration, tokenizer (and the shape of its images), the settings of the run
-vocab.json    characters and their tokens (character models)
-checkpoints/  one folder a step, written by orbax's CheckpointManager and sealed by a manifest
-"""
+"""Orbax checkpoints of parameters and optimiser state, sealed by checksums."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,93 +13,35 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
-from flax import nnx
 from jax.experimental import multihost_utils
 
-from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
-from hourglass_jax.files import write_whole
-from hourglass_jax.model import HourglassLM
-from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, ImageTokenizer, Tokenizer
-from hourglass_jax.training.manifest import MANIFEST, damage, read_manifest, write_manifest
-from hourglass_jax.training.sharding import on_one_device
+from hourglass_jax.training.manifest import MANIFEST, add_facts, damage, read_manifest, write_manifest
 
-FORMAT_VERSION = 1
-CONFIG, VOCABULARY, CHECKPOINTS = "config.json", "vocab.json", "checkpoints"
+CHECKPOINTS = "checkpoints"  # their folder in a run directory
 METRIC = "valid_loss"
-
-
-def write_run(directory: Path, config: HourglassConfig, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
-    """Makes `directory` self-describing. `settings` is what the run was started with, as JSON."""
-    directory.mkdir(parents=True, exist_ok=True)
-    if isinstance(tokenizer, CharTokenizer):
-        tokenizer.save(directory / VOCABULARY)
-    record = {
-        "format_version": FORMAT_VERSION,
-        "model": dataclasses.asdict(config),
-        "tokenizer": tokenizer.kind,
-        "settings": settings,
-    }
-    if isinstance(tokenizer, ImageTokenizer):
-        record["image_shape"] = tokenizer.shape
-    write_whole(directory / CONFIG, json.dumps(record, indent=1) + "\n")
-
-
-def read_run(directory: str | Path) -> tuple[HourglassConfig, Tokenizer, dict[str, Any]]:
-    """What `write_run` wrote. Raises UsageError where the directory is not one of this library's."""
-    directory = Path(directory)
-    path = directory / CONFIG
-    if not path.is_file():
-        problem = "is not a checkpoint directory of this library (no config.json)"
-        raise UsageError(
-            f"{directory}: {problem if directory.exists() else 'no such directory'}; "
-            "give the directory that pretrain.py or finetune.py wrote"
-        )
-    try:
-        record = json.loads(path.read_text())
-        version = record["format_version"]
-        if version != FORMAT_VERSION:
-            raise UsageError(
-                f"{path}: format version {version}, but this library reads version {FORMAT_VERSION}; "
-                "use the library version that wrote it"
-            )
-        config = HourglassConfig(**record["model"])
-        tokenizer = _read_tokenizer(directory, record)
-        settings = record["settings"]
-    except UsageError:
-        raise
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UsageError(f"{path}: not a configuration of this library ({error!r})") from error
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UsageError(
-            f"{directory}: the vocabulary has {tokenizer.vocab_size} tokens, but the checkpoint's model has "
-            f"{config.vocab_size}; put back the vocab.json the model was trained with"
-        )
-    return config, tokenizer, settings
-
-
-def _read_tokenizer(directory: Path, record: dict[str, Any]) -> Tokenizer:
-    if record["tokenizer"] == "char":
-        return CharTokenizer.load(directory / VOCABULARY)
-    return ImageTokenizer(record["image_shape"]) if record["tokenizer"] == "image" else ByteTokenizer()
+FULL = ("No space left", "File too large", "quota", "RESOURCE_EXHAUSTED")  # what a failed write says of a full disk
 
 
 class CheckpointStore:
-    """Checkpoints of a run by step, each sealed by a manifest; keeps the two latest and the best by validation loss.
+    """Checkpoints of a run by step, each sealed by a manifest; keeps the latest and the best by validation loss.
 
-    Two, so that there is a whole one while the other is written or found damaged.
+    keep: how many of the latest; at least two, so that there is a whole one while the other is written or found
+    damaged; 0: all.
     """
 
-    def __init__(self, directory: str | Path, *, for_training: bool = False):
+    def __init__(self, directory: str | Path, *, for_training: bool = False, keep: int = 2):
         self.directory = (Path(directory) / CHECKPOINTS).absolute()
         policies = ocp.checkpoint_managers
+        latest = policies.LatestN(keep or None)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), self]),
+            preservation_policy=policies.AnyPreservationPolicy([latest, self]),
             cleanup_tmp_directories=for_training,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("params", "opt_state"))
+        self._for_training = for_training
         self._sealer = ThreadPoolExecutor(1)
-        self._sealing: Future[None] | None = None
+        self._sealing: list[Future[None]] = []
 
     def sound_step(self, *, best: bool = False) -> int | None:
         """The newest whole step, or the one of lowest validation loss if any was evaluated; None if there is no step.
@@ -129,6 +64,22 @@ class CheckpointStore:
                 "from a copy, or train anew with --overwrite"
             )
         return None
+
+    def check(self, step: int) -> None:
+        """Raises UsageError unless there is a whole checkpoint of `step`."""
+        steps = sorted(self._manager.all_steps())
+        if step not in steps:
+            raise UsageError(f"{self.directory}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+        if problem := damage(self.directory / str(step)):
+            raise UsageError(f"{self.directory}: the checkpoint of step {step} cannot be used: {problem}")
+
+    def holds_training(self, step: int) -> bool:
+        """Whether the checkpoint of `step` has an optimiser's state, so that a run can go on from it."""
+        return (self.directory / str(step) / "opt_state").is_dir()
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the checkpoint of `step` has a validation loss."""
+        return math.isfinite(self._valid_loss(step))
 
     def _valid_loss(self, step: int) -> float:
         return read_manifest(self.directory / str(step)).get(METRIC, math.inf)
@@ -159,10 +110,15 @@ class CheckpointStore:
             )
         items = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
         items = ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()})
-        metrics = {} if valid_loss is None else {METRIC: valid_loss}
         with _explained(step):
             self._manager.save(step, args=items, force=True)
-        self._sealing = self._sealer.submit(self._seal, step, metrics)
+        self._sealing.append(self._sealer.submit(self._seal, step, {} if valid_loss is None else {METRIC: valid_loss}))
+
+    def set_valid_loss(self, step: int, valid_loss: float) -> None:
+        """Adds to the checkpoint of `step` what its evaluation found, once that is sealed."""
+        if jax.process_index() == 0:
+            seal = self.directory / str(step)
+            self._sealing.append(self._sealer.submit(add_facts, seal, **{METRIC: valid_loss}))
 
     def _seal(self, step: int, metrics: dict[str, float]) -> None:
         with _explained(step):
@@ -179,11 +135,11 @@ class CheckpointStore:
 
     def wait(self) -> None:
         """Until the last save is sealed, for all processes: they must agree on which steps are whole."""
-        if self._sealing is not None:
-            sealing, self._sealing = self._sealing, None
-            sealing.result()
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("the checkpoint is sealed")
+        sealing, self._sealing = self._sealing, []
+        for done in sealing:
+            done.result()
+        if self._for_training and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the checkpoint is sealed")
 
     def close(self) -> None:
         try:
@@ -200,27 +156,8 @@ def _explained(step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        full = any(words.lower() in str(error).lower() for words in FULL)
         raise UsageError(
-            f"the checkpoint of step {step} could not be written ({error}); earlier ones are intact: "
-            "make room on the disk and give the same command again"
+            f"the checkpoint of step {step} could not be written ({str(error) or type(error).__name__}); earlier ones "
+            f"are intact: {'make room on the disk and ' if full else ''}give the same command again"
         ) from error
-
-
-def load(path: str | Path) -> tuple[HourglassLM, Tokenizer, HourglassConfig]:
-    """Any run directory of this library -> (model, tokenizer, config), at the step of lowest validation loss.
-
-    The model is on the first device and in evaluation mode: no dropout until `model.train()`.
-
-    Raises UsageError where `path` is no such directory, holds no whole checkpoint, or does not match its vocabulary.
-    """
-    config, tokenizer, _ = read_run(path)
-    graph, params = nnx.split(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))
-    store = CheckpointStore(path) if (Path(path) / CHECKPOINTS).is_dir() else None
-    step = store.sound_step(best=True) if store else None
-    if store is None or step is None:
-        raise UsageError(f"{path}: holds no checkpoint yet; let pretrain.py reach its first evaluation")
-    params = store.restore(step, params=on_one_device(params))["params"]
-    store.close()
-    model = nnx.merge(graph, params)
-    model.eval()
-    return model, tokenizer, config

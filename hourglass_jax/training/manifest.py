@@ -20,6 +20,12 @@ def write_manifest(directory: Path, **facts: Any) -> None:
     write_whole(directory / MANIFEST, json.dumps({"files": _checksums(directory), **facts}, indent=1))
 
 
+def add_facts(directory: Path, **facts: Any) -> None:
+    """Adds `facts` to what seals `directory`; nothing where it is not sealed."""
+    if manifest := read_manifest(directory):
+        write_whole(directory / MANIFEST, json.dumps(manifest | facts, indent=1))
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """What `write_manifest` wrote; empty where the directory was never sealed."""
     try:

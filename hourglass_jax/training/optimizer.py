@@ -24,6 +24,13 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     return optax.join_schedules([rise, after], [warmup])
 
 
+def schedule_in_words(config: OptimizerConfig, steps: int) -> str:
+    """What `learning_rate_schedule` does, for people."""
+    warmup, peak = config.warmup_steps, config.learning_rate
+    after = {"cosine": f"cosine to 0 at step {steps}", "inverse_sqrt": "peak * sqrt(warm-up / step)"}
+    return f"{warmup} steps of warm-up to {peak:g}, then {after.get(config.schedule, config.schedule)}"
+
+
 def _inverse_sqrt(peak: float, warmup: int, step: jax.Array) -> jax.Array:
     """`step` counts from the end of the warm-up; join_schedules also asks for negative ones, and drops them."""
     return peak * jnp.sqrt(warmup / jnp.maximum(warmup + step, 1))

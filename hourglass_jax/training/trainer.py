@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
-from tqdm import tqdm
+from jax.experimental import multihost_utils
 
 from hourglass_jax.config import OptimizerConfig, RuntimeConfig, TrainConfig
 from hourglass_jax.costs import training_flops
-from hourglass_jax.data.pipeline import Batch, BatchAt, stream
+from hourglass_jax.data.pipeline import Batch, BatchAt, evenly_spaced, stream
 from hourglass_jax.errors import UsageError
 from hourglass_jax.evaluation import Evaluation, evaluate_batches
 from hourglass_jax.factors import at_shorten_factor, drawn_factor
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.training import sharding
-from hourglass_jax.training.checkpoints import CheckpointStore
+from hourglass_jax.training.identity import fingerprint
 from hourglass_jax.training.metrics import CurveWriter, matmul_ceiling, peak_memory_bytes
 from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from hourglass_jax.training.progress import Progress
+from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Interrupted, Signals
 from hourglass_jax.training.step import TrainState, make_train_step
 
 LOG_INTERVAL = 10  # steps between records of the training loss
 
 
+class Diverged(UsageError):
+    """The loss, a gradient or a parameter is not finite."""
+
+
 def fit(
     model: HourglassLM,
     batch_at: BatchAt,
     validation: Sequence[Batch],
-    directory: Path,
+    run: Run | str | Path,
     *,
     optimizer_config: OptimizerConfig,
     train_config: TrainConfig,
@@ -47,17 +57,28 @@ def fit(
 ) -> Evaluation:
     """Trains `model` in place to `train_config.steps` and returns its evaluation on the whole validation set.
 
-    Goes on from the newest whole checkpoint under `directory` if there is one. Writes checkpoints and curves there,
-    and what `sample` returns; shows bits a prediction as `unit`. On return the model holds the parameters of lowest
-    validation loss. With `shorten_factors`, validation is at each of them and its loss their mean.
+    run: a run, or its directory. What is not a run yet becomes one; it goes on from its newest whole checkpoint if
+    there is one and the model, both configurations and the first batch are those of the run, but that `steps` may
+    grow. Writes checkpoints and curves there, and what `sample` returns; shows bits a prediction as `unit`. To make
+    the directory one that `load` reads with its tokenizer, `Run(directory).start(config, tokenizer)` first.
 
-    Raises Interrupted, after a checkpoint, where `signals` noted one; UsageError for a loss that is not finite, a
-    checkpoint that cannot be written, or devices that the batch cannot be divided among.
+    On return the model holds the parameters of lowest validation loss. With `shorten_factors`, validation is at each
+    of them and its loss their mean.
+
+    Raises Interrupted, after a checkpoint, where `signals` noted one; UsageError for a run of other settings, another
+    process in it, an empty validation, a loss that is not finite (Diverged), a checkpoint that cannot be written, or
+    devices that the batch cannot be divided among.
     """
     runtime_config = runtime_config or RuntimeConfig()
-    return _Training(
-        model, batch_at, validation, directory, optimizer_config, train_config, runtime_config, sample, unit, signals
-    ).run()
+    if not len(validation):
+        raise UsageError("validation has no batch; give at least one")
+    run = run if isinstance(run, Run) else Run(run)
+    training = _Training(
+        model, batch_at, validation, run, optimizer_config, train_config, runtime_config, sample, unit, signals
+    )
+    with run.training() if jax.process_index() == 0 else nullcontext():
+        training.begin()
+        return training.complete()
 
 
 class _Training:
@@ -68,7 +89,7 @@ class _Training:
         model: HourglassLM,
         batch_at: BatchAt,
         validation: Sequence[Batch],
-        directory: Path,
+        run: Run,
         optimizer_config: OptimizerConfig,
         train_config: TrainConfig,
         runtime_config: RuntimeConfig,
@@ -76,15 +97,18 @@ class _Training:
         unit: str,
         signals: Signals | None,
     ):
-        self.model, self.batch_at, self.validation, self.directory = model, batch_at, validation, directory
+        self.model, self.batch_at, self.validation, self.run = model, batch_at, validation, run
         self.config, self.runtime = train_config, runtime_config
         self.sample, self.unit, self.signals = sample, unit, signals or Signals()
-        self.schedule = learning_rate_schedule(optimizer_config, train_config.steps)
-        optimizer = make_optimizer(optimizer_config, train_config.steps)
+        self.optimizer_config = optimizer_config
 
         self.mesh = sharding.make_mesh(runtime_config)
         self.batch_sharding = sharding.batch_sharding(self.mesh)
-        self.batch_size, self.block_size = batch_at(0)[1].shape
+        tokens, weights = batch_at(0)
+        self.batch_size, self.block_size = weights.shape
+        parts = {"optimizer": optimizer_config, "train": train_config}
+        self.settings: dict[str, Any] = {name: dataclasses.asdict(part) for name, part in parts.items()}
+        self.settings["first_batch_fingerprint"] = fingerprint(tokens)
         sharding.check_batch(self.mesh, self.batch_size, runtime_config.accumulate)
         self.rows = sharding.local_rows(self.batch_sharding, self.batch_size)
 
@@ -92,7 +116,27 @@ class _Training:
         factors = train_config.shorten_factors
         models: dict[int | None, HourglassLM] = {k: at_shorten_factor(model, k) for k in factors} or {None: model}
         self.graphs = {k: nnx.split(model_at_k)[0] for k, model_at_k in models.items()}
-        self.graph, params = nnx.split(model)
+        flops = [training_flops(model_at_k.config, self.block_size) for model_at_k in models.values()]
+        self.flops = statistics.mean(flops) * self.batch_size
+        self.valid_losses: dict[int, float] = {}  # by step
+        self.recent: list[tuple[int, dict[str, jax.Array]]] = []  # metrics not yet looked at
+
+    def begin(self) -> None:
+        """Makes the directory a run, or takes up the state of the one that is there."""
+        run, config, optimizer_config = self.run, self.config, self.optimizer_config
+        if jax.process_index() == 0:
+            run.start(self.model.config, settings=self.settings)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the run is found to be this one")
+        if 0 < config.steps <= optimizer_config.warmup_steps:
+            logging.warning(
+                "warmup_steps=%d is not shorter than the run of %d steps: the learning rate never reaches its peak",
+                optimizer_config.warmup_steps,
+                config.steps,
+            )
+        self.schedule = learning_rate_schedule(optimizer_config, config.steps)
+        optimizer = make_optimizer(optimizer_config, config.steps)
+        self.graph, params = nnx.split(self.model)
         params = jax.device_get(params)  # host arrays may go to the devices of any process
 
         def first_state(params: nnx.State) -> TrainState:
@@ -100,12 +144,17 @@ class _Training:
 
         state = jax.eval_shape(first_state, params)
         shardings = sharding.state_shardings(self.mesh, state)
-        self.store = CheckpointStore(directory, for_training=True)
+        self.store = run.checkpoints(for_training=True, keep=self.runtime.keep_checkpoints)
         self.saved_step = self.store.sound_step()
         self.step = self.saved_step or 0
         self.store.rewind(self.step)
         if self.saved_step is None:
             self.state = jax.jit(first_state, out_shardings=shardings)(params)
+        elif not self.store.holds_training(self.step):
+            raise UsageError(
+                f"{run.directory}: holds a model without the state of a training; start a new run from it, with "
+                f"--init_from={run.directory}"
+            )
         else:
             places = sharding.abstract(state, shardings)
             items = self.store.restore(self.step, params=places.params, opt_state=places.opt_state)
@@ -113,40 +162,37 @@ class _Training:
         make_step = partial(
             make_train_step,
             optimizer=optimizer,
-            seed=train_config.seed,
-            accumulate=runtime_config.accumulate,
+            seed=config.seed,
+            accumulate=self.runtime.accumulate,
             shardings=shardings,
         )
         self.train_steps = {k: make_step(graph) for k, graph in self.graphs.items()}
-        self.curves = CurveWriter(directory, self.step) if jax.process_index() == 0 else None
-        flops = [training_flops(model_at_k.config, self.block_size) for model_at_k in models.values()]
-        self.flops = statistics.mean(flops) * self.batch_size
-        self.ceiling = matmul_ceiling(model.config.dtype) * jax.device_count()
-        self.recent: list[tuple[int, dict[str, jax.Array]]] = []  # metrics not yet looked at
-        self.shown: dict[str, str] = {}
+        records = [record for record in run.curves() if record["step"] <= self.step]
+        self.valid_losses = {record["step"]: record["valid_loss"] for record in records if "valid_loss" in record}
+        self.curves = CurveWriter(run.directory, self.step) if jax.process_index() == 0 else None
+        self.ceiling = matmul_ceiling(self.model.config.dtype) * jax.device_count()
         self.start_clock()
 
-    def run(self) -> Evaluation:
+    def complete(self) -> Evaluation:
         steps = range(self.step + 1, self.config.steps + 1)
         batches = stream(self.batch_at, self.step, self.config.steps, self.rows)
-        self.progress = tqdm(
-            total=self.config.steps,
-            initial=self.step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5,
-            **({"disable": True} if jax.process_index() else {}),  # of the first process, TQDM_DISABLE=1 decides
-        )
+        # Of the processes, the first one shows it.
+        self.progress = Progress(self.config.steps, self.step, "none" if jax.process_index() else self.runtime.log)
         try:
             self.check_signals()
+            if self.step and self.evaluation_due and not self.store.evaluated(self.step):
+                self.evaluate()
             for step, batch in zip(steps, batches, strict=True):
+                if self.out_of_patience():
+                    break
                 self.train_on(step, batch)
                 self.check_signals()
         except Interrupted as interruption:
             if self.saved_step != self.step:
                 self.save()
             raise Interrupted(
-                f"{interruption} after step {self.step}, which is saved in {self.directory}; the same command goes on"
+                f"{interruption} after step {self.step}, which is saved in {self.run.directory}; "
+                "the same command goes on"
             ) from None
         finally:
             self.progress.close()
@@ -158,7 +204,7 @@ class _Training:
     def train_on(self, step: int, batch: Batch) -> None:
         first, last = self.runtime.profiled
         if step == first:
-            jax.profiler.start_trace(str(self.directory / "profile"))
+            jax.profiler.start_trace(str(self.run.directory / "profile"))
         placed = sharding.place(batch, self.batch_sharding, self.batch_size)
         factors = self.config.shorten_factors
         factor = drawn_factor(factors, self.config.seed, step) if factors else None
@@ -170,19 +216,30 @@ class _Training:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
 
-        def due(interval: int) -> bool:
-            return bool(interval) and step % interval == 0
-
-        finished = step == self.config.steps
-        if due(LOG_INTERVAL) or finished:
+        self.progress.advance()
+        if self.due(LOG_INTERVAL) or step == self.config.steps:
             self.log()
-        self.progress.update()
-        if due(self.runtime.sample_interval) and self.sample:
+        if self.due(self.runtime.sample_interval) and self.sample:
             self.write_sample(self.sample)
-        if due(self.config.eval_interval) or finished:
-            self.save(self.evaluate())
-        elif due(self.runtime.checkpoint_interval):
+        if self.evaluation_due or self.due(self.runtime.checkpoint_interval):
             self.save()
+        if self.evaluation_due:
+            self.evaluate()
+
+    def due(self, interval: int) -> bool:
+        return bool(interval) and self.step % interval == 0
+
+    @property
+    def evaluation_due(self) -> bool:
+        return self.due(self.config.eval_interval) or self.step == self.config.steps
+
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations are no better than the best one before them."""
+        losses, patience = list(self.valid_losses.values()), self.config.patience
+        if not 0 < patience < len(losses) or min(losses[-patience:]) < min(losses[:-patience]):
+            return False
+        logging.warning("training ends at step %d: %d evaluations without a better one", self.step, patience)
+        return True
 
     def check_signals(self) -> None:
         """Several processes stop together, at the steps at which they log: to ask the others costs time."""
@@ -201,10 +258,10 @@ class _Training:
             values = {name: float(value) for name, value in metrics.items()}
             for name, value in values.items():
                 if not math.isfinite(value):
-                    raise UsageError(
+                    raise Diverged(
                         f"step {step}: {name} is {value}, on batch {step - 1} in the order of seed {self.config.seed}; "
-                        f"the last good checkpoint is that of step {self.saved_step} in {self.directory}; lower the "
-                        "learning rate or set a clip_norm"
+                        f"the last good checkpoint is that of step {self.saved_step} in {self.run.directory}; "
+                        "lower the learning rate or set a clip_norm"
                     )
         self.recent = []
         return values
@@ -223,12 +280,8 @@ class _Training:
                 flop_utilisation=self.flops / seconds / self.ceiling,
                 peak_memory_bytes=peak_memory_bytes(),
             )
-        self.show(loss=f"{values['train_loss']:.3f}", **{"tokens/s": f"{rate:,.0f}"})
+        self.progress.show({"loss": f"{values['train_loss']:.3f}", "tokens/s": f"{rate:,.0f}"})
         self.start_clock()
-
-    def show(self, **figures: str) -> None:
-        self.shown |= figures
-        self.progress.set_postfix(self.shown, refresh=False)
 
     def placed(self, batches: Sequence[Batch]) -> Iterator[tuple[jax.Array, ...]]:
         """Validation batches on the mesh, with rows of no weight added where the devices do not divide them."""
@@ -247,15 +300,18 @@ class _Training:
             results[factor] = evaluate_batches(model, self.placed(batches))
         return results
 
-    def evaluate(self) -> float:
-        results = self.at_each_factor(self.state.params, self.validation[: self.config.eval_batches])
-        result = mean(results)
-        if self.curves:
-            each = {f"valid_bpc_at_{k}": at_k.bits_per_character for k, at_k in results.items() if k is not None}
-            self.curves.write(self.step, valid_loss=result.loss, valid_bpc=result.bits_per_character, **each)
-        self.show(**{f"valid {self.unit}": f"{result.bits_per_character:.3f}"})
+    def evaluate(self) -> None:
+        """Adds the validation loss to the curves, then to the checkpoint of this step, which is saved already."""
+        if self.step not in self.valid_losses:  # a run that was killed between the two has it in the curves
+            results = self.at_each_factor(self.state.params, evenly_spaced(self.validation, self.config.eval_batches))
+            result = mean(results)
+            if self.curves:
+                each = {f"valid_bpc_at_{k}": at_k.bits_per_character for k, at_k in results.items() if k is not None}
+                self.curves.write(self.step, valid_loss=result.loss, valid_bpc=result.bits_per_character, **each)
+            self.valid_losses[self.step] = result.loss
+            self.progress.show({f"valid {self.unit}": f"{result.bits_per_character:.3f}"}, now=True)
+        self.store.set_valid_loss(self.step, self.valid_losses[self.step])
         self.start_clock()
-        return result.loss
 
     def write_sample(self, sample: Callable[[HourglassLM], str]) -> None:
         model = nnx.merge(self.graph, sharding.gather(self.state.params))
@@ -266,15 +322,15 @@ class _Training:
         self.progress.write(f"step {self.step}: {text}")
         self.start_clock()
 
-    def save(self, valid_loss: float | None = None) -> None:
+    def save(self) -> None:
         self.look()  # nothing that is not finite may replace a good checkpoint
-        self.store.save(self.step, self.state.params, self.state.opt_state, valid_loss)
+        self.store.save(self.step, self.state.params, self.state.opt_state)
         self.saved_step = self.step
         self.start_clock()
 
     def finish(self) -> Evaluation:
         """Puts the best parameters into the model and evaluates them on all of the validation data."""
-        store = CheckpointStore(self.directory)
+        store = self.run.checkpoints()
         params = self.state.params
         places = sharding.abstract(params, jax.tree.map(lambda leaf: leaf.sharding, params))
         step = store.sound_step(best=True)
