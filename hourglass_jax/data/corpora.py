@@ -77,7 +77,7 @@ def load_tokens(config: DataConfig, tokenizer: TextTokenizer | None = None) -> t
     """
     kind = config.tokenizer if tokenizer is None else tokenizer.kind
     if config.path and kind == "byte":
-        return map_bytes(config.path), ByteTokenizer()
+        return map_bytes(config.path), tokenizer or ByteTokenizer()
     text = load_text(config.path)
     if tokenizer is None:
         tokenizer = make_tokenizer(text, config)

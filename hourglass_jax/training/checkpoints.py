@@ -88,7 +88,9 @@ def read_run(directory: str | Path) -> tuple[HourglassConfig, Tokenizer, dict[st
 def _read_tokenizer(directory: Path, record: dict[str, Any]) -> Tokenizer:
     if record["tokenizer"] == "char":
         return CharTokenizer.load(directory / VOCABULARY)
-    return ImageTokenizer(record["image_shape"]) if record["tokenizer"] == "image" else ByteTokenizer()
+    if record["tokenizer"] == "image":
+        return ImageTokenizer(record["image_shape"])
+    return ByteTokenizer(record["model"]["vocab_size"])
 
 
 class CheckpointStore:
