@@ -79,7 +79,7 @@ def check_x64(config: HourglassConfig) -> None:
     """Raises UsageError where JAX would compute in float32 what is to be float64."""
     if jax.dtypes.canonicalize_dtype(config.dtype) != config.dtype:
         raise UsageError(
-            f"dtype={config.dtype!r} would be float32 here; set JAX_ENABLE_X64=1, or compute within jax.enable_x64(True)"
+            f"dtype={config.dtype!r} would be float32 here; set JAX_ENABLE_X64=1, or go within jax.enable_x64(True)"
         )
 
 

@@ -137,8 +137,8 @@ class HourglassLM(nnx.Module):
     from the tokens <= t. `model(tokens, key)` draws dropout from `key`; without a key, or after `model.eval()`, there
     is none.
 
-    Raises UsageError for more than `max_length` tokens with learned positions, for tokens outside the vocabulary, unless
-    they are traced, and for dtype='float64' where JAX has it switched off.
+    Raises UsageError for more than `max_length` tokens with learned positions, for tokens outside the vocabulary,
+    unless they are traced, and for dtype='float64' where JAX has it switched off.
 
     `score` has log probabilities, `generate` samples, `summary` shows what the levels have and cost.
     """
