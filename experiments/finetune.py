@@ -36,7 +36,7 @@ VALIDATION = flags.DEFINE_float("validation_fraction", 0.05, "Share of the haiku
 launcher.define_config("optimizer", OptimizerConfig(learning_rate=3e-4, warmup_steps=20))
 launcher.define_alias("learning_rate", "optimizer.learning_rate", float)
 launcher.define_runtime()
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the order and of dropout.", lower_bound=0)
+SEED = launcher.define_seed("Seed of the order and of dropout.")
 
 
 def main(_: list[str]) -> None:

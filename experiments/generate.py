@@ -2,11 +2,18 @@
 
 python experiments/generate.py --load_model_path=runs/finetune
 python experiments/generate.py --load_model_path=runs/prompt --gen_mode=prompt --prompt="an old silent pond"
+python experiments/generate.py --load_model_path=runs/pretrain --gen_mode=prompt --prompt_file=- --stop=. < text.txt
 python experiments/generate.py --load_model_path=runs/cifar10 --gen_mode=complete --num_samples=8
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import itertools
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -17,17 +24,25 @@ from experiments.common import launcher
 from experiments.common.pictures import draw_images, nothing, save_grid, top_halves
 from experiments.common.sources import recorded_images
 from hourglass_jax import HourglassLM, ImageTokenizer, UsageError, generate, load
-from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer
+from hourglass_jax.data.corpora import decode_text
+from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, check_utf8
 from hourglass_jax.training.run import Run
+from hourglass_jax.training.signals import Signals
 
 LOAD = flags.DEFINE_string("load_model_path", "runs/finetune", "Directory of a pretrained or fine-tuned model.")
 GEN_MODE = flags.DEFINE_enum(
     "gen_mode",
     "scratch",
     ["scratch", "prompt", "complete"],
-    "Start from nothing, from --prompt, or from the top halves of the validation images.",
+    "Start from nothing, from a prompt, or from the top halves of the validation images.",
 )
 PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from; a model fine-tuned on prompts takes a first line.")
+PROMPT_FILE = flags.DEFINE_string(
+    "prompt_file", "", "File with the text to go on from, as it is but for its last line end; -: standard input."
+)
+EACH_LINE = flags.DEFINE_boolean("each_line", False, "Each line of --prompt_file that is not empty is a prompt.")
+STOP = flags.DEFINE_multi_string("stop", [], "End a sample before this text; may be repeated.")
+RAW_OUT = flags.DEFINE_string("raw_out", "", "File for the new bytes as they are, of one sample after another.")
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 250, "New characters (bytes) a sample at most.", lower_bound=1)
 OUT = flags.DEFINE_string("out", "samples.png", "Where the images go.")
 DATA_PATH = flags.DEFINE_string("data_path", "", "Directory of the images to complete; empty: where they were.")
@@ -37,26 +52,34 @@ TEMPERATURE = flags.DEFINE_float(
 )
 TOP_K = flags.DEFINE_integer("top_k", None, "Sample among the k likeliest tokens.", lower_bound=1)
 TOP_P = flags.DEFINE_float("top_p", None, "Sample among the likeliest tokens that hold this probability.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.", lower_bound=0)
-FOR_TEXT = {"--gen_mode=prompt", "--prompt", "--max_tokens"}
+SEED = launcher.define_seed("Seed of the sampling.")
+FOR_TEXT = {"--gen_mode=prompt", *(f"--{f.name}" for f in (PROMPT, PROMPT_FILE, EACH_LINE, STOP, RAW_OUT, MAX_TOKENS))}
 FOR_IMAGES = {"--gen_mode=complete", "--out", "--data_path"}
 
 
 def main(_: list[str]) -> None:
-    if GEN_MODE.value == "prompt" and not PROMPT.value:
-        raise UsageError("--gen_mode=prompt needs a text; give it as --prompt='...'")
-    if GEN_MODE.value == "scratch" and PROMPT.value:
-        raise UsageError("--prompt is given, but --gen_mode=scratch starts from nothing; pass --gen_mode=prompt")
+    if GEN_MODE.value == "prompt" and bool(PROMPT.value) == bool(PROMPT_FILE.value):
+        raise UsageError(
+            "--gen_mode=prompt needs a text; give it as --prompt='...' or --prompt_file=FILE, one of the two"
+        )
+    if GEN_MODE.value == "scratch" and (PROMPT.value or PROMPT_FILE.value):
+        option = "--prompt" if PROMPT.value else "--prompt_file"
+        raise UsageError(f"{option} is given, but --gen_mode=scratch starts from nothing; pass --gen_mode=prompt")
+    if EACH_LINE.value and not PROMPT_FILE.value:
+        raise UsageError("--each_line is for --prompt_file, which is not given")
+    if "" in STOP.value:
+        raise UsageError("--stop is empty; give the text before which a sample ends")
     model, tokenizer, _ = load(LOAD.value)
     images = isinstance(tokenizer, ImageTokenizer)
     given = {f"--gen_mode={GEN_MODE.value}"} | {f"--{name}" for name in flags.FLAGS if flags.FLAGS[name].present}
     misplaced = sorted(given & (FOR_TEXT if images else FOR_IMAGES))
     if misplaced:
         raise UsageError(f"{misplaced[0]}: not for {LOAD.value}, a model of {'images' if images else 'text'}")
-    (draw if images else write)(model, tokenizer)
+    with Signals() as signals:
+        (draw if images else write)(model, tokenizer, signals)
 
 
-def draw(model: HourglassLM, tokenizer: ImageTokenizer) -> None:
+def draw(model: HourglassLM, tokenizer: ImageTokenizer, signals: Signals) -> None:
     given, shown = nothing(NUM_SAMPLES.value), []
     if GEN_MODE.value == "complete":
         originals = recorded_images(LOAD.value, DATA_PATH.value).valid[: NUM_SAMPLES.value]
@@ -66,6 +89,7 @@ def draw(model: HourglassLM, tokenizer: ImageTokenizer) -> None:
         tokenizer,
         given,
         jax.random.key(SEED.value),
+        check=signals.check,
         temperature=1.0 if TEMPERATURE.value is None else TEMPERATURE.value,
         top_k=TOP_K.value,
         top_p=TOP_P.value,
@@ -74,37 +98,101 @@ def draw(model: HourglassLM, tokenizer: ImageTokenizer) -> None:
     print(f"{len(drawn)} images{', each below its original' if shown else ''} -> {OUT.value}")
 
 
-def write(model: HourglassLM, tokenizer: CharTokenizer | ByteTokenizer) -> None:
+def write(model: HourglassLM, tokenizer: TextTokenizer, signals: Signals) -> None:
     form = Run(LOAD.value).read().settings.get("format", "text")
-    text = PROMPT.value
-    if form == "prompt" and text and not text.endswith("\n"):
-        text += "\n"  # such a model completes whole first lines
-    unknown = tokenizer.unknown(text)
+    prompts = read_prompts(tokenizer)
+    if form == "prompt":  # such a model completes whole first lines
+        prompts = [text.removesuffix(b"\n") + b"\n" if text else text for text in prompts]
+    banned = [token for token in (tokenizer.unk_id, tokenizer.bos_id) if token is not None]
+    with open(RAW_OUT.value or os.devnull, "wb") as raw:
+        for number, (text, _) in enumerate(itertools.product(prompts, range(NUM_SAMPLES.value))):
+            if number:
+                print("-" * 20)
+            print(text.decode("utf-8", "replace"), end="", flush=True)
+            sample = Sample(tokenizer, signals)
+            with contextlib.suppress(StopText):
+                generate(
+                    model,
+                    [prompt_tokens(tokenizer, text, form)],
+                    max_tokens=MAX_TOKENS.value,
+                    key=jax.random.fold_in(jax.random.key(SEED.value), number),
+                    temperature=0.8 if TEMPERATURE.value is None else TEMPERATURE.value,
+                    top_k=TOP_K.value,
+                    top_p=TOP_P.value,
+                    stop_token=tokenizer.eos_id,
+                    banned_tokens=banned,
+                    stream=sample.take,
+                )
+            raw.write(sample.finish())
+
+
+def read_prompts(tokenizer: TextTokenizer) -> list[bytes]:
+    """The UTF-8 of each prompt, of bytes those of a file as they are; from scratch, one of nothing."""
+    check_utf8(PROMPT.value)
+    prompts = [PROMPT.value.encode("utf-8")]
+    if PROMPT_FILE.value:
+        raw = sys.stdin.buffer.read() if PROMPT_FILE.value == "-" else Path(PROMPT_FILE.value).read_bytes()
+        if not isinstance(tokenizer, ByteTokenizer):
+            raw = decode_text(raw, "standard input" if PROMPT_FILE.value == "-" else PROMPT_FILE.value).encode("utf-8")
+        prompts = [line for line in raw.splitlines() if line] if EACH_LINE.value else [raw.removesuffix(b"\n")]
+        if not any(prompts):
+            raise UsageError(f"--prompt_file={PROMPT_FILE.value}: there is no prompt in it")
+    unknown = sorted(
+        {character for text in prompts for character in tokenizer.unknown(text.decode("utf-8", "replace"))}
+    )
     if unknown:
         logging.warning("the model does not know %s; taken as <UNK>", ", ".join(map(repr, unknown)))
-    # A pretrained model has never seen BOS: it starts from a line end instead.
-    start = tokenizer.encode("\n" if not text else "") if form == "text" else [tokenizer.bos_id]
-    prompt = np.concatenate([start, tokenizer.encode(text)]).astype(np.int32)
-    banned = [token for token in (tokenizer.unk_id, tokenizer.bos_id) if token is not None]
+    return prompts
 
-    for i in range(NUM_SAMPLES.value):
-        if i:
-            print("-" * 20)
-        print(text, end="", flush=True)
-        decode = tokenizer.stream_decoder()
-        generate(
-            model,
-            [prompt],
-            max_tokens=MAX_TOKENS.value,
-            key=jax.random.fold_in(jax.random.key(SEED.value), i),
-            temperature=0.8 if TEMPERATURE.value is None else TEMPERATURE.value,
-            top_k=TOP_K.value,
-            top_p=TOP_P.value,
-            stop_token=tokenizer.eos_id,
-            banned_tokens=banned,
-            stream=lambda new, decode=decode: print(decode(new[0]), end="", flush=True),
-        )
-        print(decode([], final=True))
+
+def prompt_tokens(tokenizer: TextTokenizer, text: bytes, form: str) -> np.ndarray:
+    """What a sample goes on from, int32 [n]: after BOS if the model was trained on texts with a beginning (`form`).
+
+    A pretrained model has never seen BOS: from nothing, it starts from a line end, or where its vocabulary has none,
+    from a space or any other character, which unlike <UNK> it has met.
+    """
+    tokens = tokenizer.encode(text if isinstance(tokenizer, ByteTokenizer) else text.decode("utf-8"))
+    if form != "text":
+        return np.concatenate([[tokenizer.bos_id], tokens]).astype(np.int32)
+    if len(tokens):
+        return tokens
+    start = next((c for c in "\n " if not tokenizer.unknown(c)), None)
+    return tokenizer.encode(tokenizer.characters[0] if start is None else start)
+
+
+class StopText(Exception):
+    """One of the texts to stop at has come."""
+
+
+class Sample:
+    """A sample's bytes as they come, shown up to the first text to stop at; what may begin one is held back."""
+
+    def __init__(self, tokenizer: TextTokenizer, signals: Signals):
+        self.tokenizer, self.signals = tokenizer, signals
+        self.stops = [text.encode("utf-8") for text in STOP.value]
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.written, self.n_shown = b"", 0
+
+    def take(self, new: Sequence[np.ndarray]) -> None:
+        """What `generate` has to tell of its one row. Raises StopText, or Interrupted after a signal."""
+        self.signals.check()
+        self.written += self.tokenizer.decode_bytes(new[0])
+        ends = [end for stop in self.stops if (end := self.written.find(stop, self.n_shown)) >= 0]
+        if ends:
+            self.written = self.written[: min(ends)]
+            raise StopText
+        self.show(len(self.written) + 1 - max(map(len, self.stops), default=1))
+
+    def show(self, end: int, final: bool = False) -> None:
+        end = max(end, self.n_shown)
+        print(self.decoder.decode(self.written[self.n_shown : end], final), end="", flush=True)
+        self.n_shown = end
+
+    def finish(self) -> bytes:
+        """Shows the rest; returns the whole."""
+        self.show(len(self.written), final=True)
+        print()
+        return self.written
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hourglass_jax.checks import check_tokens
+from hourglass_jax.config import check_range
 from hourglass_jax.model import HourglassLM
 
 
@@ -14,16 +16,17 @@ class CausalityError(AssertionError):
     """A prediction depends on a token it may not see; the message names the first such pair. See `check_causality`."""
 
 
-@nnx.jit
-def _gradient_norms(model: HourglassLM, tokens: jax.Array) -> jax.Array:
+@jax.jit
+def _gradient_norms(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array) -> jax.Array:
+    model = nnx.merge(graph, params)
+
     def probe(x):
         logits = model.from_embeddings(x[None])[0]
-        weights = jax.random.normal(jax.random.key(0), logits.shape)
+        weights = jax.random.normal(jax.random.key(0), logits.shape, logits.dtype)
         return (logits * weights).sum(-1)
 
-    embeddings = model.embed(tokens[None])[0]
-    _, pullback = jax.vjp(probe, embeddings)
-    [gradients] = jax.vmap(pullback)(jnp.eye(len(tokens), dtype=jnp.float32))
+    probes, pullback = jax.vjp(probe, model.embed(tokens[None])[0])
+    [gradients] = jax.vmap(pullback)(jnp.eye(len(tokens), dtype=probes.dtype))
     return jnp.abs(gradients).max(-1)
 
 
@@ -32,9 +35,10 @@ def influence(model: HourglassLM, tokens: jax.Array) -> np.ndarray:
 
     Entry (t, s) is the largest absolute derivative, over the embedding's coordinates, of a random projection of
     `logits[t]` with respect to the embedding of token s. Exactly zero means: no dependence. Memory is that of L
-    backward passes at once.
+    backward passes at once. Raises UsageError for tokens outside the vocabulary.
     """
-    return np.asarray(_gradient_norms(model, jnp.asarray(tokens)))
+    tokens = jnp.asarray(check_tokens("tokens", tokens, model.config.vocab_size, "L"))
+    return np.asarray(_gradient_norms(*nnx.split(model), tokens))
 
 
 def check_causality(model: HourglassLM, length: int | None = None) -> None:
@@ -47,6 +51,7 @@ def check_causality(model: HourglassLM, length: int | None = None) -> None:
         length = 2 * model.config.parsed_hierarchy.total_factor + 1
         if model.positions is not None:
             length = min(length, model.config.max_length)
+    check_range("length", length, 1, model.config.position_limit)
     tokens = jax.random.randint(jax.random.key(1), (length,), 0, model.config.vocab_size)
     leaks = np.argwhere(np.triu(influence(model, tokens), k=1) != 0)
     if len(leaks):

@@ -14,6 +14,7 @@ from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Hierarchy
 from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 
+MAX_SEED = 2**63 - 1  # what a key of JAX is made of fits 64 bits with a sign
 IMAGE_SIZES = {"cifar10": 32, "imagenet32": 32, "imagenet64": 64}  # side of a data set's images, in pixels
 
 
@@ -59,7 +60,7 @@ class HourglassConfig:
     initialization: of weight matrices, normal (0.02) | xavier (uniform); embeddings have standard deviation 1.
     norm: stack (after every stack and every upsampling, as Trax) | final (before the head only).
     shift: paper (k-1) | original (k, the original project's, one character staler).
-    dtype: of the computation, float32 | bfloat16 | float64; parameters stay float32.
+    dtype: of the computation, float32 | bfloat16 | float64 (with JAX_ENABLE_X64); parameters stay float32.
     max_unrolled_layers: deeper stacks are one scanned body, so that compile time stays flat.
     attention: blocked | fused (JAX's kernel where it can: no relative positions, no dropout).
     remat: what the backward pass computes again, none | dots (all but matrix products) | full (layers) | auto.
@@ -226,7 +227,8 @@ class OptimizerConfig:
     learning_rate: the peak.
     schedule: cosine (to 0) | inverse_sqrt | constant, after the warm-up.
     warmup_steps: from 0 to the peak, linearly.
-    beta1, beta2, eps, weight_decay: Adam's.
+    beta1, beta2, eps: Adam's.
+    weight_decay: of the matrices of linear layers alone; see `training.optimizer.is_decayed`.
     clip_norm: of the gradient of all parameters; 0: no clipping.
     """
 
@@ -273,8 +275,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "eval_interval", "eval_batches"):
             check_range(name, getattr(self, name), 1)
-        for name in ("patience", "seed"):
-            check_range(name, getattr(self, name), 0)
+        check_range("patience", self.patience, 0)
+        check_range("seed", self.seed, 0, MAX_SEED)
         for factor in self.shorten_factors:
             check_range("shorten_factors", factor, 2)
 

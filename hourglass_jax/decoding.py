@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -18,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hourglass_jax.config import HourglassConfig, check_range
+from hourglass_jax.checks import check_key, check_prompts, token_mask
+from hourglass_jax.config import check_range
 from hourglass_jax.errors import UsageError
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.nn.cache import Cache, forgotten
@@ -35,10 +37,11 @@ def init_cache(model: HourglassLM, batch: int, max_length: int) -> Cache:
     """An empty cache for `batch` rows of at least `max_length` tokens, prompt included.
 
     `logits, cache = model.step(tokens, cache)` takes one token a row, int [B] -> [B, V]; `model.prefill` reads prompts
-    in one pass. `generate` does both. `costs.cache_bytes` says how large it is. Raises UsageError below 1.
+    in one pass. `generate` does both. `costs.cache_bytes` says how large it is. Raises UsageError below 1, and for more
+    than learned positions reach.
     """
     check_range("batch", batch, 1)
-    check_range("max_length", max_length, 1)
+    check_range("max_length", max_length, 1, model.config.position_limit)
     return model.init_cache(batch, round_up(max_length, model.config.parsed_hierarchy.total_factor))
 
 
@@ -94,14 +97,15 @@ class AlignedPrompts:
 class NewText:
     """Of what a row samples, step by step, the tokens that count: from step `begin` to `end`, or to a stop token."""
 
-    def __init__(self, begin: int, end: int, stop_token: int | None):
-        self.begin, self.end, self.stop_token = begin, end, stop_token
+    def __init__(self, begin: int, end: int, stops: np.ndarray):
+        """`stops`: bool [V], which tokens are stop tokens."""
+        self.begin, self.end, self.stops = begin, end, stops
         self.parts: list[np.ndarray] = []
 
     def take(self, sampled: np.ndarray, step: int) -> np.ndarray:
         """The tokens that count among those sampled from `step` on."""
         part = sampled[max(self.begin - step, 0) : max(self.end - step, 0)]
-        [stops] = np.nonzero(part == self.stop_token)
+        [stops] = np.nonzero(self.stops[part])
         if len(stops):
             part, self.end = part[: stops[0]], step
         self.parts.append(part)
@@ -111,15 +115,15 @@ class NewText:
         return np.concatenate(self.parts)
 
 
-@nnx.jit
-def _unstacked(model: HourglassLM) -> HourglassLM:
-    """A copy whose layers lie apart; see `Stack.unstack`."""
-    model = nnx.clone(model)
+@jax.jit
+def _unstacked(graph: nnx.GraphDef, params: nnx.State) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model with its layers apart; see `Stack.unstack`."""
+    model = nnx.merge(graph, params)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Stack):
             module.unstack()
     model.eval()
-    return model
+    return nnx.split(model)
 
 
 @partial(jax.jit, static_argnames=("graph", "max_length", "context"))
@@ -130,10 +134,10 @@ def _prefill(graph, params, tokens, start, origin, *, max_length, context):
 
 
 @partial(jax.jit, static_argnames=("graph", "sampler"), donate_argnames="cache")
-def _extend(graph, params, cache, token, done, rest, lengths, keys, banned, stop_token, max_tokens, steps, *, sampler):
+def _extend(graph, params, cache, token, done, rest, lengths, keys, banned, stops, max_tokens, steps, *, sampler):
     """Steps steps[0] .. steps[1] - 1, at most BLOCK; ends early when every row is done.
 
-    token [B]: the newest of each row, done [B]; rest, lengths: see AlignedPrompts.
+    token [B]: the newest of each row, done [B]; rest, lengths: see AlignedPrompts; banned, stops: bool [V].
     Returns cache, token, done and what each step sampled [B, BLOCK], for prompt tokens too.
     """
     model = nnx.merge(graph, params)
@@ -149,7 +153,7 @@ def _extend(graph, params, cache, token, done, rest, lengths, keys, banned, stop
         logits, cache = model.step(jnp.where(length < lengths, given, token), cache)
         token = sampler(jnp.where(banned, -jnp.inf, logits), jax.vmap(jax.random.fold_in)(keys, length + 1))
         n_new = length + 2 - lengths
-        done |= ((token == stop_token) & (n_new >= 1)) | (n_new >= max_tokens)
+        done |= (stops[token] & (n_new >= 1)) | (n_new >= max_tokens)
         return step + 1, cache, token, done, sampled.at[:, step - steps[0]].set(token)
 
     sampled = jnp.zeros((len(keys), BLOCK), jnp.int32)
@@ -176,12 +180,12 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop_token: int | None = None,
-    banned_tokens: Sequence[int] = (),
+    stop_token: int | Iterable[int] | None = None,
+    banned_tokens: Iterable[int] = (),
     stream: Callable[[list[np.ndarray]], None] | None = None,
     max_context: int | None = None,
 ) -> list[np.ndarray]:
-    """Continues each prompt; returns the new tokens of each row, int32 [n], up to and without `stop_token`.
+    """Continues each prompt; returns the new tokens of each row, int32 [n], up to and without a stop token.
 
     Levels run once a group, from caches: the logits are those of the whole text in one forward pass.
 
@@ -189,41 +193,62 @@ def generate(
     max_tokens: new tokens a row at most.
     key: such as `jax.random.key(0)`; a row's sample is the same whatever batch it sits in, and equal prompts differ.
     temperature: 0 is greedy; top_k, top_p: cut the tempered distribution to the likeliest tokens.
+    stop_token: one or several, each of which ends a row.
     banned_tokens: never sampled.
-    stream: called every few tokens with what each row has gained since the last call.
+    stream: called every few tokens with what each row has gained since the last call; what it raises ends it all.
     max_context: the most tokens a row sees (default: the model's `max_length`). A longer text forgets its oldest
         groups, a quarter of the context at a time and at every level alike, so memory stays constant.
+
+    On a CPU, many rows are taken in parts, side by side in threads; with a `stream`, or where settings of JAX hold for
+    this thread alone (`with jax.enable_x64(True)`), all are one part, in this thread. A KeyboardInterrupt ends it at
+    the next block of 64 tokens. Threads may share one model.
 
     Raises UsageError for empty prompts, tokens outside the vocabulary, options out of range, and a text that
     would outgrow learned positions.
     """
     check_range("max_tokens", max_tokens, 1)
+    check_key(key)
     sampler = Sampler(temperature, top_k, top_p)
     config = model.config
-    rows = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
-    check_prompts(rows, config, max_tokens)
+    rows = check_prompts(prompts, config, max_tokens)
+    stops = token_mask("stop_token", () if stop_token is None else stop_token, config.vocab_size)
+    banned = token_mask("banned_tokens", banned_tokens, config.vocab_size)
+    if banned.all():
+        raise UsageError(f"all {len(banned)} tokens are among banned_tokens; leave at least one to sample")
     if not rows:
         return []
     context = config.max_length if max_context is None else max_context
     check_range("max_context", context, 1)
     factor = config.parsed_hierarchy.total_factor
+    stopped = threading.Event()
+    graph, params = _unstacked(*nnx.split(model))
     row_texts = partial(
         _continue_rows,
-        *nnx.split(_unstacked(model)),
+        graph,
+        params,
         factor=factor,
         context=round_up(context, factor),
         max_tokens=max_tokens,
-        stop_token=stop_token,
-        banned=jnp.asarray(np.isin(np.arange(config.vocab_size), banned_tokens)),
+        stops=stops,
+        banned=jnp.asarray(banned),
         sampler=sampler,
         stream=stream,
+        stopped=stopped,
     )
     keys = row_keys(key, [row.tolist() for row in rows])
     n_parts = 1 if stream or jax.default_backend() != "cpu" else os.cpu_count() or 1
-    bounds = np.linspace(0, len(rows), max(min(n_parts, len(rows) // ROWS_PER_CORE), 1) + 1).astype(int)
-    parts = [(rows[start:end], keys[start:end]) for start, end in itertools.pairwise(bounds)]
-    with ThreadPoolExecutor(len(parts)) as pool:
-        return [text for texts in pool.map(row_texts, *zip(*parts, strict=True)) for text in texts]
+    n_parts = min(n_parts, len(rows) // ROWS_PER_CORE)
+    if n_parts <= 1:
+        return row_texts(rows, keys)
+    with ThreadPoolExecutor(n_parts) as pool:
+        if pool.submit(lambda: jax.config.values).result() != jax.config.values:
+            return row_texts(rows, keys)  # under settings of this thread alone, such as `with jax.enable_x64(True)`
+        bounds = np.linspace(0, len(rows), n_parts + 1).astype(int)
+        try:
+            parts = [pool.submit(row_texts, rows[i:j], keys[i:j]) for i, j in itertools.pairwise(bounds)]
+            return [text for part in parts for text in part.result()]
+        finally:
+            stopped.set()  # an interrupt or an error: the pool waits for all parts, which look here at every block
 
 
 def _continue_rows(
@@ -235,10 +260,11 @@ def _continue_rows(
     factor: int,
     context: int,
     max_tokens: int,
-    stop_token: int | None,
+    stops: np.ndarray,
     banned: jax.Array,
     sampler: Sampler,
     stream: Callable[[list[np.ndarray]], None] | None,
+    stopped: threading.Event,
 ) -> list[np.ndarray]:
     """The new tokens of each row: one pass over the prompts, then blocks of the jitted loop."""
     aligned = AlignedPrompts.align(rows, factor, context)
@@ -260,11 +286,11 @@ def _continue_rows(
         lengths=jnp.asarray(aligned.lengths),
         keys=keys,
         banned=banned,
-        stop_token=-1 if stop_token is None else stop_token,
+        stops=jnp.asarray(stops),
         max_tokens=max_tokens,
         sampler=sampler,
     )
-    texts = [NewText(n - 1, n - 1 + max_tokens, stop_token) for n in aligned.n_rest]
+    texts = [NewText(n - 1, n - 1 + max_tokens, stops) for n in aligned.n_rest]
     token, done = jnp.zeros(len(rows), jnp.int32), jnp.zeros(len(rows), bool)
     for start in range(0, n_steps, block):
         end = min(start + block, n_steps)
@@ -278,20 +304,6 @@ def _continue_rows(
         parts = [text.take(row[: end - start], start) for text, row in zip(texts, np.array(sampled), strict=True)]
         if stream:
             stream(parts)
-        if done.all():
+        if done.all() or stopped.is_set():
             break
     return [text.tokens() for text in texts]
-
-
-def check_prompts(rows: Sequence[np.ndarray], config: HourglassConfig, max_tokens: int) -> None:
-    """Raises UsageError for a prompt that is empty, has unknown tokens, or would outgrow learned positions."""
-    for i, row in enumerate(rows):
-        if not len(row):
-            raise UsageError(f"prompt {i} is empty; give at least one token, such as the tokenizer's bos_id")
-        if row.min() < 0 or row.max() >= config.vocab_size:
-            raise UsageError(f"prompt {i} has tokens outside 0 .. {config.vocab_size - 1}, the model's vocabulary")
-        if len(row) + max_tokens > config.position_limit:
-            raise UsageError(
-                f"prompt and new tokens make {len(row) + max_tokens}, but learned positions end at "
-                f"max_length={config.max_length}; ask for fewer tokens"
-            )

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hourglass_jax.checks import Array, check_tokens
 from hourglass_jax.config import check_range
 from hourglass_jax.data.pipeline import consecutive_windows, sliding_windows
 from hourglass_jax.errors import UsageError
 from hourglass_jax.model import HourglassLM
-
-Array = jax.Array | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -49,39 +48,46 @@ class Evaluation:
 def score(model: HourglassLM, tokens: Array, key: jax.Array | None = None) -> jax.Array:
     """log p(token t + 1 | tokens <= t) in nats: int [B, L + 1] -> float [B, L].
 
-    `key` turns dropout on, in a model that trains. Raises UsageError for more than `max_length` tokens to read with
-    learned positions. Compile it for many calls: `nnx.jit(hg.score)`.
+    `key` turns dropout on, in a model that trains. Raises UsageError for tokens outside the vocabulary, and for more
+    than `max_length` of them to read with learned positions.
+
+    Compile it for many calls, which is when tokens are no longer looked at: `nnx.jit(hg.score)`. Where threads share
+    a model, compile it on a split one, since nnx.jit empties and refills the modules it is given:
+    `graph, params = nnx.split(model)` and `jax.jit(lambda params, tokens: hg.score(nnx.merge(graph, params), tokens))`.
     """
-    tokens = jnp.asarray(tokens)
+    tokens = jnp.asarray(check_tokens("tokens", tokens, model.config.vocab_size, "B, L + 1"))
+    if tokens.shape[1] < 2:
+        raise UsageError("tokens has rows of 1 token; score needs at least 2, one to read and one to predict")
     logits = model(tokens[:, :-1], key)
     target = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return target - jax.nn.logsumexp(logits, axis=-1)
 
 
-@nnx.jit
-def _batch_sums(model: HourglassLM, tokens: Array, weights: Array) -> tuple[jax.Array, jax.Array]:
-    return -(score(model, tokens) * weights).sum(), weights.sum()
+@jax.jit
+def _batch_sums(graph: nnx.GraphDef, params: nnx.State, tokens: Array, weights: Array) -> tuple[jax.Array, jax.Array]:
+    return -(score(nnx.merge(graph, params), tokens) * weights).sum(), weights.sum()
 
 
 def evaluate_batches(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -> Evaluation:
     """The mean loss over `batches` of tokens int [B, L + 1] and weights [B, L]; see `data.pipeline`."""
+    split = nnx.split(model)
     loss = count = 0.0
     for tokens, weights in batches:
-        batch_loss, batch_count = _batch_sums(model, tokens, weights)
+        batch_loss, batch_count = _batch_sums(*split, tokens, weights)
         loss, count = loss + float(batch_loss), count + float(batch_count)
     return Evaluation(loss / count, int(count))
 
 
-@nnx.jit
-def _batch_hits(model: HourglassLM, tokens: Array, weights: Array) -> tuple[jax.Array, jax.Array]:
-    tokens = jnp.asarray(tokens)
-    hits = model(tokens[:, :-1]).argmax(axis=-1) == tokens[:, 1:]
+@jax.jit
+def _batch_hits(graph: nnx.GraphDef, params: nnx.State, tokens: Array, weights: Array) -> tuple[jax.Array, jax.Array]:
+    hits = nnx.merge(graph, params)(tokens[:, :-1]).argmax(axis=-1) == tokens[:, 1:]
     return (hits * weights).sum(), weights.sum()
 
 
 def accuracy(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -> float:
     """The weighted share of `batches`' tokens that are the most likely ones."""
-    hits, count = np.sum([[float(part) for part in _batch_hits(model, *batch)] for batch in batches], axis=0)
+    split = nnx.split(model)
+    hits, count = np.sum([[float(part) for part in _batch_hits(*split, *batch)] for batch in batches], axis=0)
     return float(hits / count)
 
 
@@ -89,9 +95,12 @@ def evaluate(model: HourglassLM, tokens: np.ndarray, *, block_size: int, batch_s
     """A text int [N] in consecutive windows of `block_size` predictions, each without context before it.
 
     Every token but the first is predicted once. `batch_size` windows go at once; a text may be memory-mapped. Raises
-    UsageError for fewer than 2 tokens. See `evaluate_sliding` for more context, at more cost.
+    UsageError for fewer than 2 tokens, or some outside the vocabulary. See `evaluate_sliding` for more context, at more
+    cost.
     """
-    check_text(tokens)
+    check_range("block_size", block_size, 1)
+    check_range("batch_size", batch_size, 1)
+    tokens = check_text(tokens, model)
     return evaluate_batches(model, consecutive_windows(tokens, block_size, batch_size))
 
 
@@ -111,7 +120,7 @@ def evaluate_sliding(
     check_range("window", window, 1)
     check_range("step", step, 1, window)
     check_range("batch_size", batch_size, 1)
-    check_text(tokens)
+    tokens = check_text(tokens, model)
     if window > model.config.position_limit:
         raise UsageError(
             f"window={window} is longer than the learned positions, which end at max_length="
@@ -120,6 +129,8 @@ def evaluate_sliding(
     return evaluate_batches(model, sliding_windows(tokens, window, step, batch_size))
 
 
-def check_text(tokens: np.ndarray) -> None:
-    if len(tokens) < 2:
-        raise UsageError(f"the text has {len(tokens)} tokens; evaluation needs at least 2")
+def check_text(tokens: Array, model: HourglassLM) -> np.ndarray:
+    """The text as an array [N]; raises UsageError where it is too short, or in another vocabulary."""
+    if np.size(tokens) < 2:
+        raise UsageError(f"the text has {np.size(tokens)} tokens; evaluation needs at least 2")
+    return np.asarray(check_tokens("the text", tokens, model.config.vocab_size, "N"))

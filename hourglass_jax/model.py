@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from hourglass_jax.checks import check_key, check_tokens, check_x64
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Level
@@ -134,7 +135,10 @@ class HourglassLM(nnx.Module):
 
     `logits = model(tokens)`: int [B, L] -> float [B, L, vocab_size], for any L; `logits[:, t]` predicts token t + 1
     from the tokens <= t. `model(tokens, key)` draws dropout from `key`; without a key, or after `model.eval()`, there
-    is none. Raises UsageError for more than `max_length` tokens with learned positions.
+    is none.
+
+    Raises UsageError for more than `max_length` tokens with learned positions, for tokens outside the vocabulary,
+    unless they are traced, and for dtype='float64' where JAX has it switched off.
 
     `score` has log probabilities, `generate` samples, `summary` shows what the levels have and cost.
     """
@@ -147,13 +151,15 @@ class HourglassLM(nnx.Module):
         )
         learned = config.positions == "learned"
         table_shape = (config.max_length, config.d_model)
-        self.positions = nnx.Param(init(rngs.params(), table_shape)) if learned else None
+        self.positions = nnx.Param(init(rngs.params(), table_shape, jnp.float32)) if learned else None
         self.dropout = Dropout(config.dropout)
         self.hourglass = Hourglass(config, config.parsed_hierarchy.levels, rngs=rngs)
         self.norm = layer_norm(config, rngs=rngs) if config.norm == "final" else None
         self.head = linear(config, config.d_model, config.vocab_size, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        if key is not None:
+            check_key(key)
         return self.from_embeddings(self.embed(tokens), key)
 
     def __repr__(self) -> str:
@@ -184,6 +190,7 @@ class HourglassLM(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int [B, L] -> [B, L, D], learned positions included."""
+        tokens = jnp.asarray(check_tokens("tokens", tokens, self.config.vocab_size, "B, L"))
         length = tokens.shape[1]
         if length > self.config.position_limit:
             raise UsageError(
@@ -194,6 +201,7 @@ class HourglassLM(nnx.Module):
 
     def embed_at(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """int [...] -> [..., D]; positions [...] matter where they are learned, those of padding may lie outside."""
+        check_x64(self.config)
         x = self.embedding(tokens)
         if self.positions is None:
             return x
@@ -237,7 +245,9 @@ class HourglassLM(nnx.Module):
         return self.logits(x), replace(cache, clock=clock, levels=levels)
 
     def step(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """One token a row, int [B] -> logits [B, V] of the next one."""
+        """One token a row, int [B] -> logits [B, V] of the next one. Raises UsageError where the cache is full."""
+        tokens = jnp.asarray(check_tokens("tokens", tokens, self.config.vocab_size, "B"))
+        cache.check_room(len(tokens))
         clock = cache.now()
         x, levels = self.hourglass.step(self.embed_at(tokens, clock.time - clock.origin), cache.levels, clock)
         return self.logits(x), replace(cache, clock=replace(clock, time=clock.time + 1), levels=levels)

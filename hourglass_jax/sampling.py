@@ -15,7 +15,8 @@ from hourglass_jax.config import check_range
 
 @dataclass(frozen=True)
 class Sampler:
-    """temperature: 0 is greedy; top_k, top_p: cut the tempered distribution to its likeliest tokens.
+    """temperature: 0 is greedy, infinity makes all tokens equal.
+    top_k, top_p: cut the tempered distribution to its likeliest tokens.
 
     Raises UsageError for options out of range.
     """
@@ -38,11 +39,12 @@ class Sampler:
         return jax.vmap(jax.random.categorical)(keys, self.filter(logits)).astype(jnp.int32)
 
     def filter(self, logits: jax.Array) -> jax.Array:
-        """Logits [..., V] of the distribution to sample from: tempered, then cut to top_k, then to top_p."""
-        logits = logits / max(self.temperature, 1e-6)
+        """Logits [..., V] of the distribution to sample from: cut to top_k, tempered, then cut to top_p."""
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             lowest = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
             logits = jnp.where(logits < lowest, -jnp.inf, logits)
+        # A banned token stays so at an infinite temperature, too, where all others are as likely.
+        logits = jnp.where(jnp.isneginf(logits), -jnp.inf, logits / max(self.temperature, 1e-6))
         if self.top_p is not None and self.top_p < 1:
             ordered = -jnp.sort(-logits, axis=-1)
             # A token stays while those before it hold less than top_p, so the likeliest one always does.

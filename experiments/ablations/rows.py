@@ -12,11 +12,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from experiments.ablations.scales import Setup, for_table
+from experiments.ablations.scales import BYTES, Setup, for_table
 from experiments.ablations.tables import Row, Table
 from experiments.common import launcher
 from experiments.common.reports import provenance, read_record
-from experiments.common.sources import ImageSource, TextSource, open_source
+from experiments.common.sources import ImageSource, TextSource
 from hourglass_jax import (
     HourglassConfig,
     HourglassLM,
@@ -131,6 +131,13 @@ class LetterSource:
 Source = TextSource | ImageSource | LetterSource
 
 
+def setup_source(setup: Setup) -> Source:
+    """What the rows of `setup` learn from."""
+    if setup.letters:
+        return LetterSource(setup)
+    return TextSource(setup.data, BYTES) if setup.data.dataset == "text" else ImageSource(setup.data)
+
+
 def train(jobs: Sequence[Job], setup: Setup, runtime: RuntimeConfig, signals: Signals) -> None:
     """Trains what is not done; a job that was interrupted goes on.
 
@@ -140,7 +147,7 @@ def train(jobs: Sequence[Job], setup: Setup, runtime: RuntimeConfig, signals: Si
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} rows are done")
     if not waiting:
         return
-    source = LetterSource(setup) if setup.letters else open_source(setup.data, "")
+    source = setup_source(setup)
     validation = source.validation()
     if setup.n_valid:
         validation = evenly_spaced(validation, setup.n_valid // len(validation[0][0]))

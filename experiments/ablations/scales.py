@@ -40,6 +40,7 @@ def widths(d_model: int, n_heads: int) -> dict[str, int]:
     return {"d_model": d_model, "n_heads": n_heads, "d_ff": 4 * d_model}
 
 
+BYTES = ByteTokenizer(256)  # the paper's: 256 bytes and nothing else, since no text here has a beginning or an end
 TEXT = DataConfig(path="enwik8", tokenizer="byte", split="enwik8", block_size=2048, batch_size=8)
 IMAGES = DataConfig(dataset="cifar10", batch_size=8)
 
@@ -115,7 +116,7 @@ def find_setup(dataset: str, scale: str, path: str = "") -> Setup:
         return LETTERS
     if dataset in TEXTS:
         setup = SETUPS["text", scale]
-        vocab_size, data = ByteTokenizer.vocab_size, setup.data
+        vocab_size, data = BYTES.vocab_size, setup.data
     else:
         setup = SETUPS["images", scale]
         vocab_size, data = ImageTokenizer.vocab_size, replace(setup.data, dataset=dataset)

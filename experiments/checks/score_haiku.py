@@ -25,7 +25,7 @@ LOAD = flags.DEFINE_string("load_model_path", "runs/finetune", "Directory of a m
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 200, "Samples to count.", lower_bound=1)
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 250, "A sample must end before this many characters.", lower_bound=2)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0.0)
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.", lower_bound=0)
+SEED = launcher.define_seed("Seed of the sampling.")
 REPORT = flags.DEFINE_string("report", "", "Write PATH.json and PATH.md.")
 
 

@@ -35,7 +35,7 @@ from hourglass_jax.training.sharding import on_one_device
 
 KILLS = flags.DEFINE_integer("kills", 50, "How often the run is killed.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 1000, "Steps of the run: enough that all the kills come before its end.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the moments.", lower_bound=0)
+SEED = launcher.define_seed("Seed of the moments.")
 REPORT = flags.DEFINE_string("report", "", "Write PATH.json and PATH.md.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Keep the runs here; by default they are removed.")
 

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
 from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, UsageError, generate
+from hourglass_jax.config import MAX_SEED
 from hourglass_jax.tokenizers import Tokenizer
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.sharding import check_batch, make_mesh
@@ -50,6 +51,11 @@ def define_alias(alias: str, target: str, parse: Callable[[str], Any]) -> None:
     """Flag --alias=value for --target=parse(value); `target` is config.field, several separated by commas."""
     _aliases[alias] = (target, parse)
     flags.DEFINE_string(alias, None, "short for " + " and ".join(f"--{t}" for t in target.split(",")))
+
+
+def define_seed(help_text: str) -> flags.FlagHolder[int]:
+    """Flag --seed=N, of the numbers that a key of JAX can be made of."""
+    return flags.DEFINE_integer("seed", 0, help_text, lower_bound=0, upper_bound=MAX_SEED)
 
 
 def boolean(value: str) -> bool:

@@ -13,6 +13,7 @@ from hourglass_jax import CharTokenizer, DataConfig, HourglassLM, ImageTokenizer
 from hourglass_jax.data.corpora import load_tokens, split_tokens
 from hourglass_jax.data.images import ImageSplits, image_batches, image_validation, load_images
 from hourglass_jax.data.pipeline import BatchAt, LazyBatches, consecutive_windows, training_batches
+from hourglass_jax.tokenizers import TextTokenizer
 from hourglass_jax.training.identity import fingerprint
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Signals
@@ -26,7 +27,7 @@ class TextSource:
     unit = "BPC"
     next_command = ("finetune",)
 
-    def __init__(self, config: DataConfig, vocabulary: CharTokenizer | None = None):
+    def __init__(self, config: DataConfig, vocabulary: TextTokenizer | None = None):
         tokens, self.tokenizer = load_tokens(config, vocabulary)
         self.train, self.valid, _ = split_tokens(tokens, config)
         self.config = config

@@ -22,20 +22,24 @@ class Splits(NamedTuple):
     test: np.ndarray
 
 
-def read_text(path: str | Path) -> str:
-    """A UTF-8 text file, line ends as "\\n". Raises UsageError where it is missing, empty or not UTF-8."""
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file; give the path of a UTF-8 text file")
-    raw = path.read_bytes()
+def decode_text(raw: bytes, source: object) -> str:
+    """UTF-8 with line ends as "\\n"; raises UsageError, which names the source, where it is not UTF-8."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UsageError(
-            f"{path}: not UTF-8 at byte {error.start} (line {line}: byte 0x{raw[error.start]:02x}); convert it first"
+            f"{source}: not UTF-8 at byte {error.start} (line {line}: byte 0x{raw[error.start]:02x}); convert it first"
         ) from error
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 text file, line ends as "\\n". Raises UsageError where it is missing, empty or not UTF-8."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; give the path of a UTF-8 text file")
+    text = decode_text(path.read_bytes(), path)
     if not text.strip():
         raise UsageError(f"{path}: the file holds no text; give a UTF-8 text file")
     return text
@@ -77,7 +81,7 @@ def load_tokens(config: DataConfig, tokenizer: TextTokenizer | None = None) -> t
     """
     kind = config.tokenizer if tokenizer is None else tokenizer.kind
     if config.path and kind == "byte":
-        return map_bytes(config.path), ByteTokenizer()
+        return map_bytes(config.path), tokenizer or ByteTokenizer()
     text = load_text(config.path)
     if tokenizer is None:
         tokenizer = make_tokenizer(text, config)

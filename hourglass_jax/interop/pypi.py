@@ -80,7 +80,7 @@ def from_pypi(
 
 
 def _tokenizer(vocab_path: str | Path | None, vocab_size: int, path: str | Path) -> Tokenizer:
-    tokenizer = make_tokenizer(read_vocabulary(vocab_path), vocab_path) if vocab_path else ByteTokenizer()
+    tokenizer = make_tokenizer(read_vocabulary(vocab_path), vocab_path) if vocab_path else ByteTokenizer(256)
     if tokenizer.vocab_size != vocab_size:
         raise UsageError(
             f"{vocab_path or 'bytes'}: {tokenizer.vocab_size} tokens, but {path} has {vocab_size}; give the vocabulary "

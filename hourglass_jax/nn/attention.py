@@ -42,8 +42,8 @@ class Attention(nnx.Module):
         if self.positions == "relative":
             shape = (config.n_heads, config.head_dim)
             self.relative = linear(config, d_model, d_heads, bias=False, rngs=rngs)
-            self.content_bias = nnx.Param(kernel_init(config)(rngs.params(), shape))  # u of the formula
-            self.position_bias = nnx.Param(kernel_init(config)(rngs.params(), shape))  # v
+            self.content_bias = nnx.Param(kernel_init(config)(rngs.params(), shape, jnp.float32))  # u of the formula
+            self.position_bias = nnx.Param(kernel_init(config)(rngs.params(), shape, jnp.float32))  # v
 
     def split_heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.n_heads, -1)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hourglass_jax.errors import UsageError
 from hourglass_jax.nn.positions import rotate
 
 
@@ -103,6 +104,14 @@ class Cache:
         clock = self.clock
         start = clock.origin + forgotten(clock.time - clock.origin, self.context, self.factor)
         return replace(clock, start=jnp.maximum(clock.start, start))
+
+    def check_room(self, batch: int) -> None:
+        """Raises UsageError for another number of rows, and where the next token has no place; traced times pass."""
+        rows, time = len(self.clock.start), self.clock.time
+        if batch != rows:
+            raise UsageError(f"{batch} tokens for a cache of {rows} rows; give one token a row")
+        if not isinstance(time, jax.core.Tracer) and time >= self.max_length:
+            raise UsageError(f"the cache holds {self.max_length} tokens and is full; make it with a larger max_length")
 
     def filled_from(self, smaller: Cache) -> Cache:
         """This cache, larger and empty, with what the smaller one holds."""

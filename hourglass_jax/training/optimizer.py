@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +38,39 @@ def _inverse_sqrt(peak: float, warmup: int, step: jax.Array) -> jax.Array:
     return peak * jnp.sqrt(warmup / jnp.maximum(warmup + step, 1))
 
 
+def is_decayed(path: Sequence[Any]) -> bool:
+    """Whether weight decay shrinks the parameter at `path`: the kernels of linear layers, and nothing else.
+
+    Biases, the scales of norms, embeddings, learned positions and the two biases of relative attention are where they
+    are for other reasons than fitting noise, and a decayed scale is only a slower network. So does minGPT
+    (`configure_optimizers`: linear weights decay; biases, LayerNorm and embeddings do not) and big_vision (`wd_mults`:
+    ".*/kernel$"), after BERT, which excludes LayerNorm and biases. By name: the layers of a stack lie along an axis of
+    their own, so that a bias has as many axes as a matrix.
+    """
+    return any(getattr(entry, "key", None) == "kernel" for entry in path)
+
+
+def add_decay(weight_decay: float) -> optax.GradientTransformation:
+    """AdamW's decoupled weight decay of what `is_decayed`.
+
+    As `optax.add_decayed_weights` with a mask, but its state is empty, as that without one: checkpoints of both go on.
+    """
+
+    def update(updates: Any, params: Any) -> Any:
+        def decayed(path: Sequence[Any], update: jax.Array, param: jax.Array) -> jax.Array:
+            return update + weight_decay * param if is_decayed(path) else update
+
+        return jax.tree.map_with_path(decayed, updates, params)
+
+    return optax.stateless(update)
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    adamw = optax.adamw(
-        learning_rate_schedule(config, steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), its gradients clipped before and its rate scheduled."""
+    adamw = optax.chain(
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+        add_decay(config.weight_decay),
+        optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
     )
     if config.clip_norm:
         return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

@@ -123,7 +123,7 @@ class Run:
             return CharTokenizer.load(self.directory / VOCABULARY)
         if record["tokenizer"] == "image":
             return ImageTokenizer(record["image_shape"])
-        return ByteTokenizer() if record["tokenizer"] == "byte" else None
+        return ByteTokenizer(record["model"]["vocab_size"]) if record["tokenizer"] == "byte" else None
 
     def write(self, record: Record) -> None:
         """Makes the directory describe itself, with the files that `read` reads."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,9 +105,11 @@ class _Training:
         self.batch_sharding = sharding.batch_sharding(self.mesh)
         tokens, weights = batch_at(0)
         self.batch_size, self.block_size = weights.shape
-        parts = {"optimizer": optimizer_config, "train": train_config}
-        self.settings: dict[str, Any] = {name: dataclasses.asdict(part) for name, part in parts.items()}
-        self.settings["first_batch_fingerprint"] = fingerprint(tokens)
+        self.settings = {
+            "optimizer": dataclasses.asdict(optimizer_config),
+            "train": dataclasses.asdict(train_config),
+            "first_batch_fingerprint": fingerprint(tokens),
+        }
         sharding.check_batch(self.mesh, self.batch_size, runtime_config.accumulate)
         self.rows = sharding.local_rows(self.batch_sharding, self.batch_size)
 

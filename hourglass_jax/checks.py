@@ -1,0 +1,105 @@
+"""Checks of tokens and keys that a user hands in, on the host alone: of a traced array, shape and type are looked at.
+
+So they cost a compiled program nothing, and what is traced is checked where it is handed in or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hourglass_jax.config import HourglassConfig
+from hourglass_jax.errors import UsageError
+
+Array = jax.Array | np.ndarray
+
+
+def check_tokens(name: str, tokens: Any, vocab_size: int, axes: str) -> Array:
+    """`tokens` as an array of integers with these `axes`, such as "B, L".
+
+    Raises UsageError, which calls them `name`, for another shape or type, where there are none, and for one that is not
+    among 0 .. vocab_size - 1.
+    """
+    if not isinstance(tokens, jax.Array):
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError:
+            raise UsageError(f"{name} has rows of different lengths; give integers [{axes}]") from None
+    if not tokens.size:
+        raise UsageError(f"{name} is empty; give at least one token, such as the tokenizer's bos_id")
+    if tokens.ndim != len(axes.split(",")) or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        found = "text" if tokens.dtype.kind in "US" else f"{tokens.dtype} {list(tokens.shape)}"
+        raise UsageError(f"{name} is {found}; give integers [{axes}], as a tokenizer encodes them")
+    if _readable(tokens) and not _all_below(tokens, vocab_size):
+        values = np.asarray(tokens)
+        raise UsageError(
+            f"{name} has tokens outside 0 .. {vocab_size - 1}, the model's vocabulary ({values.min()} .. "
+            f"{values.max()}); encode with the model's own tokenizer"
+        )
+    return tokens
+
+
+def _readable(array: Array) -> bool:
+    """Whether this process has its values: not those of a traced array, nor what lies on others' devices."""
+    return isinstance(array, np.ndarray) or (not isinstance(array, jax.core.Tracer) and array.is_fully_addressable)
+
+
+def _all_below(tokens: Array, vocab_size: int) -> bool:
+    limits = np.iinfo(tokens.dtype)
+    if limits.min >= 0 and limits.max < vocab_size:
+        return True  # as bytes are: a text on disk need not be read for this
+    values = np.asarray(tokens)
+    return bool(values.min() >= 0 and values.max() < vocab_size)
+
+
+def token_mask(name: str, tokens: int | Iterable[int], vocab_size: int) -> np.ndarray:
+    """bool [V], true at each of `tokens`, one or several or none. Raises UsageError as `check_tokens`."""
+    mask = np.zeros(vocab_size, bool)
+    listed = list(tokens) if isinstance(tokens, Iterable) else [tokens]
+    if listed:
+        mask[np.asarray(check_tokens(name, listed, vocab_size, "n"))] = True
+    return mask
+
+
+def check_key(key: Any) -> None:
+    """Raises UsageError unless this is one random key, typed or raw."""
+    if isinstance(key, Array):
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and not key.ndim:
+            return
+        if key.dtype == jnp.uint32 and key.ndim == 1:
+            return
+    raise UsageError(f"key is {type(key).__name__}, not a random key; give one such as jax.random.key(0)")
+
+
+def check_x64(config: HourglassConfig) -> None:
+    """Raises UsageError where JAX would compute in float32 what is to be float64."""
+    if jax.dtypes.canonicalize_dtype(config.dtype) != config.dtype:
+        raise UsageError(
+            f"dtype={config.dtype!r} would be float32 here; set JAX_ENABLE_X64=1, or go within jax.enable_x64(True)"
+        )
+
+
+def check_prompts(prompts: Any, config: HourglassConfig, max_tokens: int) -> list[np.ndarray]:
+    """Each prompt as int32 [n].
+
+    Raises UsageError for what is no list of token lists, for a prompt that is empty, has unknown tokens, or would
+    outgrow learned positions.
+    """
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | Array):
+        raise UsageError(
+            f"prompts is {type(prompts).__name__}; give a list of token lists, such as [tokenizer.encode('an old')]"
+        )
+    rows = []
+    for i, prompt in enumerate(prompts):
+        row = np.asarray(check_tokens(f"prompt {i}", prompt, config.vocab_size, "n"), np.int32)
+        if len(row) + max_tokens > config.position_limit:
+            raise UsageError(
+                f"prompt and new tokens make {len(row) + max_tokens}, but learned positions end at "
+                f"max_length={config.max_length}; ask for fewer tokens"
+            )
+        rows.append(row)
+    return rows
