@@ -23,6 +23,17 @@ def clean(text: str) -> str:
     return "".join(c for c in ascii_text if c in CLEAN_CHARACTERS)
 
 
+def to_utf8(text: str) -> bytes:
+    """Raises UsageError where the text has half of a surrogate pair, which no encoding holds."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"character {error.start:,} is {text[error.start]!r}, half of a surrogate pair, which UTF-8 cannot hold; "
+            "remove it"
+        ) from error
+
+
 class CharTokenizer:
     """One token a character: the sorted characters of a text after <EOS>, <UNK> and <BOS>."""
 
@@ -35,6 +46,7 @@ class CharTokenizer:
         self.clean = clean
         if any(len(c) != 1 for c in self.characters) or len(set(self.characters)) != len(self.characters):
             raise UsageError("a vocabulary must list different single characters after <EOS>, <UNK>, <BOS>")
+        to_utf8("".join(self.characters))  # in which the vocabulary is saved
         self.eos_id, self.unk_id, self.bos_id = range(3)
         self._ids = {c: i + len(self.SPECIALS) for i, c in enumerate(self.characters)}
 
@@ -84,7 +96,10 @@ class CharTokenizer:
             raise UsageError(f"{path} is not a vocabulary of this library: {error}") from error
         if tuple(names[:3]) != cls.SPECIALS or ids != list(range(len(ids))):
             raise UsageError(f"{path}: tokens 0, 1, 2 must be <EOS>, <UNK>, <BOS> and the ids must have no gaps")
-        return cls(names[3:], clean=cleaned)
+        try:
+            return cls(names[3:], clean=cleaned)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
 
 
 _clean = clean  # `clean` is also a parameter above
@@ -99,7 +114,7 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """-> uint8 values as int32 [L]."""
-        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+        return np.frombuffer(to_utf8(text), np.uint8).astype(np.int32)
 
     def unknown(self, text: str) -> list[str]:
         """None: every text has bytes."""
