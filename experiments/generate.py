@@ -25,7 +25,7 @@ from experiments.common.pictures import draw_images, nothing, save_grid, top_hal
 from experiments.common.sources import recorded_images
 from hourglass_jax import HourglassLM, ImageTokenizer, UsageError, generate, load
 from hourglass_jax.data.corpora import decode_text
-from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, check_utf8
+from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, to_utf8
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Signals
 
@@ -128,8 +128,7 @@ def write(model: HourglassLM, tokenizer: TextTokenizer, signals: Signals) -> Non
 
 def read_prompts(tokenizer: TextTokenizer) -> list[bytes]:
     """The UTF-8 of each prompt, of bytes those of a file as they are; from scratch, one of nothing."""
-    check_utf8(PROMPT.value)
-    prompts = [PROMPT.value.encode("utf-8")]
+    prompts = [to_utf8(PROMPT.value)]
     if PROMPT_FILE.value:
         raw = sys.stdin.buffer.read() if PROMPT_FILE.value == "-" else Path(PROMPT_FILE.value).read_bytes()
         if not isinstance(tokenizer, ByteTokenizer):

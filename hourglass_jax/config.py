@@ -16,6 +16,7 @@ from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 
 MAX_SEED = 2**63 - 1  # what a key of JAX is made of fits 64 bits with a sign
 IMAGE_SIZES = {"cifar10": 32, "imagenet32": 32, "imagenet64": 64}  # side of a data set's images, in pixels
+FOLDER = "folder"  # the data set of one's own images
 
 
 def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
@@ -35,6 +36,9 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"),
 
 def check_image_size(dataset: str, image_size: int) -> None:
     """Raises unless images of `dataset` can be averaged down to this side; 0 leaves them as they are."""
+    if dataset == FOLDER:
+        check_range("image_size", image_size, 0)
+        return
     size = IMAGE_SIZES[dataset]
     check_range("image_size", image_size, 0, size)
     if image_size and size % image_size:
@@ -181,16 +185,20 @@ class HourglassConfig:
 class DataConfig:
     """Which text or images, and how they are cut into batches. Images have their own order, split and length.
 
-    path: a UTF-8 text file, any file where `tokenizer` is byte, or the images' directory; empty: the built-in corpus.
-    dataset: text | cifar10 | imagenet32 | imagenet64.
-    image_size: averages images down to this side in pixels, which divides their own; 0: as stored.
+    path: a UTF-8 text file, a directory of .txt files, a pattern such as "books/*.txt", or several of these with commas
+        between, joined in the order of their names; any files where `tokenizer` is byte; the images' directory; empty:
+        the built-in corpus.
+    dataset: text | cifar10 | imagenet32 | imagenet64 | folder (PNG and JPEG files).
+    image_size: averages images down to this side in pixels, which divides their own; 0: as stored. Images of a folder
+        are first cut to squares, and take any side.
     tokenizer: char | byte.
     clean: lower-case, strip accents, keep "\\n !&'$,-.:;?" and a-z (characters only).
-    block_size: tokens a training window; of images, always an image's.
+    block_size: tokens a training window; images have their own length.
     batch_size: windows or images a step.
     order: random (windows start anywhere) | epochs (consecutive windows, each once an epoch).
     split: fraction (by train_fraction, no test) | enwik8 (90M train, 5M validation, 5M test).
-    train_fraction: the rest is for validation.
+    train_fraction: the rest is for validation, of a text or a folder.
+    valid_path: another text for validation, given as `path` is; then all of `path` is for training.
     """
 
     path: str = ""
@@ -203,14 +211,19 @@ class DataConfig:
     order: str = "random"
     split: str = "fraction"
     train_fraction: float = 0.9
+    valid_path: str = ""
 
     def __post_init__(self) -> None:
-        check_choice("dataset", self.dataset, ("text", *IMAGE_SIZES))
+        check_choice("dataset", self.dataset, ("text", *IMAGE_SIZES, FOLDER))
         if self.dataset != "text":
             check_image_size(self.dataset, self.image_size)
+        if self.dataset in IMAGE_SIZES:
             object.__setattr__(self, "block_size", 3 * (self.image_size or IMAGE_SIZES[self.dataset]) ** 2)
-        elif self.image_size:
+        if self.dataset == "text" and self.image_size:
             raise UsageError(f"image_size={self.image_size} is for images; choose them by dataset")
+        if self.valid_path and (self.dataset != "text" or self.split != "fraction"):
+            other = f"dataset={self.dataset!r}" if self.dataset != "text" else f"split={self.split!r}"
+            raise UsageError(f"valid_path={self.valid_path!r}: {other} has a validation split; leave out one of them")
         check_choice("tokenizer", self.tokenizer, ("char", "byte"))
         check_choice("order", self.order, ("random", "epochs"))
         check_choice("split", self.split, ("fraction", "enwik8"))

@@ -28,10 +28,10 @@ def check_text(text: str) -> None:
         raise UsageError(f"{type(text).__name__} is no text; give a str, of bytes e.g. data.decode('utf-8')")
 
 
-def check_utf8(text: str) -> None:
+def to_utf8(text: str) -> bytes:
     """Raises UsageError for a lone surrogate, half of a character, of which there is no UTF-8."""
     try:
-        text.encode("utf-8")
+        return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError(
             f"character {error.start} of the text is {text[error.start]!a}, half of a surrogate pair and no character; "
@@ -61,6 +61,7 @@ class CharTokenizer:
             self.characters
         ):
             raise UsageError("a vocabulary must list different single characters after <EOS>, <UNK>, <BOS>")
+        to_utf8("".join(self.characters))  # in which the vocabulary is saved
         self.eos_id, self.unk_id, self.bos_id = range(3)
         self._ids = {c: i + len(self.SPECIALS) for i, c in enumerate(self.characters)}
 
@@ -116,7 +117,10 @@ class CharTokenizer:
             raise UsageError(f"{path} is not a vocabulary of this library: {error}") from error
         if tuple(names[:3]) != cls.SPECIALS or ids != list(range(len(ids))):
             raise UsageError(f"{path}: tokens 0, 1, 2 must be <EOS>, <UNK>, <BOS> and the ids must have no gaps")
-        return cls(names[3:], clean=cleaned)
+        try:
+            return cls(names[3:], clean=cleaned)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
 
 
 _clean = clean  # `clean` is also a parameter above
@@ -145,8 +149,7 @@ class ByteTokenizer:
         """-> int32 [L], the bytes of a text's UTF-8, or those given. Raises UsageError for what has none."""
         if not isinstance(text, bytes):
             check_text(text)
-            check_utf8(text)
-            text = text.encode("utf-8")
+            text = to_utf8(text)
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
     def unknown(self, text: str) -> list[str]:

@@ -306,3 +306,29 @@ def test_figure_names_are_metrics_of_their_table():
     for table, row in itertools.chain.from_iterable(((t, row) for row in t.rows) for t in TABLES.values()):
         known = {"memory_gb", "steps_per_second", "parameters_millions"}
         assert all(name in known or name.split(" at ")[0] == table.metric for name in row.paper)
+
+
+def names_in_panels():
+    """Of each panel of the committed Table 1: its frame, and the boxes of the names, all in pixels."""
+    record = json.loads((RESULTS / "table1-gutenberg8-tiny.json").read_text())
+    figure = pictures.draw_costs(record, [row for row in record["rows"] if row["runs"]])
+    figure.canvas.draw()
+    for axes in figure.axes:
+        for name in axes.texts:
+            name.arrowprops = name.arrow_patch = None  # the line to the point is no part of the name
+        yield axes.get_window_extent(), [name.get_window_extent() for name in axes.texts]
+
+
+@pytest.mark.parametrize("size", [5, 6.5, 8])
+def test_names_of_points_lie_in_the_frame_and_never_on_one_another(monkeypatch, size):
+    monkeypatch.setattr(pictures, "NAME_SIZE", size)
+    for frame, boxes in names_in_panels():
+        assert len(boxes) > 10
+        assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
+        assert all(frame.y0 <= box.y0 and box.y1 <= frame.y1 for box in boxes)
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_names_would_overlap_at_the_first_place(monkeypatch):
+    monkeypatch.setattr(pictures, "overlap", lambda a, b: False)
+    assert any(a.overlaps(b) for _, boxes in names_in_panels() for a, b in itertools.combinations(boxes, 2))

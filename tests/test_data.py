@@ -1,6 +1,9 @@
 """Laws of the corpora: reading, encoding, splitting, fingerprints; and of the haiku."""
 
+import dataclasses
+import json
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,12 +11,14 @@ import pytest
 from hourglass_jax import CharTokenizer, DataConfig, UsageError
 from hourglass_jax.data.corpora import (
     builtin_text,
+    load_splits,
     load_text,
     load_tokens,
     make_tokenizer,
     map_bytes,
     read_text,
     split_tokens,
+    text_files,
 )
 from hourglass_jax.data.haiku import is_haiku, load_haiku, make_examples, parse_haiku, usable_haiku
 from hourglass_jax.tokenizers import ByteTokenizer
@@ -50,6 +55,108 @@ def test_unreadable_text_file_is_refused(tmp_path, content, words):
 def test_directory_is_no_text_file(tmp_path):
     with pytest.raises(UsageError):
         read_text(tmp_path)
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """The working directory, with four texts in two folders and a file that is none."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.txt", "a.txt", "books/d.txt", "books/old/c.txt", "books/notes.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("a.txt", "a.txt"),
+        ("b.txt,a.txt", "a.txt b.txt"),
+        ("a.txt,./a.txt,*.txt", "a.txt b.txt"),
+        ("books", "books/d.txt books/old/c.txt"),
+        ("books/", "books/d.txt books/old/c.txt"),
+        ("books/*", "books/d.txt books/notes.md"),
+        ("books/**/*.txt,b.txt", "b.txt books/d.txt books/old/c.txt"),
+        (".", "a.txt b.txt books/d.txt books/old/c.txt"),
+        ("~/a.txt,~/books", "a.txt books/d.txt books/old/c.txt"),
+    ],
+)
+def test_several_texts_are_joined_in_the_order_of_their_names(library, monkeypatch, path, names):
+    monkeypatch.setenv("HOME", str(library))
+    files = [Path(name) for name in names.split()]
+    assert [file.resolve().relative_to(library) for file in text_files(path)] == files
+    assert load_text(path) == "\n".join(names.split())
+    tokens, _ = load_tokens(DataConfig(path=path, tokenizer="byte"))
+    assert bytes(tokens).decode() == load_text(path)
+
+
+def test_a_file_with_a_comma_or_a_star_in_its_name_is_itself(library):
+    for name in ("a,b.txt", "*.txt"):
+        (library / name).write_text("itself")
+        assert load_text(name) == load_text(f"{library / name}") == "itself"
+
+
+@pytest.mark.parametrize("path", ["nowhere.txt", "a.txt,nowhere.txt", "a.txt,", "*.csv", "books/old/c.txt/"])
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+def test_a_part_that_names_no_file_is_told(library, path, tokenizer):
+    with pytest.raises(UsageError, match=r"no such file|holds no"):
+        load_tokens(DataConfig(path=path, tokenizer=tokenizer))
+
+
+def test_a_text_of_its_own_for_validation(library):
+    (library / "a.txt").write_text("abcd" * 10)
+    (library / "v.txt").write_text("bad?")
+    config = DataConfig(path="a.txt", valid_path="v.txt", block_size=16)
+    (train, valid, test), tokenizer = load_splits(config)
+    assert tokenizer.decode(train) == "abcd" * 10 and len(test) == 0
+    assert tokenizer.decode(valid) == "bad" and valid[-1] == tokenizer.unk_id  # the vocabulary is that of the training
+    for changed in ({"path": "v.txt"}, {"block_size": 40}):
+        with pytest.raises(UsageError, match="are for training"):
+            load_splits(dataclasses.replace(config, **changed))
+    (library / "v.txt").write_text("?")
+    with pytest.raises(UsageError, match="1 are for validation"):
+        load_splits(config)
+
+
+@pytest.mark.parametrize("options", [{"split": "enwik8"}, {"dataset": "cifar10"}, {"dataset": "folder"}])
+def test_a_text_for_validation_contradicts_another_split(options):
+    with pytest.raises(UsageError, match=r"valid_path=.v\.txt."):
+        DataConfig(valid_path="v.txt", **options)
+
+
+@pytest.mark.parametrize("text", ["日本語" * 100, "0123456789" * 100])
+def test_cleaning_that_leaves_nothing_is_told(tmp_path, text):
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    config = DataConfig(path=str(tmp_path / "text.txt"), clean=True, block_size=16)
+    with pytest.raises(UsageError, match=rf"cleaning leaves none of its {len(text):,}"):
+        load_splits(config)
+    (tmp_path / "text.txt").write_text(f"an old pond {text}", encoding="utf-8")
+    with pytest.raises(UsageError, match="12 tokens once cleaned"):
+        load_splits(config)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "words"),
+    [(0.001, "too small: of 1,000 tokens 1 are for"), (0.9999, "too large: of 1,000 tokens 1 are for validation")],
+)
+def test_a_fraction_that_leaves_nothing_is_blamed_and_not_the_text(fraction, words):
+    with pytest.raises(UsageError, match=f"train_fraction={fraction} is {words}") as error:
+        split_tokens(TEXT, DataConfig(block_size=16, train_fraction=fraction))
+    assert "longer text" not in str(error.value)
+    with pytest.raises(UsageError, match="longer text"):  # where no fraction would do
+        split_tokens(TEXT[:18], DataConfig(block_size=16, train_fraction=fraction))
+
+
+def test_half_of_a_surrogate_pair_is_told(tmp_path):
+    for encode in (ByteTokenizer().encode, CharTokenizer.from_text):
+        with pytest.raises(UsageError, match=r"'\\ud83d', half of a surrogate pair"):
+            encode("smile \ud83d!")
+    vocabulary = {name: i for i, name in enumerate([*CharTokenizer.SPECIALS, "a", "\ud83d"])}
+    path = tmp_path / "vocab.json"
+    path.write_text(json.dumps({"clean": False, "vocabulary": vocabulary}))
+    with pytest.raises(UsageError, match=r"vocab.json: character 1 is '\\ud83d'"):
+        CharTokenizer.load(path)
+    assert CharTokenizer.from_text("😀a").encode("a😀\ud83d").tolist() == [3, 4, 1]
 
 
 def test_builtin_text_is_long_english():

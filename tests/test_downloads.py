@@ -1,12 +1,17 @@
 """What `fetch` gives back is the true corpus, and what fails leaves nothing behind."""
 
 import hashlib
+import os
+import signal
+import subprocess
+import sys
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from launching import ENVIRONMENT, EXPERIMENTS
 
 from hourglass_jax import UsageError
 from hourglass_jax.data import downloads
@@ -31,7 +36,10 @@ def offer(monkeypatch, tmp_path):
 
 @pytest.fixture
 def serve():
-    """serve(body, announced, status=200) -> the address that answers with `body`, Content-Length `announced`."""
+    """serve(body, announced, status=200) -> the address that answers with `body` or what it returns.
+
+    `announced` is the Content-Length.
+    """
     servers = []
 
     def serve(body, announced, status=200):
@@ -41,7 +49,7 @@ def serve():
                 if announced is not None:
                     self.send_header("Content-Length", str(announced))
                 self.end_headers()
-                self.wfile.write(body)
+                self.wfile.write(body() if callable(body) else body)
 
             def log_message(self, *_):
                 pass
@@ -141,6 +149,36 @@ def test_an_interrupted_download_leaves_nothing(offer, monkeypatch, tmp_path):
     monkeypatch.setattr(downloads, "download", interrupted)
     with pytest.raises(KeyboardInterrupt):
         downloads.fetch("enwik8", tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+PLUGIN = """
+import signal
+from hourglass_jax.data import downloads
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background may lack
+downloads.CORPORA["enwik8"] = downloads.Corpus("{url}", 0, "")
+"""
+
+
+def test_ctrl_c_in_a_launcher_s_download_is_one_line_and_leaves_nothing(serve, tmp_path):
+    asked, answer = threading.Event(), threading.Event()
+
+    def silence():
+        asked.set()
+        answer.wait(60)
+        return b""
+
+    (tmp_path / "plugin.py").write_text(PLUGIN.format(url=serve(silence, 1000)))
+    command = [sys.executable, EXPERIMENTS / "ablate.py", "--table=1", "--plugin=plugin.py"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    assert asked.wait(60)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    answer.set()
+    assert process.returncode == 130 and stderr == "ablate.py: error: interrupted\n"
     assert list((tmp_path / "data").iterdir()) == []
 
 

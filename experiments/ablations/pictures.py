@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = {"plain transformer": "tab:orange", "Hourglass": "tab:green"}
+NAME_SIZE = 6.5  # points, as are the two below
+MARKER = 3  # half a point's side
+REACHES = range(MARKER, 80, 4)  # from a point to its name
+SIDES = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
 Cost = Callable[[dict[str, Any]], float | None]
+Point = tuple[str, float, float]  # hierarchy, cost, figure
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -38,36 +44,71 @@ def draw_costs(record: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
     reached = [float(np.mean([run["figures"][record["metric"]] for run in row["runs"]])) for row in rows]
     figure = Figure(figsize=(5.2 * len(costs), 4.6), layout="constrained")
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
-    for axes, (name, cost) in zip(panels, costs.items(), strict=True):
-        draw_points(axes, [(row["hierarchy"], cost(row), y) for row, y in zip(rows, reached, strict=True)])
+    points = [
+        [(row["hierarchy"], cost(row), y) for row, y in zip(rows, reached, strict=True)] for cost in costs.values()
+    ]
+    for axes, name, of_cost in zip(panels, costs, points, strict=True):
+        draw_points(axes, of_cost)
         axes.set_xlabel(name)
     panels[0].set_ylabel(f"{record['metric'].upper()}, lower is better")
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COLOURS), frameon=False)
     figure.suptitle(f"Table {record['table']}, {record['data']}")
+    figure.draw_without_rendering()  # from here on the panels stay where they are
+    for axes, of_cost in zip(panels, points, strict=True):
+        label_points(axes, of_cost)
     return figure
 
 
-def draw_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """Models as (hierarchy, cost, figure), and a line fitted through each kind in the logarithm of the cost."""
+def draw_points(axes: Axes, points: Sequence[Point]) -> None:
+    """A line fitted through each kind in the logarithm of the cost."""
     for label, colour in COLOURS.items():
         of_kind = sorted((point for point in points if kind(point[0]) == label), key=lambda point: point[1])
         if of_kind:
-            draw_kind(axes, of_kind, label, colour)
+            _, x, y = zip(*of_kind, strict=True)
+            slope, level = np.polyfit(np.log(x), y, 1) if len(of_kind) > 1 else (0, y[0])
+            axes.plot(x, y, "o", ms=5, color=colour, label=label)
+            axes.plot(x, slope * np.log(x) + level, color=colour, lw=1, alpha=0.6)
     axes.set_xscale("log")
-    axes.margins(x=0.2, y=0.18)
+    axes.margins(x=0.15, y=0.1)
     axes.grid(alpha=0.3, which="both")
 
 
-def draw_kind(axes: Axes, points: Sequence[tuple[str, float, float]], label: str, colour: str) -> None:
-    names, x, y = zip(*points, strict=True)
-    slope, level = np.polyfit(np.log(x), y, 1) if len(points) > 1 else (0, y[0])
-    line = slope * np.log(x) + level
-    axes.plot(x, y, "o", ms=5, color=colour, label=label)
-    axes.plot(x, line, color=colour, lw=1)
-    for name, x_row, y_row, on_line in zip(names, x, y, line, strict=True):
-        offset, side = ((3, 3), "left") if y_row > on_line else ((-3, -6), "right")  # away from the line
-        style = {"ha": side, "size": 6, "rotation": 40, "rotation_mode": "anchor", "textcoords": "offset points"}
-        axes.annotate(name, (x_row, y_row), xytext=offset, **style)
+def label_points(axes: Axes, points: Sequence[Point]) -> None:
+    """Names beside their points, each at the nearest place that no other name and no point has taken.
+
+    The axes must be where they will stay.
+    """
+    pixel = 72 / axes.figure.dpi  # in points
+    at = {point: axes.transData.transform(point[1:]) * pixel for point in points}
+    frame = axes.get_window_extent()
+    left, bottom, right, top = (edge * pixel for edge in frame.extents)
+    taken = [(x - MARKER, y - MARKER, x + MARKER, y + MARKER) for x, y in at.values()]
+    for point, (x, y) in at.items():
+        width, height = (side / 2 + 1 for side in name_size(axes, point[0], pixel))
+        for reach, (right_of, above) in itertools.product(REACHES, SIDES):
+            dx, dy = right_of * (width + reach), above * (height + reach)
+            box = (x + dx - width, y + dy - height, x + dx + width, y + dy + height)
+            inside = left < box[0] and box[2] < right and bottom < box[1] and box[3] < top
+            if inside and not any(overlap(box, other) for other in taken):
+                break
+        taken.append(box)
+        style = {"size": NAME_SIZE, "ha": "center", "va": "center", "textcoords": "offset points"}
+        if reach > REACHES[0]:
+            style["arrowprops"] = {"arrowstyle": "-", "lw": 0.4, "color": "grey"}
+        axes.annotate(point[0], point[1:], xytext=(dx, dy), **style).set_in_layout(False)
+
+
+def name_size(axes: Axes, name: str, pixel: float) -> tuple[float, float]:
+    """Width and height of a drawn name, in points."""
+    text = axes.text(0, 0, name, size=NAME_SIZE)
+    extent = text.get_window_extent()
+    text.remove()
+    return extent.width * pixel, extent.height * pixel
+
+
+def overlap(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Of two boxes (left, bottom, right, top)."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def draw_rows(record: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:

@@ -194,7 +194,8 @@ def make_sampler(
 
 
 def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
-    """absl's app.run, with bad input reported in one line on stderr and exit code 2; 0 where a signal ends a run.
+    """absl's app.run. Bad input is one line on stderr and exit code 2; 0 where a signal ends a run that is saved,
+    130 where Ctrl-C ends anything else.
 
     `positional`: main takes arguments beside the flags.
     """
@@ -219,6 +220,8 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
             main(argv)
         except Interrupted as interruption:
             print(f"\n{interruption}")
+        except KeyboardInterrupt:
+            fail(argv[0], "interrupted", code=130)  # as a shell reports it
         except (UsageError, OSError) as error:
             fail(argv[0], str(error))
 
@@ -227,6 +230,6 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def fail(program: str, message: str) -> None:
+def fail(program: str, message: str, code: int = 2) -> None:
     print(f"{Path(program).name}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

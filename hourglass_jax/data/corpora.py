@@ -1,7 +1,10 @@
-"""Readers of text: a UTF-8 file, any file as bytes, the built-in corpus; and how a text is split."""
+"""Readers of text: UTF-8 files, any files as bytes, the built-in corpus; and how a text is split."""
 
 from __future__ import annotations
 
+import dataclasses
+import glob
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +15,8 @@ from hourglass_jax.errors import UsageError
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, TextTokenizer
 
 ENWIK8_SPLIT = (90_000_000, 5_000_000, 5_000_000)  # of enwik8 and text8, as in the literature; one token a byte
+MIN_VALID = 2  # tokens: one prediction
+LONGER = "give a longer text or a smaller block_size"
 
 
 class Splits(NamedTuple):
@@ -52,9 +57,28 @@ def builtin_text() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
+def text_files(path: str | Path) -> list[Path]:
+    """The files that `path` names, as `DataConfig.path` says, sorted. Raises UsageError where a part names none."""
+    path = os.path.expanduser(path)
+    if os.path.isfile(path):  # whatever its name
+        return [Path(path)]
+    files: set[Path] = set()
+    for part in map(os.path.expanduser, path.split(",")):
+        directory = os.path.isdir(part)
+        names = glob.glob("**/*.txt", root_dir=part, recursive=True) if directory else glob.glob(part, recursive=True)
+        found = {file for name in names if (file := Path(part if directory else "", name)).is_file()}
+        if not found:
+            problem = "the directory holds no .txt file" if directory else "no such file"
+            raise UsageError(
+                f"{part}: {problem}; give a file, a directory of .txt files, a pattern, or several with commas between"
+            )
+        files |= found
+    return sorted(files)
+
+
 def load_text(path: str) -> str:
-    """The file at `path`, or the built-in corpus where it is empty."""
-    return read_text(path) if path else builtin_text()
+    """The files that `path` names, a line end between them, or the built-in corpus where it is empty."""
+    return "\n".join(map(read_text, text_files(path))) if path else builtin_text()
 
 
 def make_tokenizer(text: str, config: DataConfig) -> TextTokenizer:
@@ -73,20 +97,46 @@ def map_bytes(path: str | Path) -> np.memmap:
     return np.memmap(path, np.uint8, mode="r")
 
 
+def load_bytes(path: str | Path) -> np.ndarray:
+    """The bytes of the files that `path` names, a line end between them: left on disk where it is one file."""
+    first, *others = map(map_bytes, text_files(path))
+    line_end = np.frombuffer(b"\n", np.uint8)
+    return np.concatenate([first, *(part for other in others for part in (line_end, other))]) if others else first
+
+
 def load_tokens(config: DataConfig, tokenizer: TextTokenizer | None = None) -> tuple[np.ndarray, TextTokenizer]:
     """The text of `config` as tokens [N], and its tokenizer: the one given, or the one that `config` asks for.
 
     A file read as bytes is memory-mapped: it starts at once whatever its size, and line ends stay as they are.
-    Other tokens come in the smallest of uint8, uint16 and int32 that holds the vocabulary.
+    Other tokens come in the smallest of uint8, uint16 and int32 that holds the vocabulary. Raises UsageError where
+    cleaning leaves nothing.
     """
     kind = config.tokenizer if tokenizer is None else tokenizer.kind
     if config.path and kind == "byte":
-        return map_bytes(config.path), tokenizer or ByteTokenizer()
+        return load_bytes(config.path), tokenizer or ByteTokenizer()
     text = load_text(config.path)
     if tokenizer is None:
         tokenizer = make_tokenizer(text, config)
+    tokens = tokenizer.encode(text)
+    if not len(tokens):
+        raise UsageError(
+            f"{config.path}: cleaning leaves none of its {len(text):,} characters; give a text in the letters a to z, "
+            "or a vocabulary with clean=False"
+        )
     smallest = next((t for t in (np.uint8, np.uint16) if tokenizer.vocab_size - 1 <= np.iinfo(t).max), np.int32)
-    return tokenizer.encode(text).astype(smallest), tokenizer
+    return tokens.astype(smallest), tokenizer
+
+
+def load_splits(config: DataConfig, tokenizer: TextTokenizer | None = None) -> tuple[Splits, TextTokenizer]:
+    """The text of `config` in its parts, as tokens, and the tokenizer; see `load_tokens`."""
+    tokens, tokenizer = load_tokens(config, tokenizer)
+    if not config.valid_path:
+        return split_tokens(tokens, config), tokenizer
+    valid, _ = load_tokens(dataclasses.replace(config, path=config.valid_path, valid_path=""), tokenizer)
+    splits = Splits(tokens, valid, tokens[:0])
+    if problem := shortage(splits, config):
+        raise UsageError(f"of the texts' tokens {problem}; {LONGER}")
+    return splits, tokenizer
 
 
 def split_tokens(tokens: np.ndarray, config: DataConfig) -> Splits:
@@ -103,10 +153,23 @@ def split_tokens(tokens: np.ndarray, config: DataConfig) -> Splits:
         n_train = int(n_tokens * config.train_fraction)
         n_valid = n_tokens - n_train
     splits = Splits(tokens[:n_train], tokens[n_train : n_train + n_valid], tokens[n_train + n_valid :])
-    needed = config.block_size + 1
-    if n_train < needed or n_valid < 2:
-        raise UsageError(
-            f"the text has {n_tokens} tokens, {n_train} of them for training, but one block takes {needed} "
-            f"(block_size={config.block_size} and the next); give a longer text or a smaller block_size"
-        )
+    if problem := shortage(splits, config):
+        if config.split == "fraction" and n_tokens >= config.block_size + 1 + MIN_VALID:  # another fraction would do
+            wrong = "large" if n_valid < MIN_VALID else "small"
+            raise UsageError(f"train_fraction={config.train_fraction} is too {wrong}: of {n_tokens:,} tokens {problem}")
+        cleaned = " once cleaned" if config.clean else ""
+        raise UsageError(f"of the text's {n_tokens:,} tokens{cleaned} {problem}; {LONGER}")
     return splits
+
+
+def shortage(splits: Splits, config: DataConfig) -> str:
+    """Which part has too few tokens; empty where all have enough."""
+    needed = config.block_size + 1
+    if len(splits.train) < needed:
+        return (
+            f"{len(splits.train):,} are for training, but one block takes {needed} "
+            f"(block_size={config.block_size} and the next)"
+        )
+    if len(splits.valid) < MIN_VALID:
+        return f"{len(splits.valid)} are for validation, which takes at least {MIN_VALID}"
+    return ""

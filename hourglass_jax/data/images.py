@@ -109,18 +109,18 @@ class ArrayUnpickler(pickle.Unpickler):
 
 def read_pickle(path: Path) -> np.ndarray:
     """CIFAR-10's Python version: a pickled dictionary with the images under b"data"."""
-    with _explained(path, "a CIFAR-10 batch"), path.open("rb") as file:
+    with explained(path, "a CIFAR-10 batch"), path.open("rb") as file:
         return ArrayUnpickler(file, encoding="bytes").load()[b"data"]
 
 
 def read_npz(path: Path) -> np.ndarray:
     """A batch of downsampled ImageNet: an npz file with the images under "data"."""
-    with _explained(path, "an npz file"), np.load(path, allow_pickle=False) as arrays:
+    with explained(path, "an npz file"), np.load(path, allow_pickle=False) as arrays:
         return arrays["data"]
 
 
 @contextmanager
-def _explained(path: Path, kind: str) -> Iterator[None]:
+def explained(path: Path, kind: str) -> Iterator[None]:
     """What goes wrong in a damaged pickle or archive comes as exceptions of many kinds."""
     try:
         yield

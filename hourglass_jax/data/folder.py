@@ -1,0 +1,78 @@
+"""A folder of one's own images, PNG and JPEG files, as uint8 [N, H, W, C]."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from hourglass_jax.data.images import ImageSplits, explained
+from hourglass_jax.errors import UsageError
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+GRAY, COLOURED = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's modes of 8 bits a channel
+MAX_PIXELS = 256 * 256  # of images that are taken as they are: longer sequences are no accident only if asked for
+
+
+def load_folder(path: str | Path, image_size: int = 0, train_fraction: float = 0.9) -> ImageSplits:
+    """The PNG and JPEG files in a folder and the folders in it; [N, H, W, 1] where all are gray, else [N, H, W, 3].
+
+    image_size: cuts the middle square out of each and averages it down (or enlarges it) to this side; 0: as they are,
+        which takes images of one size.
+    train_fraction: the rest is for validation, at least one. A hash of its name in the folder decides which an image
+        is: no class or series falls to one side, and images that come later move no others, but those at the border.
+
+    Raises UsageError where there are fewer than two images, one is damaged, or their sizes differ.
+    """
+    folder = Path(os.path.expanduser(path))
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such directory; give one with PNG or JPEG files")
+    files = sorted(file for file in folder.rglob("[!.]*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if len(files) < 2:
+        raise UsageError(f"{folder}: {len(files)} PNG or JPEG files; training and validation take at least one each")
+    images = read_images(files, image_size)
+    drawn = sorted(range(len(files)), key=lambda i: name_hash(files[i].relative_to(folder)))
+    n_train = min(max(int(len(files) * train_fraction), 1), len(files) - 1)
+    return ImageSplits(images[sorted(drawn[:n_train])], images[sorted(drawn[n_train:])])
+
+
+def name_hash(name: Path) -> bytes:
+    return hashlib.sha256(name.as_posix().encode("utf-8", "surrogateescape")).digest()
+
+
+def read_images(files: list[Path], image_size: int) -> np.ndarray:
+    """-> uint8 [N, H, W, C], in the order of the files."""
+    sizes, gray = zip(*map(inspect, files), strict=True)
+    for file, size in zip(files, sizes, strict=True):
+        if not image_size and size != sizes[0]:
+            raise UsageError(
+                f"{file}: is {size[0]}x{size[1]}, but {files[0].name} is {sizes[0][0]}x{sizes[0][1]}; "
+                "give the side that all should have as image_size"
+            )
+    width, height = (image_size, image_size) if image_size else sizes[0]
+    if not image_size and width * height > MAX_PIXELS:
+        raise UsageError(
+            f"{files[0].parent}: an image of {width}x{height} is a sequence of {width * height * 3:,} tokens; give a "
+            "smaller side as image_size"
+        )
+    images = np.empty((len(files), height, width, 1 if all(gray) else 3), np.uint8)
+    for i, file in enumerate(files):
+        with explained(file, "an image"), Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened).convert("L" if all(gray) else "RGB")
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BOX)
+            images[i] = np.asarray(image).reshape(images.shape[1:])
+    return images
+
+
+def inspect(file: Path) -> tuple[tuple[int, int], bool]:
+    """Width and height as shown, and whether the image is gray; reads no more of the file than that."""
+    with explained(file, "an image"), Image.open(file) as image:
+        mode = image.mode
+        turned = image.getexif().get(0x0112, 1) >= 5  # the orientations that swap the sides
+        size = image.size[::-1] if turned else image.size
+    if mode not in GRAY + COLOURED:
+        raise UsageError(f"{file}: its pixels are of the kind {mode!r}; give images with 8 bits a channel")
+    return size, mode in GRAY

@@ -1,0 +1,41 @@
+"""More characters for a model that has been trained on others."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hourglass_jax.model import HourglassLM
+from hourglass_jax.tokenizers import CharTokenizer, TextTokenizer
+
+Tokenizer = TypeVar("Tokenizer", bound=TextTokenizer)
+
+
+def extend_vocabulary(model: HourglassLM, tokenizer: Tokenizer, text: str) -> tuple[HourglassLM, Tokenizer]:
+    """A model and tokenizer that also know the characters of `text`; those given stay as they are.
+
+    New tokens come after the old ones. In the embedding and the head they start as the mean of the old ones, so that
+    the logits of the old tokens are what they were and those of the new ones never stand out. Where all characters are
+    known, as bytes always are, the two come back.
+    """
+    new = tokenizer.unknown(text)
+    if not new or not isinstance(tokenizer, CharTokenizer):
+        return model, tokenizer
+    extended = type(tokenizer)([*tokenizer.characters, *new], clean=tokenizer.clean)
+    config = dataclasses.replace(model.config, vocab_size=extended.vocab_size)
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, jax.tree.map(grow, nnx.state(model), shapes)), extended
+
+
+def grow(old: jax.Array, new: jax.ShapeDtypeStruct) -> jax.Array:
+    """`old` in the shape of `new`, which may be longer along one axis: there its mean is repeated."""
+    longer = [axis for axis in range(old.ndim) if old.shape[axis] != new.shape[axis]]
+    if not longer:
+        return old
+    [axis] = longer
+    mean = old.mean(axis, keepdims=True)
+    return jnp.concatenate([old, jnp.repeat(mean, new.shape[axis] - old.shape[axis], axis)], axis)
