@@ -25,6 +25,11 @@ class TrainState:
     opt_state: Any
 
 
+def first_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    """Before any step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
 TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
@@ -27,7 +26,7 @@ from hourglass_jax.training.checkpoints import CheckpointStore
 from hourglass_jax.training.metrics import CurveWriter, matmul_ceiling, peak_memory_bytes
 from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from hourglass_jax.training.signals import Interrupted, Signals
-from hourglass_jax.training.step import TrainState, make_train_step
+from hourglass_jax.training.step import TrainState, first_state, make_train_step
 
 LOG_INTERVAL = 10  # steps between records of the training loss
 
@@ -95,17 +94,15 @@ class _Training:
         self.graph, params = nnx.split(model)
         params = jax.device_get(params)  # host arrays may go to the devices of any process
 
-        def first_state(params: nnx.State) -> TrainState:
-            return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-        state = jax.eval_shape(first_state, params)
+        start = partial(first_state, optimizer=optimizer)
+        state = jax.eval_shape(start, params)
         shardings = sharding.state_shardings(self.mesh, state)
         self.store = CheckpointStore(directory, for_training=True)
         self.saved_step = self.store.sound_step()
         self.step = self.saved_step or 0
         self.store.rewind(self.step)
         if self.saved_step is None:
-            self.state = jax.jit(first_state, out_shardings=shardings)(params)
+            self.state = jax.jit(start, out_shardings=shardings)(params)
         else:
             places = sharding.abstract(state, shardings)
             items = self.store.restore(self.step, params=places.params, opt_state=places.opt_state)
