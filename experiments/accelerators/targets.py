@@ -116,10 +116,8 @@ def count_chips(topology: str) -> int:
 
 def gpu_description(fields: Mapping[str, Any]) -> str:
     """XLA's GpuTargetConfigProto as text."""
-    lines = [
-        f"{name} {{ {' '.join(f'{k}: {v}' for k, v in value.items())} }}"
-        if isinstance(value, dict)
-        else f"{name}: {value}"
-        for name, value in fields.items()
-    ]
+    lines = []
+    for name, value in fields.items():
+        inner = " ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else ""
+        lines.append(f"{name} {{ {inner} }}" if inner else f"{name}: {value}")
     return "gpu_device_info {\n  " + "\n  ".join(lines) + '\n}\nplatform_name: "CUDA"\n'
