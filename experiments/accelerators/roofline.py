@@ -7,6 +7,7 @@ the host add is left out.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -45,6 +46,7 @@ class Kernel(NamedTuple):
     bound: str  # products | memory | links | launch
     recomputed: bool
     stated: bool  # whether its FLOPs could be told
+    cycles: int  # as a TPU's compiler counts them
 
 
 class Total(NamedTuple):
@@ -122,6 +124,7 @@ class Roofline:
             bound=bound,
             recomputed=is_recomputed(self.program, instruction),
             stated=bool(flops) or not is_opaque(instruction),
+            cycles=int((re.findall(r'"estimated_cycles":"(\d+)"', instruction.attributes) or [0])[0]),
         )
 
     def breakdown(self) -> dict[str, Total]:
@@ -135,6 +138,11 @@ class Roofline:
         for kernel in self.kernels:
             seconds[kernel.bound] += kernel.seconds * kernel.launches
         return seconds
+
+    def compiler_seconds(self) -> float | None:
+        """What the compiler's own cycles come to, where it counts them."""
+        cycles = sum(kernel.cycles * kernel.launches for kernel in self.kernels)
+        return cycles / self.target.clock if cycles and self.target.clock else None
 
 
 def is_opaque(instruction: Instruction) -> bool:

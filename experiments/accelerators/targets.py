@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Target:
     launch: seconds that a kernel takes at least.
     flops: FLOP/s of matrix products, dense, by type.
     topology: what XLA calls so many chips.
+    clock: cycles a second, in which a TPU's compiler counts; 0: it does not.
     compiler: fields of XLA's description of a GPU; empty for a TPU, which its compiler knows.
     """
 
@@ -50,7 +51,8 @@ class Target:
     launch: float
     flops: Mapping[str, float]
     topology: str
-    compiler: Mapping[str, Any]
+    clock: float = 0.0
+    compiler: Mapping[str, Any] = field(default_factory=dict)
 
     def devices(self) -> Sequence[jax.Device]:
         """That can be compiled for and not run on. Raises UsageError where the platform's compiler is missing."""
@@ -89,7 +91,7 @@ def find_target(name: str) -> Target:
     if size not in slices:
         raise UsageError(f"--target={name}: {kind} comes as {', '.join(slices)}; {path.name} lists them as slices")
     chips = count_chips(slices[size])
-    return Target(name=name, chips=chips, topology=slices[size], **{"compiler": {}} | fields)
+    return Target(name=name, chips=chips, topology=slices[size], **fields)
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def read_fields(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: not TOML ({error}); see the other files beside it") from error
     if lacking := sorted(FIELDS - fields.keys()):
         raise UsageError(f"{path}: lacks {', '.join(lacking)}; see the other files beside it")
-    if unknown := sorted(fields.keys() - FIELDS - {"compiler"}):
+    if unknown := sorted(fields.keys() - FIELDS - {"clock", "compiler"}):
         raise UsageError(f"{path}: knows nothing of {', '.join(unknown)}; see the other files beside it")
     check_choice(f"{path}: platform", fields["platform"], tuple(COMPILERS))
     return fields
