@@ -66,7 +66,9 @@ class HourglassConfig:
     shift: paper (k-1) | original (k, the original project's, one character staler).
     dtype: of the computation, float32 | bfloat16 | float64 (with JAX_ENABLE_X64); parameters stay float32.
     max_unrolled_layers: deeper stacks are one scanned body, so that compile time stays flat.
-    attention: blocked | fused (JAX's kernel where it can: no relative positions, no dropout).
+    attention: how it is computed; the result is the same. blocked (in memory linear in length) | plain (the formula in
+        jnp alone: for jax.jvp, Hessian-vector products and other forward derivatives, which blocked has not) | fused
+        (JAX's kernel where it can: no relative positions, no dropout).
     remat: what the backward pass computes again, none | dots (all but matrix products) | full (layers) | auto.
 
     Raises UsageError, one line, for what is out of range or does not fit together.
@@ -118,7 +120,7 @@ class HourglassConfig:
         check_choice("norm", self.norm, ("stack", "final"))
         check_choice("shift", self.shift, ("paper", "original"))
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float64"))
-        check_choice("attention", self.attention, ("blocked", "fused"))
+        check_choice("attention", self.attention, ("blocked", "plain", "fused"))
         check_choice("remat", self.remat, ("auto", "none", "dots", "full"))
         if self.positions == "rotary" and self.head_dim % 2:
             raise UsageError(f"positions='rotary' needs an even head size, not {self.head_dim}")

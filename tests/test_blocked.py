@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from hourglass_jax.nn import blocked
-from hourglass_jax.nn.blocked import Attend, Inputs, blocked_attention
+from hourglass_jax.nn.attention import blocked
+from hourglass_jax.nn.attention.blocked import blocked_attention
+from hourglass_jax.nn.attention.pattern import Inputs, Pattern
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -55,9 +56,9 @@ def blocks(request, monkeypatch):
 def test_it_equals_its_formula(blocks, query_slots, key_slots, relative):
     inputs = make_inputs(query_slots, key_slots, relative)
     first = np.array([0, 2, 3, 4])
-    out = blocked_attention(Attend(query_slots, key_slots, 0.0), inputs, first)
+    out = blocked_attention(Pattern(query_slots, key_slots, 0.0), inputs, first)
     np.testing.assert_allclose(out, naive(inputs, query_slots, key_slots, first), rtol=1e-9, atol=1e-12)
-    out = blocked_attention(Attend(query_slots, key_slots, 0.0), inputs)
+    out = blocked_attention(Pattern(query_slots, key_slots, 0.0), inputs)
     np.testing.assert_allclose(out, naive(inputs, query_slots, key_slots, np.zeros(4, int)), rtol=1e-9, atol=1e-12)
 
 
@@ -66,9 +67,9 @@ def test_it_equals_its_formula(blocks, query_slots, key_slots, relative):
 @pytest.mark.parametrize("query_slots, key_slots", SLOTS)
 def test_its_gradients_are_those_of_finite_differences(blocks, query_slots, key_slots, relative, dropout):
     inputs = make_inputs(query_slots, key_slots, relative)
-    attend = Attend(query_slots, key_slots, dropout)
+    pattern = Pattern(query_slots, key_slots, dropout)
     key = jax.random.key(0) if dropout else None
-    run = jax.jit(lambda inputs: blocked_attention(attend, inputs, np.array([0, 2, 0, 1]), key))
+    run = jax.jit(lambda inputs: blocked_attention(pattern, inputs, np.array([0, 2, 0, 1]), key))
     check_grads(run, (inputs,), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 
@@ -77,7 +78,7 @@ def test_memory_of_the_gradient_grows_with_length_alone(monkeypatch):
 
     def bytes_per_row(length):
         x = jax.ShapeDtypeStruct((1, 2, length, 8), np.float32)
-        loss = jax.jit(jax.grad(lambda q: (blocked_attention(Attend(1, 1, 0.0), Inputs(q, q, q)) ** 2).sum()))
+        loss = jax.jit(jax.grad(lambda q: (blocked_attention(Pattern(1, 1, 0.0), Inputs(q, q, q)) ** 2).sum()))
         return loss.lower(x).compile().memory_analysis().temp_size_in_bytes / length
 
     short, long = bytes_per_row(512), bytes_per_row(4096)

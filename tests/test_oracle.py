@@ -6,7 +6,7 @@ import oracle
 import pytest
 from conftest import HIERARCHIES, METHODS, NESTED, forward, make_model, small_config
 
-from hourglass_jax.nn import blocked
+from hourglass_jax.nn.attention import blocked
 
 TOKENS = np.random.default_rng(0).integers(0, 11, 13)
 

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 
 from absl import flags
 
 from experiments.common import launcher
-from hourglass_jax import DataConfig, Hierarchy, HourglassConfig, OptimizerConfig, TrainConfig, UsageError
+from hourglass_jax import (
+    ByteTokenizer,
+    CharTokenizer,
+    DataConfig,
+    Hierarchy,
+    HourglassConfig,
+    ImageTokenizer,
+    OptimizerConfig,
+    TrainConfig,
+    UsageError,
+)
+from hourglass_jax.data.corpora import load_tokens
 
 # Sized so that the built-in corpus trains in about two minutes on two CPU cores.
 MODEL = HourglassConfig(
@@ -98,3 +110,13 @@ def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:
         launcher.read_config("optimizer", OptimizerConfig, **betas),
         launcher.read_config("train", TrainConfig, **schedule),
     )
+
+
+def vocabulary_size(data: DataConfig, vocab_path: str) -> int:
+    """Of what `data` asks for; only characters' own vocabulary needs the text itself."""
+    if data.dataset != "text":
+        return ImageTokenizer.vocab_size
+    if data.tokenizer == "byte":
+        return ByteTokenizer.vocab_size
+    vocabulary = CharTokenizer.load(Path(vocab_path)) if vocab_path else None
+    return (vocabulary or load_tokens(data, None)[1]).vocab_size

@@ -10,6 +10,7 @@ processes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,16 +22,16 @@ from hourglass_jax.config import RuntimeConfig
 from hourglass_jax.errors import UsageError
 
 
-def make_mesh(config: RuntimeConfig) -> Mesh:
-    """All devices of all processes, as data x fsdp. Raises UsageError where their number does not fit."""
-    devices = np.array(jax.devices())
-    data = len(devices) // config.fsdp if config.data == -1 else config.data
-    if data * config.fsdp != len(devices):
+def make_mesh(config: RuntimeConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices of all processes, or `devices`, as data x fsdp. Raises UsageError where their number does not fit."""
+    found = np.array(jax.devices() if devices is None else devices)
+    data = len(found) // config.fsdp if config.data == -1 else config.data
+    if data * config.fsdp != len(found):
         raise UsageError(
-            f"data={config.data} x fsdp={config.fsdp} devices asked for, but there are {len(devices)}; "
-            f"choose factors of {len(devices)}"
+            f"data={config.data} x fsdp={config.fsdp} devices asked for, but there are {len(found)}; "
+            f"choose factors of {len(found)}"
         )
-    return Mesh(devices.reshape(data, config.fsdp), ("data", "fsdp"))
+    return Mesh(found.reshape(data, config.fsdp), ("data", "fsdp"))
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:

@@ -25,6 +25,11 @@ class TrainState:
     opt_state: Any
 
 
+def first_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    """Before any step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
 TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -43,6 +48,8 @@ def make_train_step(
     """
 
     def weighted_loss(params: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array) -> jax.Array:
+        if shardings is not None:  # whole, as the step's number is; or XLA may divide activations as parameters are
+            params = jax.lax.with_sharding_constraint(params, shardings.step)
         return -(score(nnx.merge(graph, params), tokens, key) * weights).sum()
 
     def accumulated(params: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:

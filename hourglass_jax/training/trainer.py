@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
@@ -32,7 +31,7 @@ from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimi
 from hourglass_jax.training.progress import Progress
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Interrupted, Signals
-from hourglass_jax.training.step import TrainState, make_train_step
+from hourglass_jax.training.step import TrainState, first_state, make_train_step
 
 LOG_INTERVAL = 10  # steps between records of the training loss
 
@@ -140,17 +139,15 @@ class _Training:
         self.graph, params = nnx.split(self.model)
         params = jax.device_get(params)  # host arrays may go to the devices of any process
 
-        def first_state(params: nnx.State) -> TrainState:
-            return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-        state = jax.eval_shape(first_state, params)
+        start = partial(first_state, optimizer=optimizer)
+        state = jax.eval_shape(start, params)
         shardings = sharding.state_shardings(self.mesh, state)
         self.store = run.checkpoints(for_training=True, keep=self.runtime.keep_checkpoints)
         self.saved_step = self.store.sound_step()
         self.step = self.saved_step or 0
         self.store.rewind(self.step)
         if self.saved_step is None:
-            self.state = jax.jit(first_state, out_shardings=shardings)(params)
+            self.state = jax.jit(start, out_shardings=shardings)(params)
         elif not self.store.holds_training(self.step):
             raise UsageError(
                 f"{run.directory}: holds a model without the state of a training; start a new run from it, with "

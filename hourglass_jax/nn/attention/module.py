@@ -12,7 +12,6 @@ with `unit` the total factor of the finer of the two sequences: token units at e
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,8 @@ from flax import nnx
 from jax import lax
 
 from hourglass_jax.config import HourglassConfig
-from hourglass_jax.nn.blocked import Attend, Inputs, blocked_attention
+from hourglass_jax.nn.attention.choice import attend
+from hourglass_jax.nn.attention.pattern import Inputs, Pattern
 from hourglass_jax.nn.cache import Clock, KeyValueCache
 from hourglass_jax.nn.layers import Dropout, kernel_init, linear
 from hourglass_jax.nn.positions import align_newest, rotate, sinusoids, slot_distances
@@ -33,7 +33,7 @@ class Attention(nnx.Module):
         d_model, d_heads, bias = config.d_model, config.n_heads * config.head_dim, config.qkv_bias
         self.unit, self.query_slots, self.key_slots = unit, query_slots, key_slots
         self.n_heads, self.head_dim = config.n_heads, config.head_dim
-        self.positions, self.fused = config.positions, config.attention == "fused"
+        self.positions, self.implementation = config.positions, config.attention
         self.query = linear(config, d_model, d_heads, bias=bias, rngs=rngs)
         self.key = linear(config, d_model, d_heads, bias=bias, rngs=rngs)
         self.value = linear(config, d_model, d_heads, bias=bias, rngs=rngs)
@@ -77,11 +77,6 @@ class Attention(nnx.Module):
         self, q: jax.Array, k: jax.Array, v: jax.Array, *, first: jax.Array | None = None, key: jax.Array | None = None
     ) -> jax.Array:
         """-> [B, G, P, H, K]. Groups before `first` [B] are padding, seen by themselves alone."""
-        key = self.dropout.used(key)
-        one_slot = self.query_slots == self.key_slots == 1  # so that there are as many queries as keys
-        if self.fused and one_slot and self.positions != "relative" and first is None and key is None:
-            q, k, v = (x[:, :, 0] for x in (q, k, v))
-            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel(q))[:, :, None]
         scale = self.head_dim**-0.5
         q_position = r = None
         if self.positions == "relative":
@@ -91,8 +86,8 @@ class Attention(nnx.Module):
             q, q_position = self.content_and_position(q)
             q_position = heads_first(q_position * scale)
         inputs = Inputs(heads_first(q * scale), heads_first(k), heads_first(v), q_position, r)
-        attend = Attend(self.query_slots, self.key_slots, self.dropout.rate)
-        out = blocked_attention(attend, inputs, first, key)
+        pattern = Pattern(self.query_slots, self.key_slots, self.dropout.rate)
+        out = attend(self.implementation, pattern, inputs, first, self.dropout.used(key))
         return out.swapaxes(1, 2).reshape(q.shape)
 
     def init_cache(self, batch: int, max_length: int) -> KeyValueCache:
@@ -160,11 +155,6 @@ class Attention(nnx.Module):
         visible = (rows <= newest) & (rows >= first[:, None])
         probabilities = masked_softmax(scores * q.shape[-1] ** -0.5, visible[:, None], axis=-1)
         return jnp.einsum("bhn,bhnk->bhk", probabilities.astype(q.dtype), cache.values)
-
-
-def kernel(x: jax.Array) -> Literal["cudnn", "xla"]:
-    """The implementation of `jax.nn.dot_product_attention` for this type and machine."""
-    return "cudnn" if jax.default_backend() == "gpu" and x.dtype in (jnp.bfloat16, jnp.float16) else "xla"
 
 
 def heads_first(x: jax.Array) -> jax.Array:

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hourglass_jax.nn.attention.pattern import Inputs, Pattern, float32_at_least
 from hourglass_jax.nn.layers import dropped
+from hourglass_jax.nn.platform import on_one_cpu, platform
 from hourglass_jax.nn.positions import align_lags
 
 QUERY_ROWS = 64  # of a block on a CPU; on accelerators eight times as many
@@ -23,22 +25,6 @@ SEGMENTS = 8  # into which a sequence is cut at most; the blocks of a segment ar
 
 
 DropoutKey = tuple[jax.Array, jax.Array | int] | None  # and how many rows of the batch come before those at hand
-
-
-class Inputs(NamedTuple):
-    """Of G groups with P query slots and S key slots each, of which a query sees the groups up to its own.
-
-    q: [B, H, G P, K], scaled.
-    k, v: [B, H, G S, K].
-    q_position: as q, with the other bias of the Transformer-XL formula; None without relative positions.
-    r: [P, H, G S, K], W_r R for each query slot; its groups of S rows are for lags of G - 1 groups down to 0.
-    """
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    q_position: jax.Array | None = None
-    r: jax.Array | None = None
 
 
 class Segment(NamedTuple):
@@ -81,7 +67,7 @@ class Segment(NamedTuple):
 
 
 def segments(groups: int, query_slots: int) -> list[Segment]:
-    rows = QUERY_ROWS if jax.default_backend() == "cpu" else 8 * QUERY_ROWS
+    rows = QUERY_ROWS if platform() == "cpu" else 8 * QUERY_ROWS
     block = max(1, min(rows // query_slots, groups))
     longest = -(-groups // (block * SEGMENTS)) * block
     ends = [min(start + longest, groups) for start in range(0, groups, longest)]
@@ -91,44 +77,38 @@ def segments(groups: int, query_slots: int) -> list[Segment]:
     ]
 
 
-class Attend(NamedTuple):
-    """The formula for one block of queries; what is fixed when the program is compiled."""
+def block_scores(
+    pattern: Pattern, segment: Segment, i: jax.Array, q: jax.Array, q_position: Any, k: jax.Array, r: Any
+) -> jax.Array:
+    """q [B, H, block P, K], k [B, H, N S, K] -> [B, H, block P, N S], float32 at least."""
+    scores = jnp.einsum("bhqk,bhmk->bhqm", q, k)
+    if r is not None:
+        groups, slots = segment.end + segment.missing, pattern.key_slots
+        r = lax.dynamic_slice_in_dim(r, (segment.n_blocks - 1 - i) * segment.block * slots, groups * slots, axis=2)
+        batch, heads, _, size = q.shape
+        q_position = q_position.reshape(batch, heads, segment.block, pattern.query_slots, size)
+        by_lag = jnp.einsum("bhgpk,phnk->bhpgn", q_position, r)
+        by_key = align_lags(by_lag.reshape(*by_lag.shape[:-1], groups, slots))[..., : segment.end, :]
+        by_key = by_key.reshape(*by_key.shape[:-2], -1)
+        scores += by_key.swapaxes(2, 3).reshape(scores.shape)
+    return float32_at_least(scores)
 
-    query_slots: int
-    key_slots: int
-    dropout: float
 
-    def scores(self, segment: Segment, i: jax.Array, q: jax.Array, q_position: Any, k: jax.Array, r: Any) -> jax.Array:
-        """q [B, H, block P, K], k [B, H, N S, K] -> [B, H, block P, N S], float32 at least."""
-        scores = jnp.einsum("bhqk,bhmk->bhqm", q, k)
-        if r is not None:
-            groups, slots = segment.end + segment.missing, self.key_slots
-            r = lax.dynamic_slice_in_dim(r, (segment.n_blocks - 1 - i) * segment.block * slots, groups * slots, axis=2)
-            batch, heads, _, size = q.shape
-            q_position = q_position.reshape(batch, heads, segment.block, self.query_slots, size)
-            by_lag = jnp.einsum("bhgpk,phnk->bhpgn", q_position, r)
-            by_key = align_lags(by_lag.reshape(*by_lag.shape[:-1], groups, slots))[..., : segment.end, :]
-            by_key = by_key.reshape(*by_key.shape[:-2], -1)
-            scores += by_key.swapaxes(2, 3).reshape(scores.shape)
-        return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+def block_visible(pattern: Pattern, segment: Segment, i: jax.Array, first: jax.Array | None) -> jax.Array:
+    """bool [B or 1, 1, block P, N S]."""
+    queries = segment.start + i * segment.block + jnp.arange(segment.block * pattern.query_slots) // pattern.query_slots
+    return pattern.visible(queries, jnp.arange(segment.end * pattern.key_slots) // pattern.key_slots, first)
 
-    def visible(self, segment: Segment, i: jax.Array, first: jax.Array | None) -> jax.Array:
-        """bool [B or 1, 1, block P, N S]; groups before `first` [B] are padding, seen by themselves alone."""
-        queries = segment.start + i * segment.block + jnp.arange(segment.block * self.query_slots) // self.query_slots
-        keys = jnp.arange(segment.end * self.key_slots) // self.key_slots
-        queries = queries[None, None, :, None]
-        visible = keys <= queries
-        return visible if first is None else visible & (keys >= jnp.minimum(first[:, None, None, None], queries))
 
-    def drop(self, x: jax.Array, key: DropoutKey, segment: Segment, i: jax.Array) -> jax.Array:
-        if key is None:
-            return x
-        base, rows_before = key
-        return dropped(x, self.dropout, jax.random.fold_in(base, segment.start + i), rows_before)
+def drop(pattern: Pattern, x: jax.Array, key: DropoutKey, segment: Segment, i: jax.Array) -> jax.Array:
+    if key is None:
+        return x
+    base, rows_before = key
+    return dropped(x, pattern.dropout, jax.random.fold_in(base, segment.start + i), rows_before)
 
 
 def blocked_attention(
-    attend: Attend, inputs: Inputs, first: jax.Array | None = None, key: jax.Array | None = None
+    pattern: Pattern, inputs: Inputs, first: jax.Array | None = None, key: jax.Array | None = None
 ) -> jax.Array:
     """-> [B, H, G P, K]. Groups before `first` [B] are padding; `key` turns dropout on.
 
@@ -136,14 +116,13 @@ def blocked_attention(
     """
     batch, heads = inputs.q.shape[:2]
     rows = max(1, HEADS_IN_CACHE // heads)
-    on_one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
-    if not on_one_cpu or batch <= rows or batch % rows:
-        return _attention(attend, inputs, first, None if key is None else (key, 0))
+    if not on_one_cpu() or batch <= rows or batch % rows:
+        return _attention(pattern, inputs, first, None if key is None else (key, 0))
 
     def some_rows(part: Any) -> jax.Array:
         rows_before, q, k, v, q_position, first = part
         part_key = None if key is None else (key, rows_before)
-        return _attention(attend, Inputs(q, k, v, q_position, inputs.r), first, part_key)
+        return _attention(pattern, Inputs(q, k, v, q_position, inputs.r), first, part_key)
 
     parts = [
         None if x is None else x.reshape(-1, rows, *x.shape[1:])
@@ -153,55 +132,55 @@ def blocked_attention(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(attend: Attend, inputs: Inputs, first: jax.Array | None, key: DropoutKey) -> jax.Array:
-    return _forward(attend, inputs, first, key)[0]
+def _attention(pattern: Pattern, inputs: Inputs, first: jax.Array | None, key: DropoutKey) -> jax.Array:
+    return _forward(pattern, inputs, first, key)[0]
 
 
-def _forward(attend: Attend, inputs: Inputs, first: Any, key: DropoutKey) -> tuple[jax.Array, tuple[Any, ...]]:
+def _forward(pattern: Pattern, inputs: Inputs, first: Any, key: DropoutKey) -> tuple[jax.Array, tuple[Any, ...]]:
     parts = []
-    for segment in segments(inputs.q.shape[2] // attend.query_slots, attend.query_slots):
-        k, v, r = segment.seen(inputs, attend.key_slots)
+    for segment in segments(inputs.q.shape[2] // pattern.query_slots, pattern.query_slots):
+        k, v, r = segment.seen(inputs, pattern.key_slots)
 
         def one_block(_: None, block: Any, segment=segment, k=k, v=v, r=r) -> tuple[None, Any]:
             i, (q, q_position) = block
-            scores = attend.scores(segment, i, q, q_position, k, r)
-            scores += jnp.where(attend.visible(segment, i, first), 0.0, -jnp.inf).astype(scores.dtype)
+            scores = block_scores(pattern, segment, i, q, q_position, k, r)
+            scores += jnp.where(block_visible(pattern, segment, i, first), 0.0, -jnp.inf).astype(scores.dtype)
             largest = scores.max(-1, keepdims=True)
             weights = jnp.exp(scores - largest)
             total = weights.sum(-1, keepdims=True)
-            weights = attend.drop(weights / total, key, segment, i).astype(v.dtype)
+            weights = drop(pattern, weights / total, key, segment, i).astype(v.dtype)
             return None, (jnp.einsum("bhqm,bhmk->bhqk", weights, v), largest + jnp.log(total))
 
-        blocks = [segment.blocks_of(x, attend.query_slots) for x in (inputs.q, inputs.q_position)]
+        blocks = [segment.blocks_of(x, pattern.query_slots) for x in (inputs.q, inputs.q_position)]
         _, results = segment.loop(one_block, None, blocks)
-        parts.append([segment.rows_of(x, attend.query_slots) for x in results])
+        parts.append([segment.rows_of(x, pattern.query_slots) for x in results])
     out, log_total = (jnp.concatenate(part, axis=2) for part in zip(*parts, strict=True))
     return out, (inputs, first, key, out, log_total)
 
 
-def _backward(attend: Attend, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[Inputs, None, None]:
+def _backward(pattern: Pattern, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[Inputs, None, None]:
     inputs, first, key, out, log_total = residuals
     correction = (d_out * out).astype(log_total.dtype).sum(-1, keepdims=True)  # probabilities times their gradients
     d_queries: list[Any] = []
     d_seen: Any = None
-    for segment in segments(inputs.q.shape[2] // attend.query_slots, attend.query_slots):
-        (k, v, r), unsee = jax.vjp(lambda inputs, segment=segment: segment.seen(inputs, attend.key_slots), inputs)
+    for segment in segments(inputs.q.shape[2] // pattern.query_slots, pattern.query_slots):
+        (k, v, r), unsee = jax.vjp(lambda inputs, segment=segment: segment.seen(inputs, pattern.key_slots), inputs)
 
         def one_block(d_seen: Any, block: Any, segment=segment, k=k, v=v, r=r) -> tuple[Any, Any]:
             i, (q, q_position, d_out, log_total, correction) = block
-            scores, of_scores = jax.vjp(partial(attend.scores, segment, i), q, q_position, k, r)
-            weights = jnp.exp(jnp.where(attend.visible(segment, i, first), scores - log_total, -jnp.inf))
-            d_v = jnp.einsum("bhqm,bhqk->bhmk", attend.drop(weights, key, segment, i).astype(v.dtype), d_out)
+            scores, of_scores = jax.vjp(partial(block_scores, pattern, segment, i), q, q_position, k, r)
+            weights = jnp.exp(jnp.where(block_visible(pattern, segment, i, first), scores - log_total, -jnp.inf))
+            d_v = jnp.einsum("bhqm,bhqk->bhmk", drop(pattern, weights, key, segment, i).astype(v.dtype), d_out)
             d_weights = jnp.einsum("bhqk,bhmk->bhqm", d_out, v).astype(weights.dtype)
-            d_weights = attend.drop(d_weights, key, segment, i)
+            d_weights = drop(pattern, d_weights, key, segment, i)
             d_q, d_q_position, d_k, d_r = of_scores(weights * (d_weights - correction))
             return jax.tree.map(jnp.add, d_seen, (d_k, d_v, d_r)), (d_q, d_q_position)
 
         queries = (inputs.q, inputs.q_position, d_out, log_total, correction)
-        blocks = [segment.blocks_of(x, attend.query_slots) for x in queries]
+        blocks = [segment.blocks_of(x, pattern.query_slots) for x in queries]
         nothing = jax.tree.map(jnp.zeros_like, (k, v, r))
         totals, d_blocks = segment.loop(one_block, nothing, blocks)
-        d_queries.append([x if x is None else segment.rows_of(x, attend.query_slots) for x in d_blocks])
+        d_queries.append([x if x is None else segment.rows_of(x, pattern.query_slots) for x in d_blocks])
         [d_inputs] = unsee(totals)
         d_seen = d_inputs if d_seen is None else jax.tree.map(jnp.add, d_seen, d_inputs)
     d_q, d_q_position = (None if x[0] is None else jnp.concatenate(x, axis=2) for x in zip(*d_queries, strict=True))

@@ -1,0 +1,79 @@
+"""Will it fit, and how fast at best: compiles pretraining's step for an accelerator that need not be at hand.
+
+python experiments/compile.py --target=h100 --hierarchy="4@1 8@3 4@1" --d_model=768 --d_ff=3072 --n_heads=8 ...
+python experiments/compile.py --target=8xh100 --fsdp=8 <any options of pretrain.py>
+python experiments/compile.py --target=v5e-16 --report=experiments/results/accelerators/mine <any options>
+
+XLA's own compiler says whether the step compiles and fits; times are estimated from the program it made, and never
+measured. Needs the extra [cuda] or [tpu], and no device. Targets are the files of experiments/accelerators/targets.
+Ends with 1 where the step does not compile or does not fit.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from experiments.accelerators import pages, report
+from experiments.accelerators.advice import cheapest_changes
+from experiments.accelerators.roofline import Roofline, total
+from experiments.accelerators.step import Compiled, Run, compile_step
+from experiments.accelerators.targets import find_target, known_targets
+from experiments.common import launcher, pretraining
+from hourglass_jax import HourglassConfig, RuntimeConfig, UsageError
+
+TARGET = flags.DEFINE_string(
+    "target", None, f"The machine: {', '.join(known_targets())}; several chips as 8xh100 or v5e-16.", required=True
+)
+CHARACTERS = flags.DEFINE_float("characters", None, "To say how many days they take; default: those of the run.")
+ADVICE = flags.DEFINE_boolean("advice", True, "Where it does not fit, compile changes until two are found that do.")
+NAME = flags.DEFINE_string("name", None, "What reports call the row; default: the positions.")
+REPORT = flags.DEFINE_string("report", "", "Add the row to PATH.json, and draw PATH.md and PATH.png anew.")
+PROGRAM = flags.DEFINE_string("program", "", "Write the compiled program's text here.")
+flags.adopt_module_key_flags(pretraining)  # so that --help shows them
+
+
+def read_run() -> Run:
+    data, optimizer, train = pretraining.read_configs()
+    if train.shorten_factors:
+        raise UsageError("--shorten_factors draws between several programs; leave it out, and give --hierarchy of one")
+    vocab_size = pretraining.vocabulary_size(data, pretraining.VOCAB_PATH.value)
+    model = launcher.read_config("model", HourglassConfig, vocab_size=vocab_size)
+    return Run(model, data, optimizer, train, launcher.read_config("runtime", RuntimeConfig))
+
+
+def main(_: list[str]) -> None:
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or its compiler looks for a TPU in the network
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # seconds are of compiling, not of reading
+    target, run = find_target(TARGET.value), read_run()
+    devices = target.devices()
+    compiled = compile_step(run, target, devices)
+
+    def attempt(changed: Run) -> tuple[Compiled, float]:
+        print(f"trying remat {changed.model.remat}, {changed.runtime}", file=sys.stderr, flush=True)
+        result = compile_step(changed, target, devices)
+        return result, total(Roofline(result.text, target).kernels).seconds if result.text else float("inf")
+
+    if PROGRAM.value:
+        Path(PROGRAM.value).write_text(compiled.text)
+    characters = CHARACTERS.value or run.train.steps * run.data.batch_size * run.data.block_size
+    row = {"name": NAME.value or run.model.positions} | report.summarise(run, target, compiled, characters)
+    changes = []
+    if compiled.peak is not None and not row["fits"] and ADVICE.value:
+        changes = cheapest_changes(run, target.chips, lambda result: result.fits(target), attempt)
+    row["changes"] = [{"flags": change.flags} | change._asdict() for change in changes]
+    print(report.describe(row))
+    print(f"\n{report.METHOD}")
+    if REPORT.value:
+        pages.add_row(Path(REPORT.value), row)
+    if not row["fits"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    launcher.run(main)
