@@ -12,7 +12,11 @@ from hourglass_jax.config import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then cosine to 0 at `steps`, or peak * sqrt(warmup / step), or constant."""
+    """Linear warm-up from 0, then cosine to 0 at `steps`, or peak * sqrt(warmup / step), or constant.
+
+    All of it times a line from 1 to 0 over the last `decay_steps`: up to there, a constant rate is the same whatever
+    `steps` is, so that one long run can be branched off into shorter ones (warm-up, stable, decay).
+    """
     peak, warmup = config.learning_rate, config.warmup_steps
     rise = optax.linear_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)
     if config.schedule == "cosine":
@@ -21,7 +25,10 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
         after = partial(_inverse_sqrt, peak, max(warmup, 1))
     else:
         after = optax.constant_schedule(peak)
-    return optax.join_schedules([rise, after], [warmup])
+    schedule = optax.join_schedules([rise, after], [warmup])
+    if not config.decay_steps:
+        return schedule
+    return lambda step: schedule(step) * jnp.clip((steps - step) / config.decay_steps, 0, 1)
 
 
 def _inverse_sqrt(peak: float, warmup: int, step: jax.Array) -> jax.Array:
