@@ -18,7 +18,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments.ablations import costs, curves, reporting, rows
+from experiments.ablations import costs, curve_report, curves, reporting, rows
 from experiments.ablations.scales import DATASETS, SCALES, TEXTS, Setup, find_setup
 from experiments.ablations.tables import find_table
 from experiments.common import launcher
@@ -101,7 +101,14 @@ def run_tables(setup: Setup, directory: Path, name: str) -> None:
 def run_curves(setup: Setup, directory: Path, name: str) -> None:
     if DATASET.value not in TEXTS:
         raise UsageError(f"--curves are of texts; dataset={DATASET.value!r} is none, choose {' or '.join(TEXTS)}")
+    if REPORT.value:
+        path = Path(RESULTS.value) / f"curves-{name}"
+        print(curve_report.report(setup, directory / "curves", path, COMMENT.value))
+        return
     legs = curves.plan(setup, directory / "curves", SEEDS.value, ROWS.value, CHARACTERS.value)
+    if DRY_RUN.value:
+        print(curves.plan_table(legs))
+        return
     if downloaded():
         fetch(DATASET.value, DOWNLOADS)
     with Signals() as signals:

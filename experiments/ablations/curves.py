@@ -19,19 +19,21 @@ import jax
 import numpy as np
 from flax import nnx
 
+from experiments.ablations.costs import UTILISATION, step_flops
 from experiments.ablations.rows import RESULT, Job, claimed, row_config, row_directory, spaced
 from experiments.ablations.scales import Setup
 from experiments.ablations.tables import Row, resampling
 from experiments.common import launcher
-from experiments.common.reports import provenance
+from experiments.common.reports import markdown_table, provenance
 from experiments.common.sources import ImageSource, TextSource, open_source
 from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, UsageError, check_causality, score
 from hourglass_jax.config import check_choice
+from hourglass_jax.costs import count_parameters
 from hourglass_jax.data.pipeline import Batch
 from hourglass_jax.files import write_whole
 from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore
 from hourglass_jax.training.manifest import write_manifest
-from hourglass_jax.training.metrics import CURVES
+from hourglass_jax.training.metrics import CURVES, matmul_ceiling
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
 
@@ -87,6 +89,11 @@ class Leg:
         """Seen since the beginning of the curve."""
         return self.job.train.steps * step_characters(self.job.setup)
 
+    @property
+    def steps(self) -> int:
+        """Its own."""
+        return self.job.train.steps - (self.before.train.steps if self.before else 0)
+
 
 def step_characters(setup: Setup) -> int:
     return setup.data.batch_size * setup.data.block_size
@@ -131,6 +138,25 @@ def plan(setup: Setup, directory: Path, n_seeds: int, only: Collection[str] = ()
             curves = (curve(row, setup, directory, seed) for row in rows)
             found += [leg for legs in zip(*curves, strict=True) for leg in legs]
     return [leg for leg in found if not characters or leg.point <= characters]
+
+
+def plan_table(legs: Sequence[Leg]) -> str:
+    """The curves with what they cost, estimated, and what they have reached."""
+    by_curve: dict[Path, list[Leg]] = {}
+    for leg in legs:
+        by_curve.setdefault(leg.job.directory.parent, []).append(leg)
+    lines, hours = [], 0.0
+    for own in by_curve.values():
+        job, flops = own[0].job, step_flops(own[0].job)
+        waiting = [leg for leg in own if leg.job.result() is None]
+        steps = sum(leg.steps for leg in waiting)
+        hours += steps * flops / (UTILISATION * matmul_ceiling(job.config.dtype)) / 3600
+        reached = max((leg.point for leg in own if not leg.decayed and leg not in waiting), default=0)
+        size = f"{count_parameters(job.config) / 1e6:.3f}M"
+        to_go = steps * step_characters(job.setup)
+        lines.append((job.row.name, job.train.seed, size, f"{flops / 1e9:.2f}", f"{reached:,}", f"{to_go:,}"))
+    header = ("row", "seed", "parameters", "GFLOPs a step", "characters reached", "to go, with branches")
+    return f"{markdown_table(header, lines)}\n\n{hours:,.1f} hours to go, estimated"
 
 
 def train(legs: Sequence[Leg], setup: Setup, runtime: RuntimeConfig, signals: Signals) -> None:
