@@ -5,6 +5,7 @@ python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --sc
 python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --scale=tiny
 python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --scale=tiny --time
 python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --scale=tiny --report
+python experiments/ablate.py --curves --data_path=books --scale=micro    learning curves at equal FLOPs; --report too
 python experiments/ablate.py --costs     what Table 1's rows cost: parameters, FLOPs, memory
 
 A row is a run directory that pretrain.py could have written; rows that tables share are trained once, finished ones
@@ -17,8 +18,8 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments.ablations import costs, reporting, rows
-from experiments.ablations.scales import DATASETS, SCALES, TEXTS, find_setup
+from experiments.ablations import costs, curve_report, curves, reporting, rows
+from experiments.ablations.scales import DATASETS, SCALES, TEXTS, Setup, find_setup
 from experiments.ablations.tables import find_table
 from experiments.common import launcher
 from hourglass_jax import UsageError
@@ -29,7 +30,9 @@ DOWNLOADS = "data"
 
 TABLE = flags.DEFINE_list("table", [], "Tables of the paper by number: 1 to 8, A1; several with commas between.")
 DATASET = flags.DEFINE_string("dataset", "enwik8", " | ".join(DATASETS))
-SCALE = flags.DEFINE_string("scale", "tiny", f"{' | '.join(SCALES)}: the paper's set-up, one GPU, two CPU cores.")
+SCALE = flags.DEFINE_string(
+    "scale", "tiny", f"{' | '.join(SCALES)}: the paper's set-up, one GPU, two CPU cores, those for longer."
+)
 DATA_PATH = flags.DEFINE_string(
     "data_path", "", "100 MB in enwik8's shape, or the images' directory; empty: enwik8 or text8, downloaded to data/."
 )
@@ -39,11 +42,17 @@ RESULTS = flags.DEFINE_string("results", "experiments/results/ablations", "Direc
 ROWS = flags.DEFINE_list(
     "rows", [], 'Only these rows, by the name that --dry_run prints, "in quotes" if it has a comma; default: all.'
 )
-SEEDS = flags.DEFINE_integer("seeds", 2, "Of the baseline row; the others have one.", lower_bound=1)
+SEEDS = flags.DEFINE_integer(
+    "seeds", 2, "Of the baseline row, the others have one; with --curves, of each.", lower_bound=1
+)
 COMMENT = flags.DEFINE_string("comment", None, "With --report: what there is to say about the one table; kept.")
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the rows with what they will cost, and train nothing.")
 TIME = flags.DEFINE_boolean("time", False, "Measure step time and memory of the rows, on an otherwise idle machine.")
 REPORT = flags.DEFINE_boolean("report", False, "Write the tables from what has been trained, and stored before.")
+CURVES = flags.DEFINE_boolean("curves", False, "Learning curves of pairs at equal FLOPs, instead of tables.")
+CHARACTERS = flags.DEFINE_integer(
+    "characters", 0, "With --curves: only up to so many, and what branches off there; 0: all.", lower_bound=0
+)
 COSTS = flags.DEFINE_boolean("costs", False, "Print what the rows of Table 1 cost.")
 launcher.define_runtime()
 
@@ -52,32 +61,58 @@ def main(_: list[str]) -> None:
     if COSTS.value:
         print(costs.costs_table())
         return
-    if not TABLE.value:
-        raise UsageError("nothing to do; choose tables, e.g. --table=1,5, or pass --costs")
+    if not TABLE.value and not CURVES.value:
+        raise UsageError("nothing to do; choose tables, e.g. --table=1,5, or pass --curves or --costs")
+    path = f"{DOWNLOADS}/{DATASET.value}" if downloaded() else DATA_PATH.value
+    setup = find_setup(DATASET.value, SCALE.value, path)
+    name = DATA_NAME.value or (Path(DATA_PATH.value).name if DATASET.value in TEXTS else "") or DATASET.value
+    name = f"{name}-{SCALE.value}"
+    run = run_curves if CURVES.value else run_tables
+    run(setup, Path(OUT.value) / name, name)
+
+
+def downloaded() -> bool:
+    """Whether the data is a text that comes from the network."""
+    return DATASET.value in TEXTS and not DATA_PATH.value
+
+
+def run_tables(setup: Setup, directory: Path, name: str) -> None:
     tables = [find_table(number, DATASET.value) for number in TABLE.value]
     if COMMENT.value is not None and len(tables) > 1:
         raise UsageError(f"--comment is said of one table; --table={','.join(TABLE.value)} are {len(tables)}")
-    downloaded = DATASET.value in TEXTS and not DATA_PATH.value
-    path = f"{DOWNLOADS}/{DATASET.value}" if downloaded else DATA_PATH.value
-    setup = find_setup(DATASET.value, SCALE.value, path)
-    name = DATA_NAME.value or (Path(DATA_PATH.value).name if DATASET.value in TEXTS else "") or DATASET.value
-    directory = Path(OUT.value) / f"{name}-{SCALE.value}"
     if REPORT.value:
         for table in tables:
-            report = Path(RESULTS.value) / f"table{table.number}-{name}-{SCALE.value}"
-            print(reporting.report(table, setup, directory, report, COMMENT.value))
+            path = Path(RESULTS.value) / f"table{table.number}-{name}"
+            print(reporting.report(table, setup, directory, path, COMMENT.value))
         return
     jobs = rows.plan(tables, setup, directory, SEEDS.value, ROWS.value)
     if DRY_RUN.value:
         print(costs.plan_table(jobs, setup))
         return
-    if downloaded and not TIME.value:
+    if downloaded() and not TIME.value:
         fetch(DATASET.value, DOWNLOADS)
     with Signals() as signals:
         if TIME.value:
             costs.measure(jobs, signals)
         else:
             rows.train(jobs, setup, launcher.read_runtime(), signals)
+
+
+def run_curves(setup: Setup, directory: Path, name: str) -> None:
+    if DATASET.value not in TEXTS:
+        raise UsageError(f"--curves are of texts; dataset={DATASET.value!r} is none, choose {' or '.join(TEXTS)}")
+    if REPORT.value:
+        path = Path(RESULTS.value) / f"curves-{name}"
+        print(curve_report.report(setup, directory / "curves", path, COMMENT.value))
+        return
+    legs = curves.plan(setup, directory / "curves", SEEDS.value, ROWS.value, CHARACTERS.value)
+    if DRY_RUN.value:
+        print(curves.plan_table(legs))
+        return
+    if downloaded():
+        fetch(DATASET.value, DOWNLOADS)
+    with Signals() as signals:
+        curves.train(legs, setup, launcher.read_runtime(), signals)
 
 
 if __name__ == "__main__":

@@ -242,6 +242,7 @@ class OptimizerConfig:
     learning_rate: the peak.
     schedule: cosine (to 0) | inverse_sqrt | constant, after the warm-up.
     warmup_steps: from 0 to the peak, linearly.
+    decay_steps: the last ones of the training, over which the rate of any schedule falls to 0, linearly.
     beta1, beta2, eps: Adam's.
     weight_decay: of the matrices of linear layers alone; see `training.optimizer.is_decayed`.
     clip_norm: of the gradient of all parameters; 0: no clipping.
@@ -250,6 +251,7 @@ class OptimizerConfig:
     learning_rate: float = 4e-4
     schedule: str = "cosine"
     warmup_steps: int = 100
+    decay_steps: int = 0
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-9
@@ -260,7 +262,8 @@ class OptimizerConfig:
         check_choice("schedule", self.schedule, ("cosine", "inverse_sqrt", "constant"))
         check_range("learning_rate", self.learning_rate, 0.0, open_low=True)
         check_range("eps", self.eps, 0.0, open_low=True)
-        check_range("warmup_steps", self.warmup_steps, 0)
+        for name in ("warmup_steps", "decay_steps"):
+            check_range(name, getattr(self, name), 0)
         for name in ("weight_decay", "clip_norm"):
             check_range(name, getattr(self, name), 0.0)
         for name in ("beta1", "beta2"):

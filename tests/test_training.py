@@ -1,5 +1,6 @@
 """Training: it learns, resumes exactly, and its run directories load."""
 
+import dataclasses
 import json
 import shutil
 
@@ -132,6 +133,17 @@ def test_schedules():
     np.testing.assert_allclose([schedule("cosine")(s) for s in (60, 110)], [0.5, 0], atol=1e-6)
     np.testing.assert_allclose([schedule("inverse_sqrt")(s) for s in (40, 90)], [0.5, 1 / 3], atol=1e-6)
     assert schedule("constant")(90) == 1
+
+
+@pytest.mark.parametrize("name", ["cosine", "inverse_sqrt", "constant"])
+def test_a_decay_is_a_line_to_0_over_the_last_steps_of_any_schedule(name):
+    config = hg.OptimizerConfig(learning_rate=0.3, schedule=name, warmup_steps=10)
+    stable, decayed = (
+        [float(learning_rate_schedule(dataclasses.replace(config, decay_steps=n), 110)(s)) for s in range(111)]
+        for n in (0, 40)
+    )
+    assert decayed[:71] == stable[:71]
+    np.testing.assert_allclose(decayed[70:], np.multiply(stable[70:], np.linspace(1, 0, 41)), rtol=1e-5, atol=1e-9)
 
 
 def test_evaluation_reports_one_loss_three_ways():
