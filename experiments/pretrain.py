@@ -1,8 +1,10 @@
-"""Pretrains a character-level Hourglass on a text file or the built-in corpus, or a pixel-level one on images.
+"""Pretrains a character-level Hourglass on texts or the built-in corpus, or a pixel-level one on images.
 
 python experiments/pretrain.py
+python experiments/pretrain.py --data_path=books --valid_path=held_out.txt --out=runs/books
 python experiments/pretrain.py --data_path=book.txt --factors=3,1,8,4 --d_model=512 --n_heads=8 --out=runs/book
 python experiments/pretrain.py --data.dataset=cifar10 --data_path=cifar-10-batches-bin --out=runs/cifar10
+python experiments/pretrain.py --data.dataset=folder --data_path=photos --data.image_size=32 --out=runs/photos
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ launcher.define_config("data", DATA)
 launcher.define_config("optimizer", OPTIMIZER)
 launcher.define_config("train", TRAIN)
 launcher.define_runtime()
+launcher.define_allow_unknown()
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
@@ -79,6 +82,7 @@ launcher.define_alias("dropout", "model.dropout", float)
 launcher.define_alias("factors", "model.hierarchy", parse_factors)
 launcher.define_alias("n_embedding", "model.d_model", int)
 launcher.define_alias("data_path", "data.path", str)
+launcher.define_alias("valid_path", "data.valid_path", str)
 launcher.define_alias("batch_size", "data.batch_size", int)
 launcher.define_alias("block_size", "data.block_size", int)
 launcher.define_alias("train_val_split", "data.train_fraction", float)
@@ -117,7 +121,7 @@ def pretrain(signals: Signals) -> None:
     started = time.perf_counter()
     runtime = launcher.read_runtime()
     data, optimizer, train = read_configs()
-    source = open_source(data, VOCAB_PATH.value)
+    source = open_source(data, VOCAB_PATH.value, allow_unknown=flags.FLAGS.allow_unknown)
     config = launcher.read_config("model", HourglassConfig, vocab_size=source.tokenizer.vocab_size)
     if source.n_positions > config.position_limit:
         raise UsageError(
