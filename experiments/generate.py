@@ -22,7 +22,7 @@ from absl import flags, logging
 
 from experiments.common import launcher
 from experiments.common.pictures import draw_images, nothing, save_grid, top_halves
-from experiments.common.sources import recorded_images
+from experiments.common.recorded import recorded_images
 from hourglass_jax import HourglassLM, ImageTokenizer, UsageError, generate, load
 from hourglass_jax.data.corpora import decode_text
 from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, to_utf8

@@ -107,7 +107,8 @@ def test_a_text_of_its_own_for_validation(library):
     (library / "a.txt").write_text("abcd" * 10)
     (library / "v.txt").write_text("bad?")
     config = DataConfig(path="a.txt", valid_path="v.txt", block_size=16)
-    (train, valid, test), tokenizer = load_splits(config)
+    tokens, (train, valid, test), tokenizer = load_splits(config)
+    assert train is tokens
     assert tokenizer.decode(train) == "abcd" * 10 and len(test) == 0
     assert tokenizer.decode(valid) == "bad" and valid[-1] == tokenizer.unk_id  # the vocabulary is that of the training
     for changed in ({"path": "v.txt"}, {"block_size": 40}):

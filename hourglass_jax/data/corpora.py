@@ -127,20 +127,23 @@ def load_tokens(config: DataConfig, tokenizer: TextTokenizer | None = None) -> t
     return tokens.astype(smallest), tokenizer
 
 
-def load_splits(config: DataConfig, tokenizer: TextTokenizer | None = None) -> tuple[Splits, TextTokenizer]:
-    """The text of `config` in its parts, as tokens, and the tokenizer; see `load_tokens`."""
+def load_splits(config: DataConfig, tokenizer: TextTokenizer | None = None) -> tuple[np.ndarray, Splits, TextTokenizer]:
+    """The text at `config.path`, its parts, as tokens each, and the tokenizer; see `load_tokens`."""
     tokens, tokenizer = load_tokens(config, tokenizer)
     if not config.valid_path:
-        return split_tokens(tokens, config), tokenizer
+        return tokens, split_tokens(tokens, config), tokenizer
     valid, _ = load_tokens(dataclasses.replace(config, path=config.valid_path, valid_path=""), tokenizer)
     splits = Splits(tokens, valid, tokens[:0])
     if problem := shortage(splits, config):
         raise UsageError(f"of the texts' tokens {problem}; {LONGER}")
-    return splits, tokenizer
+    return tokens, splits, tokenizer
 
 
 def split_tokens(tokens: np.ndarray, config: DataConfig) -> Splits:
-    """By `config.split`: the first `train_fraction` to train on, the rest for validation; or enwik8's 90 / 5 / 5 M."""
+    """By `config.split`: the first `train_fraction` to train on, the rest for validation; or enwik8's 90 / 5 / 5 M.
+
+    A text of one character a token is cut at the same places.
+    """
     n_tokens = len(tokens)
     if config.split == "enwik8":
         if n_tokens != sum(ENWIK8_SPLIT):
