@@ -68,7 +68,7 @@ def home(tmp_path_factory):
 def reversed_tokenizer(home):
     """A configuration and tokenizer of a run that recorded nothing; its checkpoint is that of another run."""
     shutil.copytree(home / "text" / "checkpoints", home / "strange" / "checkpoints")
-    model, tokenizer, config = hg.load(home / "text")
+    _, tokenizer, config = hg.load(home / "text")
     return config, tokenizer
 
 
