@@ -61,6 +61,7 @@ class CharTokenizer:
             self.characters
         ):
             raise UsageError("a vocabulary must list different single characters after <EOS>, <UNK>, <BOS>")
+        check_utf8("".join(self.characters))
         self.eos_id, self.unk_id, self.bos_id = range(3)
         self._ids = {c: i + len(self.SPECIALS) for i, c in enumerate(self.characters)}
 

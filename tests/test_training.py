@@ -15,7 +15,7 @@ import hourglass_jax as hg
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
 from hourglass_jax.training.checkpoints import CheckpointStore, write_run
 from hourglass_jax.training.metrics import read_curves
-from hourglass_jax.training.optimizer import learning_rate_schedule
+from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from hourglass_jax.training.step import TrainState, make_train_step
 from hourglass_jax.training.trainer import fit
 
@@ -131,6 +131,43 @@ def test_schedules():
     np.testing.assert_allclose([schedule("cosine")(s) for s in (60, 110)], [0.5, 0], atol=1e-6)
     np.testing.assert_allclose([schedule("inverse_sqrt")(s) for s in (40, 90)], [0.5, 1 / 3], atol=1e-6)
     assert schedule("constant")(90) == 1
+
+
+@pytest.mark.parametrize("positions", ["relative", "learned"])
+def test_weight_decay_shrinks_the_matrices_of_linear_layers_alone(positions):
+    params = nnx.state(make_model(small_config(positions=positions)), nnx.Param)
+    config = hg.OptimizerConfig(learning_rate=0.5, schedule="constant", warmup_steps=0, weight_decay=0.1)
+    optimizer = make_optimizer(config, 10)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(nothing, optimizer.init(params), params)
+    moved = nnx.to_flat_state(optax.apply_updates(params, updates))
+    kinds = {True: set(), False: set()}
+    for (path, before), (_, after) in zip(nnx.to_flat_state(params), moved, strict=True):
+        kinds[path[-1] == "kernel"].add(path[-1])
+        factor = 0.95 if path[-1] == "kernel" else 1
+        np.testing.assert_allclose(after[...], before[...] * factor, rtol=1e-6)
+    own = {"relative": {"content_bias", "position_bias"}, "learned": {"positions"}}[positions]
+    assert kinds == {True: {"kernel"}, False: {"bias", "scale", "embedding"} | own}
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_state_of_runs_that_decayed_everything_goes_on(weight_decay, clip_norm):
+    """Which was `optax.adamw`; without decay, the updates are the same too, bit for bit."""
+    params = nnx.state(make_model(CONFIG), nnx.Param)
+    config = hg.OptimizerConfig(weight_decay=weight_decay, clip_norm=clip_norm)
+    schedule = learning_rate_schedule(config, 10)
+    before = optax.adamw(schedule, config.beta1, config.beta2, config.eps, weight_decay=weight_decay)
+    if clip_norm:
+        before = optax.chain(optax.clip_by_global_norm(clip_norm), before)
+    optimizer, state = make_optimizer(config, 10), before.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(optimizer.init(params))
+    if not weight_decay:
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            before.update(params, state, params),
+            optimizer.update(params, state, params),
+        )
 
 
 def test_evaluation_reports_one_loss_three_ways():
