@@ -20,6 +20,7 @@ def model():
     return make_model(small_config())
 
 
+@pytest.mark.core
 def test_greedy_tokens_follow_the_full_forward(model):
     for prompt, new in zip(PROMPTS, hg.generate(model, PROMPTS, max_tokens=9, key=KEY, temperature=0.0), strict=True):
         text = list(prompt)
@@ -30,6 +31,7 @@ def test_greedy_tokens_follow_the_full_forward(model):
         assert len(new) == 9
 
 
+@pytest.mark.core
 def test_rows_are_what_they_would_be_alone_and_equal_prompts_differ(model):
     together = hg.generate(model, [*PROMPTS, PROMPTS[0]], max_tokens=12, key=KEY)
     for prompt, row in zip(PROMPTS, together, strict=False):
@@ -97,6 +99,7 @@ def test_a_growing_cache_changes_nothing(positions, monkeypatch):
         np.testing.assert_array_equal(row, grown)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("positions", ["relative", "rotary"])
 def test_rows_are_alone_beyond_the_context_too(positions):
     model = make_model(small_config(positions=positions))

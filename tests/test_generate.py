@@ -46,7 +46,8 @@ def runs(tmp_path_factory):
 def generate(capsys):
     def generate(run, *options):
         with flagsaver.flagsaver():
-            flags.FLAGS(["generate.py", f"--load_model_path={run}", "--max_tokens=30", *options])
+            length = [] if run.name == "image" else ["--max_tokens=30"]
+            flags.FLAGS(["generate.py", f"--load_model_path={run}", *length, *options])
             launcher.main([])
         return capsys.readouterr().out
 
@@ -96,10 +97,13 @@ def test_bytes_of_a_prompt_and_of_a_sample_stay_as_they_are(runs, generate, tmp_
 
 def test_a_sample_ends_before_the_first_text_to_stop_at(runs, generate, tmp_path):
     out = tmp_path / "out"
-    free = generate(runs["char"], PROMPT, "--prompt=ab").removeprefix("ab").removesuffix("\n")
-    for stops in ([free[9:12]], [free[20:23], free[5:7]], [free[0]], ["no such"]):
-        flags = [f"--stop={stop}" for stop in stops]
-        stdout = generate(runs["char"], PROMPT, "--prompt=ab", *flags, f"--raw_out={out}")
+    prompt, seed, free = [PROMPT, "--prompt=ab"], 0, ""
+    while len(free) < 20:  # others end by themselves
+        seed += 1
+        free = generate(runs["char"], *prompt, f"--seed={seed}").removeprefix("ab").removesuffix("\n")
+    for stops in ([free[9:12]], [free[15:18], free[5:7]], [free[0]], ["no such"]):
+        stop = [f"--stop={stop}" for stop in stops]
+        stdout = generate(runs["char"], *prompt, f"--seed={seed}", *stop, f"--raw_out={out}")
         expected = free[: min([free.find(stop) for stop in stops if stop in free], default=len(free))]
         assert stdout == f"ab{expected}\n" and out.read_text() == expected
 

@@ -170,6 +170,7 @@ def test_a_vocabulary_is_written_and_read_at_a_path_of_either_kind(tmp_path, kin
     assert hg.CharTokenizer.load(path).characters == CHARACTERS.characters
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("positions", ["relative", "learned"])
 def test_float64_is_float64_or_refused_and_parameters_are_float32_either_way(positions):
     config = small_config(hierarchy="1@1 1@2 1@1", d_model=8, positions=positions, dtype="float64")

@@ -30,6 +30,7 @@ def test_every_method_comes_back_bit_for_bit(tmp_path, shortening, upsampling):
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
 
 
+@pytest.mark.core
 @pytest.mark.usefixtures("quick_compile")
 def test_the_logits_are_the_same(tmp_path):
     model = make_model(small_config(vocab_size=258, positions="learned", norm="final"))
@@ -87,6 +88,7 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(shared, mo
     assert list(shared.parent.iterdir()) == [shared]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "change, message",
     [

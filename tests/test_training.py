@@ -52,6 +52,7 @@ def batches_that_end(at):
     return batch_at
 
 
+@pytest.mark.core
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     whole, result = train(tmp_path / "whole")
     with pytest.raises(Killed):
@@ -67,6 +68,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     assert losses == resumed_losses
 
 
+@pytest.mark.core
 def test_training_learns_and_the_directory_loads(tmp_path):
     trained, result = train(tmp_path)
     assert result.loss < 0.2  # a cycle of eight letters
@@ -193,6 +195,7 @@ def test_evaluation_equals_a_loop_over_windows():
     assert result.loss == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("accumulate", [2, 3, 6])
 def test_accumulated_gradients_are_those_of_the_large_batch(accumulate):
     config = small_config(dtype="float64")
