@@ -69,6 +69,8 @@ def main(_: list[str]) -> None:
         raise UsageError("--each_line is for --prompt_file, which is not given")
     if "" in STOP.value:
         raise UsageError("--stop is empty; give the text before which a sample ends")
+    for text in (PROMPT.value, *STOP.value):
+        check_utf8(text)
     model, tokenizer, _ = load(LOAD.value)
     images = isinstance(tokenizer, ImageTokenizer)
     given = {f"--gen_mode={GEN_MODE.value}"} | {f"--{name}" for name in flags.FLAGS if flags.FLAGS[name].present}
@@ -109,7 +111,7 @@ def write(model: HourglassLM, tokenizer: TextTokenizer, signals: Signals) -> Non
             if number:
                 print("-" * 20)
             print(text.decode("utf-8", "replace"), end="", flush=True)
-            sample = Sample(tokenizer, signals)
+            sample = Sample(tokenizer, STOP.value, signals)
             with contextlib.suppress(StopText):
                 generate(
                     model,
@@ -166,9 +168,9 @@ class StopText(Exception):
 class Sample:
     """A sample's bytes as they come, shown up to the first text to stop at; what may begin one is held back."""
 
-    def __init__(self, tokenizer: TextTokenizer, signals: Signals):
+    def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str], signals: Signals):
         self.tokenizer, self.signals = tokenizer, signals
-        self.stops = [text.encode("utf-8") for text in STOP.value]
+        self.stops = [text.encode("utf-8") for text in stops]
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.written, self.n_shown = b"", 0
 

@@ -131,6 +131,7 @@ def evaluate_sliding(
 
 def check_text(tokens: Array, model: HourglassLM) -> np.ndarray:
     """The text as an array [N]; raises UsageError where it is too short, or in another vocabulary."""
-    if np.size(tokens) < 2:
-        raise UsageError(f"the text has {np.size(tokens)} tokens; evaluation needs at least 2")
-    return np.asarray(check_tokens("the text", tokens, model.config.vocab_size, "N"))
+    tokens = np.asarray(check_tokens("the text", tokens, model.config.vocab_size, "N"))
+    if len(tokens) < 2:
+        raise UsageError(f"the text has {len(tokens)} tokens; evaluation needs at least 2")
+    return tokens

@@ -240,6 +240,7 @@ PRETRAIN = [
     ("short_positions", ["--positions=learned", "--model.max_length=16"], "max_length"),
     ("other_sizes", ["--init_from=run", "--out=new", "--d_model=64"], "do not fit"),
     ("one_checkpoint", ["--keep_checkpoints=1", "--out=new"], "keep_checkpoints=1"),
+    ("seed", ["--seed=9223372036854775808"], "seed"),
     ("foreign_out", ["--out=foreign", "--overwrite"], "not a run"),
     ("another_configuration", ["--out=run", "--learning_rate=0.5"], "learning_rate"),
 ]
@@ -248,6 +249,8 @@ OTHERS = [
     ("generate", ["--load_model_path=run", "--top_p=2"], "top_p"),
     ("generate", ["--load_model_path=run", "--max_tokens=0"], "max_tokens"),
     ("generate", ["--load_model_path=run", "--gen_mode=prompt"], "--prompt"),
+    ("generate", ["--load_model_path=run", "--seed=9223372036854775808"], "seed"),
+    ("finetune", ["--load_model_path=run", "--seed=9223372036854775808"], "seed"),
     ("finetune", ["--load_model_path=run", "--data_path=short.txt"], "three lines"),
     ("finetune", ["--load_model_path=run", "--data_path=text.txt", "--format=sonnet"], "format"),
     ("evaluate", ["--load_model_path=run", "--data_path=nowhere.txt"], "nowhere.txt"),
