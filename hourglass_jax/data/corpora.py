@@ -29,7 +29,7 @@ class Splits(NamedTuple):
 
 def read_text(path: str | Path) -> str:
     """A UTF-8 text file, line ends as "\\n". Raises UsageError where it is missing, empty or not UTF-8."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give the path of a UTF-8 text file")
     raw = path.read_bytes()
