@@ -26,7 +26,7 @@ from hourglass_jax.training.trainer import fit
 from hourglass_jax.vocabulary import extend_vocabulary
 
 EPOCHS_OF_MANY, MIN_STEPS = 3, 100  # by default; a few haiku are seen more often, and the best checkpoint is kept
-WARMUP = 0.1  # of the steps
+MAX_WARMUP = 0.1  # of the steps
 
 LOAD = flags.DEFINE_string("load_model_path", "runs/pretrain", "Directory of the pretrained model.")
 DATA_PATH = flags.DEFINE_string(
@@ -50,7 +50,7 @@ EPOCHS = flags.DEFINE_integer(
     "epochs", None, f"Times each is seen; default: {EPOCHS_OF_MANY}, or as many as give {MIN_STEPS} steps."
 )
 VALIDATION = flags.DEFINE_float("validation_fraction", 0.05, "Share held back, the last of the file.")
-launcher.define_config("optimizer", OptimizerConfig(learning_rate=3e-4))
+launcher.define_config("optimizer", OptimizerConfig(learning_rate=3e-4, warmup_steps=20))
 launcher.define_alias("learning_rate", "optimizer.learning_rate", float)
 launcher.define_runtime()
 launcher.define_allow_unknown()
@@ -159,7 +159,7 @@ def read_haiku(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[Haiku
 
 
 def schedule(n_examples: int) -> tuple[TrainConfig, OptimizerConfig]:
-    """Steps by the number of examples, and a warm-up by that of the steps, where neither is given."""
+    """Steps by the number of examples, and a warm-up that leaves most of them, where these are not given."""
     steps_an_epoch = -(-n_examples // BATCH_SIZE.value)
     if EPOCHS.value is None:
         steps = max(EPOCHS_OF_MANY * steps_an_epoch, MIN_STEPS)
@@ -168,7 +168,8 @@ def schedule(n_examples: int) -> tuple[TrainConfig, OptimizerConfig]:
         steps = EPOCHS.value * steps_an_epoch
     optimizer = launcher.read_config("optimizer", OptimizerConfig)
     if "optimizer.warmup_steps" not in flags.FLAGS:
-        optimizer = dataclasses.replace(optimizer, warmup_steps=round(WARMUP * steps))
+        warmup_steps = min(optimizer.warmup_steps, round(MAX_WARMUP * steps))
+        optimizer = dataclasses.replace(optimizer, warmup_steps=warmup_steps)
     return TrainConfig(steps=steps, eval_interval=max(steps_an_epoch, steps // 10), seed=SEED.value), optimizer
 
 

@@ -70,7 +70,7 @@ def main(_: list[str]) -> None:
     if "" in STOP.value:
         raise UsageError("--stop is empty; give the text before which a sample ends")
     for text in (PROMPT.value, *STOP.value):
-        check_utf8(text)
+        to_utf8(text)
     model, tokenizer, _ = load(LOAD.value)
     images = isinstance(tokenizer, ImageTokenizer)
     given = {f"--gen_mode={GEN_MODE.value}"} | {f"--{name}" for name in flags.FLAGS if flags.FLAGS[name].present}

@@ -35,12 +35,13 @@ def pretrain(signals: Signals) -> None:
     started = time.perf_counter()
     runtime = launcher.read_runtime()
     data, optimizer, train = pretraining.read_configs()
-    base = tokenizer = begun = None
+    model = tokenizer = begun = None
     if origin := pretraining.INIT_FROM.value:
-        base, tokenizer, _ = load(origin)
+        model, tokenizer, _ = load(origin)
         begun = {"path": origin, "settings": Run(origin).read().settings}
     source = open_source(data, pretraining.VOCAB_PATH.value, tokenizer, allow_unknown=flags.FLAGS.allow_unknown)
-    config = pretraining.read_model(source.tokenizer.vocab_size, base.config if base else None)
+    config = pretraining.read_model(source.tokenizer.vocab_size, model.config if model else None)
+    model = model.reconfigured(config) if model else None
     if source.n_positions > config.position_limit:
         raise UsageError(
             f"sequences of {source.n_positions} tokens are longer than the learned positions, which end at "
@@ -52,10 +53,8 @@ def pretrain(signals: Signals) -> None:
     run = Run(pretraining.OUT.value)
     launcher.start_run(run, config, source.tokenizer, settings, runtime, data.batch_size)
 
-    if base is None:
+    if model is None:
         model = nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed))
-    else:
-        model = base.reconfigured(config)
     check_causality(model)
     millions = n_parameters(model) / 1e6
     print(f"{config.hierarchy}, {millions:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes")

@@ -155,7 +155,7 @@ def test_half_of_a_surrogate_pair_is_told(tmp_path):
     vocabulary = {name: i for i, name in enumerate([*CharTokenizer.SPECIALS, "a", "\ud83d"])}
     path = tmp_path / "vocab.json"
     path.write_text(json.dumps({"clean": False, "vocabulary": vocabulary}))
-    with pytest.raises(UsageError, match=r"vocab.json: character 1 is '\\ud83d'"):
+    with pytest.raises(UsageError, match=r"vocab.json: character 1 of the text is '\\ud83d'"):
         CharTokenizer.load(path)
     assert CharTokenizer.from_text("😀a").encode("a😀\ud83d").tolist() == [3, 4, 1]
 

@@ -15,7 +15,8 @@ from flax import nnx
 
 import hourglass_jax as hg
 from experiments import generate as launcher
-from hourglass_jax.training.checkpoints import CheckpointStore, write_run
+from hourglass_jax.training.checkpoints import CheckpointStore
+from hourglass_jax.training.run import Record, Run
 from hourglass_jax.training.signals import Signals
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -24,7 +25,7 @@ CHARACTERS, BYTES, OLD_BYTES = hg.CharTokenizer.from_text("abc \n."), hg.ByteTok
 
 def write_model(directory, tokenizer, **settings):
     model = make_model(small_config(hierarchy="1@1 1@2 1@1", d_model=8, vocab_size=tokenizer.vocab_size), scale=10.0)
-    write_run(directory, model.config, tokenizer, settings)
+    Run(directory).write(Record(model.config, tokenizer, settings, []))
     store = CheckpointStore(directory)
     store.save(1, nnx.state(model, nnx.Param))
     store.close()

@@ -193,7 +193,7 @@ def test_a_run_begins_with_another_s_parameters_model_and_vocabulary(home, tmp_p
     assert begun["settings"]["init_from"]["settings"] == base["settings"]
     assert (tmp_path / "runs/pretrain/vocab.json").read_text() == (home / "runs/pretrain/vocab.json").read_text()
     [first] = [json.loads(line) for line in (tmp_path / "runs/pretrain/metrics.jsonl").open() if "train_loss" in line]
-    assert first["train_loss"] < 3  # a new one would be at 3.4
+    assert first["train_loss"] < 3.3  # a new one would be at 3.6
 
 
 def test_max_length_bounds_learned_positions_only(home, tmp_path):

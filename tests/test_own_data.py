@@ -16,10 +16,11 @@ from launching import ENVIRONMENT, run_forked
 from PIL import Image
 
 import hourglass_jax as hg
-from experiments.common.launcher import fingerprint
 from experiments.common.vocabulary import check_characters
 from hourglass_jax.data.corpora import load_tokens
-from hourglass_jax.training.checkpoints import CheckpointStore, write_run
+from hourglass_jax.training.checkpoints import CheckpointStore
+from hourglass_jax.training.identity import fingerprint
+from hourglass_jax.training.run import Record, Run
 
 TEXT = "the quick brown fox jumps over a lazy dog.\nfive wizards mix jugs of quartz, pink vow!\n" * 12
 SPLIT = int(0.9 * len(TEXT))
@@ -31,7 +32,8 @@ def write_model(directory, path, **options):
     data = hg.DataConfig(path=path, block_size=32, batch_size=4, **options)
     tokens, tokenizer = load_tokens(data)
     config = small_config(vocab_size=tokenizer.vocab_size, **METHODS)
-    write_run(directory, config, tokenizer, {"data": dataclasses.asdict(data), "text_fingerprint": fingerprint(tokens)})
+    settings = {"data": dataclasses.asdict(data), "text_fingerprint": fingerprint(tokens)}
+    Run(directory).write(Record(config, tokenizer, settings, []))
     store = CheckpointStore(directory, for_training=True)
     store.save(1, nnx.state(make_model(config)), {"count": np.zeros(1)})
     store.close()
@@ -46,6 +48,7 @@ def home(tmp_path_factory):
         "text": TEXT,
         "moved": TEXT,
         "gone": TEXT,
+        "changed": TEXT,
         "flat": TEXT.replace("\n", " "),
         "bytes": "naïve café, 日本語: an old pond. " * 40,
         "chinese": "日本語の古い池。" * 20,
@@ -57,24 +60,21 @@ def home(tmp_path_factory):
     (home / "haiku.txt").write_text("\n".join(f"an old fox {i % 7 * 'a'}\nquick jumps\nover a dog" for i in range(60)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        for name in ("text", "flat", "gone"):
+        for name in ("text", "flat", "gone", "changed"):
             write_model(home / name, f"{name}.txt")
         write_model(home / "bytes", "bytes.txt", tokenizer="byte")
     (home / "gone.txt").unlink()
-    write_run(home / "strange", *reversed_tokenizer(home), {})
+    (home / "changed.txt").write_text(TEXT + "a fox\n")
+    shutil.copytree(home / "text", home / "strange")
+    record = json.loads((home / "strange" / "config.json").read_text())
+    (home / "strange" / "config.json").write_text(json.dumps(record | {"settings": {}}))
     return home
-
-
-def reversed_tokenizer(home):
-    """A configuration and tokenizer of a run that recorded nothing; its checkpoint is that of another run."""
-    shutil.copytree(home / "text" / "checkpoints", home / "strange" / "checkpoints")
-    _, tokenizer, config = hg.load(home / "text")
-    return config, tokenizer
 
 
 COMMANDS = {
     "own": ("evaluate", "--load_model_path=text", "--per_token=own.tsv"),
     "moved": ("evaluate", "--load_model_path=text", "--data_path=moved.txt"),
+    "changed": ("evaluate", "--load_model_path=changed"),
     "another": ("evaluate", "--load_model_path=text", "--data_path=mixed.txt,held_out.txt"),
     "allowed": ("evaluate", "--load_model_path=text", "--data_path=chinese.txt", "--allow_unknown"),
     "known_part": ("evaluate", "--load_model_path=text", "--data_path=mixed.txt", "--split=train"),
@@ -137,6 +137,11 @@ def test_a_model_is_evaluated_on_the_rest_of_its_own_text(results):
     assert figures(results["own"])["loss"] == pytest.approx(figures(results["moved"])["loss"], rel=1e-5)
 
 
+def test_a_text_that_has_changed_is_told(results):
+    assert "changed.txt: has changed since the model was trained on it" in results["changed"].stderr
+    assert "| valid of changed.txt\n" in results["changed"].stdout
+
+
 def test_another_text_is_read_whole(results):
     assert "| all of mixed.txt,held_out.txt\n" in results["another"].stdout
     assert figures(results["another"])["n_unknown"] == 7
@@ -149,8 +154,8 @@ def test_unknown_characters_are_those_of_the_split_that_is_read(results):
     assert figures(results["allowed"])["n_unknown"] == 160 and "'い' 20 times" in results["allowed"].stderr
 
 
-@pytest.mark.parametrize(("name", "text", "write"), [("own", TEXT[SPLIT:], str), ("bytes", None, None)])
-def test_the_surprise_of_each_character_is_a_line(home, results, name, text, write):
+@pytest.mark.parametrize("name", ["own", "bytes"])
+def test_the_surprise_of_each_character_is_a_line(home, results, name):
     header, *lines = (home / f"{name}.tsv").read_text(encoding="utf-8").splitlines()
     assert header.split("\t") == ["position", "character", "nats", "bits"]
     positions, characters, nats, bits = zip(*(line.split("\t") for line in lines), strict=True)
@@ -212,7 +217,7 @@ BAD_INPUT = [
         "its own text cannot be read, give it or another as --data_path: gone.txt",
     ),
     (("evaluate", "--load_model_path=strange"), "records no text"),
-    (("evaluate", "--load_model_path=text", "--data_path=chinese.txt"), "160 of 160 characters (1e+02 %)"),
+    (("evaluate", "--load_model_path=text", "--data_path=chinese.txt"), "160 of 160 characters (100 %)"),
     (("evaluate", "--load_model_path=text", "--protocol=sliding", "--step=5000"), "step=5000"),
     (("evaluate", "--load_model_path=text", "--split=test"), "'test' is empty"),
     (("finetune", "--load_model_path=text", "--data_path=chinese.txt", "--format=text"), "--extend_vocabulary"),

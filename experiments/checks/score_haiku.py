@@ -15,9 +15,10 @@ import numpy as np
 from absl import flags
 
 from experiments.common import launcher
+from experiments.common.recorded import haiku_parts
 from experiments.common.reports import provenance, write_report
 from hourglass_jax import UsageError, generate, load
-from hourglass_jax.data.haiku import encode_haiku, is_haiku, load_haiku, usable_haiku
+from hourglass_jax.data.haiku import encode_haiku, is_haiku
 from hourglass_jax.tokenizers import Tokenizer
 from hourglass_jax.training.run import Run
 
@@ -33,8 +34,7 @@ def read_prompts(form: str, settings: dict[str, Any], tokenizer: Tokenizer) -> l
     """What each sample goes on from: BOS, followed by a held-back first line if the model completes those."""
     if form != "prompt":
         return [np.array([tokenizer.bos_id])] * NUM_SAMPLES.value
-    haiku = usable_haiku(load_haiku(settings["data_path"]), tokenizer, settings["block_size"])
-    encoded = [encode_haiku(poem, tokenizer, form) for poem in haiku[-settings["held_back"] :]]
+    encoded = [encode_haiku(poem, tokenizer, form) for poem in haiku_parts(settings, tokenizer)[1]]
     return [tokens[:start] for tokens, start in encoded[: NUM_SAMPLES.value]]
 
 
@@ -70,9 +70,9 @@ The malformed ones:
 def main(_: list[str]) -> None:
     model, tokenizer, _ = load(LOAD.value)
     settings = Run(LOAD.value).read().settings
-    form = settings.get("format")
-    if form is None:
-        raise UsageError(f"{LOAD.value}: a pretrained model; give the directory of one that finetune.py wrote")
+    form = settings.get("format", "text")
+    if form == "text":
+        raise UsageError(f"{LOAD.value}: a model of text; give the directory of one that was fine-tuned on haiku")
     prompts = read_prompts(form, settings, tokenizer)
     started = time.perf_counter()
     samples = generate(

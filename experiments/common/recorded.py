@@ -15,7 +15,7 @@ from hourglass_jax import DataConfig, UsageError
 from hourglass_jax.data.corpora import load_text, load_tokens, split_tokens
 from hourglass_jax.data.haiku import load_haiku, usable_haiku
 from hourglass_jax.data.images import ImageSplits
-from hourglass_jax.tokenizers import clean
+from hourglass_jax.tokenizers import TextTokenizer, clean
 from hourglass_jax.training.identity import fingerprint
 from hourglass_jax.training.run import Run
 
@@ -54,9 +54,10 @@ def recorded_text(run: str | Path, path: str, split: str | None) -> Part:
         raise UsageError(f"{run}: its own text cannot be read, give it or another as --data_path: {error}") from error
     own = fingerprint(tokens) == settings.get("text_fingerprint")
     if not own and not path:
-        logging.warning("%s has changed since the model was trained on it", text_name(data.path))
-    split = split or ("valid" if own or not path else "all")
-    apart = data.valid_path if own or not path else ""
+        logging.warning("%s: has changed since the model was trained on it", text_name(data.path))
+    mine = own or not path
+    split = split or ("valid" if mine else "all")
+    apart = data.valid_path if mine else ""
     if apart and split == "valid":
         return recorded_text(run, apart, "all")
     name = f"{split} of {text_name(given.path)}{', which the model was trained on' if own else ''}"
@@ -70,21 +71,24 @@ def recorded_text(run: str | Path, path: str, split: str | None) -> Part:
     return Part(tokens, text, name)
 
 
-def recorded_haiku(run: str | Path) -> HaikuSource:
-    """The haiku that `run` was fine-tuned on."""
-    _, tokenizer, settings, _ = Run(run).read()
+def haiku_parts(settings: Mapping[str, Any], tokenizer: TextTokenizer) -> tuple[list[str], list[str]]:
+    """The haiku that a run with these settings was fine-tuned on, and those for validation."""
     paths = [settings["data_path"], *filter(None, [settings.get("valid_path")])]
     train, *valid = (usable_haiku(load_haiku(path), tokenizer, settings["block_size"]) for path in paths)
     n_held_back = settings["held_back"]
-    valid = valid[0] if valid else train[-n_held_back:]
-    return HaikuSource(
-        train if len(paths) > 1 else train[:-n_held_back],
-        valid,
-        tokenizer,
-        form=settings["format"],
-        batch_size=settings["batch_size"],
-        allow_unknown=True,
+    return (train, valid[0]) if valid else (train[:-n_held_back], train[-n_held_back:])
+
+
+def recorded_haiku(run: str | Path) -> HaikuSource:
+    """The haiku that `run` was fine-tuned on."""
+    _, tokenizer, settings, _ = Run(run).read()
+    form, batch_size = settings["format"], settings["batch_size"]
+    source = HaikuSource(
+        *haiku_parts(settings, tokenizer), tokenizer, form=form, batch_size=batch_size, allow_unknown=True
     )
+    if source.fingerprint["text_fingerprint"] != settings["text_fingerprint"]:
+        logging.warning("%s: have changed since the model was trained on them", settings["data_path"] or "the haiku")
+    return source
 
 
 def recorded_images(run: str | Path, path: str) -> ImageSplits:

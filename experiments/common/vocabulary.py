@@ -26,7 +26,7 @@ def check_characters(text: str, tokenizer: TextTokenizer, name: str, *, allow_un
     share = counts.total() / len(text)
     shown = ", ".join(f"{character!r} {count:,} times" for character, count in counts.most_common(N_SHOWN))
     message = (
-        f"{name}: {counts.total():,} of {len(text):,} characters ({100 * share:.2g} %) are not in the vocabulary and "
+        f"{name}: {counts.total():,} of {len(text):,} characters ({100 * share:.3g} %) are not in the vocabulary and "
         f"count as <UNK>: {shown}{', ...' if len(counts) > N_SHOWN else ''}"
     )
     if share > MAX_UNKNOWN and not allow_unknown:

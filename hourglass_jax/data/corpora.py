@@ -41,7 +41,7 @@ def decode_text(raw: bytes, source: object) -> str:
 
 def read_text(path: str | Path) -> str:
     """A UTF-8 text file, line ends as "\\n". Raises UsageError where it is missing, empty or not UTF-8."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give the path of a UTF-8 text file")
     text = decode_text(path.read_bytes(), path)
@@ -123,7 +123,8 @@ def load_tokens(config: DataConfig, tokenizer: TextTokenizer | None = None) -> t
             f"{config.path}: cleaning leaves none of its {len(text):,} characters; give a text in the letters a to z, "
             "or a vocabulary with clean=False"
         )
-    smallest = next((t for t in (np.uint8, np.uint16) if tokenizer.vocab_size - 1 <= np.iinfo(t).max), np.int32)
+    highest = 255 if tokenizer.kind == "byte" else tokenizer.vocab_size - 1
+    smallest = next((t for t in (np.uint8, np.uint16) if highest <= np.iinfo(t).max), np.int32)
     return tokens.astype(smallest), tokenizer
 
 
