@@ -50,9 +50,10 @@ def configure(hierarchy: str, setup: Setup, length: int) -> HourglassConfig:
 
 def predictions(setup: Setup) -> Iterator[Record]:
     """What each model is predicted to cost at each length: FLOPs and bytes of a step."""
+    roles = models(setup)
     for length in LENGTHS:
         batch = max(CHARACTERS // length, 1)
-        for role, hierarchy in models(setup).items():
+        for role, hierarchy in roles.items():
             config = configure(hierarchy, setup, length)
             yield {
                 "role": role,
