@@ -5,7 +5,8 @@ python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --sc
 python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --scale=tiny
 python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --scale=tiny --time
 python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --scale=tiny --report
-python experiments/ablate.py --curves --data_path=books --scale=micro    learning curves at equal FLOPs; --report too
+python experiments/ablate.py --curves --data_path=books --scale=micro    learning curves at equal FLOPs; --report, too
+python experiments/ablate.py --lengths --scale=micro                     what a step costs at 256 to 16,384 characters
 python experiments/ablate.py --costs     what Table 1's rows cost: parameters, FLOPs, memory
 
 A row is a run directory that pretrain.py could have written; rows that tables share are trained once, finished ones
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments.ablations import costs, curve_report, curves, reporting, rows
+from experiments.ablations import costs, curve_report, curves, lengths, reporting, rows
 from experiments.ablations.scales import DATASETS, SCALES, TEXTS, Setup, find_setup
 from experiments.ablations.tables import find_table
 from experiments.common import launcher
@@ -53,6 +54,7 @@ CURVES = flags.DEFINE_boolean("curves", False, "Learning curves of pairs at equa
 CHARACTERS = flags.DEFINE_integer(
     "characters", 0, "With --curves: only up to so many, and what branches off there; 0: all.", lower_bound=0
 )
+LENGTHS = flags.DEFINE_boolean("lengths", False, "Measure a step at every length, on an otherwise idle machine.")
 COSTS = flags.DEFINE_boolean("costs", False, "Print what the rows of Table 1 cost.")
 launcher.define_runtime()
 
@@ -61,10 +63,13 @@ def main(_: list[str]) -> None:
     if COSTS.value:
         print(costs.costs_table())
         return
-    if not TABLE.value and not CURVES.value:
-        raise UsageError("nothing to do; choose tables, e.g. --table=1,5, or pass --curves or --costs")
+    if not TABLE.value and not CURVES.value and not LENGTHS.value:
+        raise UsageError("nothing to do; choose tables, e.g. --table=1,5, or pass --curves, --lengths or --costs")
     path = f"{DOWNLOADS}/{DATASET.value}" if downloaded() else DATA_PATH.value
     setup = find_setup(DATASET.value, SCALE.value, path)
+    if LENGTHS.value:
+        run_lengths(setup)
+        return
     name = DATA_NAME.value or (Path(DATA_PATH.value).name if DATASET.value in TEXTS else "") or DATASET.value
     name = f"{name}-{SCALE.value}"
     run = run_curves if CURVES.value else run_tables
@@ -96,6 +101,15 @@ def run_tables(setup: Setup, directory: Path, name: str) -> None:
             costs.measure(jobs, signals)
         else:
             rows.train(jobs, setup, launcher.read_runtime(), signals)
+
+
+def run_lengths(setup: Setup) -> None:
+    path = Path(RESULTS.value) / f"lengths-{SCALE.value}"
+    if REPORT.value:
+        print(lengths.report(setup, SCALE.value, path))
+    else:
+        with Signals() as signals:
+            lengths.measure(setup, SCALE.value, path, signals)
 
 
 def run_curves(setup: Setup, directory: Path, name: str) -> None:

@@ -39,6 +39,8 @@ def pretrain(signals: Signals) -> None:
     if origin := pretraining.INIT_FROM.value:
         model, tokenizer, _ = load(origin)
         begun = {"path": origin, "settings": Run(origin).read().settings}
+        if data.dataset == "text":
+            data = dataclasses.replace(data, tokenizer=tokenizer.kind)
     source = open_source(data, pretraining.VOCAB_PATH.value, tokenizer, allow_unknown=flags.FLAGS.allow_unknown)
     config = pretraining.read_model(source.tokenizer.vocab_size, model.config if model else None)
     model = model.reconfigured(config) if model else None

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from launching import run, run_forked
+from launching import ENVIRONMENT, run, run_forked
 
 import hourglass_jax as hg
 from experiments.ablations import curve_pictures, curve_report, curves, gaps
@@ -40,13 +43,27 @@ SETUPS["text", "micro"] = replace(
 curves.POINTS, curves.BRANCHES, curves.DECAY = (480, 960), (960,), 0.4
 curves.PAIRS = (curves.Pair(curves.plain("1@1"), (curves.light("0@1 1@2 1@1"),)),)
 """
-# The same for pretrain.py.
-UNINTERRUPTED = ["--hierarchy=0@1 1@2 1@1", "--shortening=average", "--upsampling=repeat", "--d_model=16"]
-UNINTERRUPTED += ["--n_heads=2", "--d_ff=32", "--model.initialization=xavier", "--model.max_length=256"]
-UNINTERRUPTED += ["--data.tokenizer=byte", "--data_path=books", "--block_size=24", "--batch_size=4", "--steps=14"]
-UNINTERRUPTED += ["--train.eval_interval=14", "--train.eval_batches=2", "--optimizer.schedule=constant"]
-UNINTERRUPTED += ["--optimizer.learning_rate=3e-3", "--optimizer.warmup_steps=3", "--optimizer.decay_steps=4"]
-UNINTERRUPTED += ["--out=whole"]
+# What a leg says of itself, trained in one go.
+UNINTERRUPTED = """
+import sys
+
+from flax import nnx
+
+import hourglass_jax as hg
+from experiments.common.sources import TextSource
+from hourglass_jax.training.trainer import fit
+
+config, tokenizer, settings, _ = hg.Run(sys.argv[1]).read()
+source, train = TextSource(hg.DataConfig(**settings["data"]), tokenizer), hg.TrainConfig(**settings["train"])
+fit(
+    nnx.jit(lambda rngs: hg.HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed)),
+    source.batches(train.seed),
+    source.validation()[: train.eval_batches],
+    sys.argv[2],
+    optimizer_config=hg.OptimizerConfig(**settings["optimizer"]),
+    train_config=train,
+)
+"""
 # Kills a process in the second leg, after a checkpoint of its own.
 KILL = """
 import os
@@ -93,9 +110,9 @@ def home(tmp_path_factory):
 
 
 def test_a_branch_is_the_uninterrupted_run_of_its_length(home):
-    result = run("pretrain", *UNINTERRUPTED, cwd=home)
-    assert result.returncode == 0, result.stderr
     legs = home / BASE / "0@1_1@2_1@1-average-repeat" / "seed0"
+    command = [sys.executable, "-c", UNINTERRUPTED, legs / "960-decayed", "whole"]
+    subprocess.run(command, cwd=home, env=os.environ | ENVIRONMENT, check=True)
     whole, branch, trunk = (
         jax.tree.leaves(nnx.state(hg.load(path)[0]))
         for path in (home / "whole", legs / "960-decayed", legs / "960-constant")

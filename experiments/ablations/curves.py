@@ -46,7 +46,7 @@ DECAY = 0.1  # steps of a branch, as a share of those before it
 
 @dataclass(frozen=True)
 class Pair:
-    """A plain transformer and Hourglass models whose training steps cost within 4 % as many FLOPs at `micro`."""
+    """A plain transformer and Hourglass models whose training steps take as many FLOPs, to 5 %, at `micro`."""
 
     plain: Row
     rivals: tuple[Row, ...]
@@ -107,7 +107,6 @@ def curve(row: Row, setup: Setup, directory: Path, seed: int) -> Iterator[Leg]:
     before = None
     for point in POINTS:
         steps = round(point / step_characters(setup))
-
         trunk = make_job(row, config, setup, place / f"{point}-constant", seed, steps)
         yield Leg(point, False, trunk, before)
         if point in BRANCHES:
