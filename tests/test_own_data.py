@@ -87,26 +87,35 @@ COMMANDS = {
     "photos": (
         *("pretrain", "--data.dataset=folder", "--data_path=photos", "--data.image_size=4", "--steps=2"),
         *("--hierarchy=0@1 1@3 1@1", "--d_model=16", "--n_heads=2", "--d_ff=32", "--batch_size=4", "--out=photo_model"),
+        *("--shortening=average", "--upsampling=repeat", "--positions=rotary"),
     ),
-}
-AFTERWARDS = {
     "own_haiku": ("evaluate", "--load_model_path=haiku"),
     "own_extended": ("evaluate", "--load_model_path=extended"),
     "own_photos": ("evaluate", "--load_model_path=photo_model"),
-    "completed": ("generate", "--load_model_path=photo_model", "--gen_mode=complete", "--out=completed.png"),
+    "completed": (
+        "generate",
+        "--load_model_path=photo_model",
+        "--gen_mode=complete",
+        "--num_samples=2",
+        "--out=completed.png",
+    ),
 }
+AFTER = {"own_haiku": "haiku", "own_extended": "extended", "own_photos": "photos", "completed": "photos"}
 
 
 @pytest.fixture(scope="module")
 def results(home, tmp_path_factory):
-    """What the commands printed, by name; two at a time."""
+    """results(name): what a command printed, once it has ended; two run at a time."""
     (home / "photos").mkdir()
     for i in range(20):
         pixels = np.random.default_rng(i).integers(0, 256, (6 + i % 3, 8, 3), np.uint8)
         Image.fromarray(pixels).save(home / "photos" / f"{i}.{'png' if i % 2 else 'jpg'}")
+    pending = {}
 
-    def launch(command):
-        script, *flags = command
+    def launch(name):
+        if name in AFTER:
+            pending[AFTER[name]].result()
+        script, *flags = COMMANDS[name]
         cwd = tmp_path_factory.mktemp("cwd")
         for path in home.iterdir():
             (cwd / path.name).symlink_to(path)
@@ -117,11 +126,10 @@ def results(home, tmp_path_factory):
                 shutil.move(path, home)
         return result
 
-    found = {}
     with ThreadPoolExecutor(2) as pool:
-        for commands in (COMMANDS, AFTERWARDS):
-            found |= zip(commands, pool.map(launch, commands.values()), strict=True)
-    return found
+        for name in COMMANDS:
+            pending[name] = pool.submit(launch, name)
+        yield lambda name: pending[name].result()
 
 
 def figures(result):
@@ -131,31 +139,32 @@ def figures(result):
 def test_a_model_is_evaluated_on_the_rest_of_its_own_text(results):
     """Found where it was, or given from another place."""
     for name, path in (("own", "text.txt"), ("moved", "moved.txt")):
-        assert f"| valid of {path}, which the model was trained on\n" in results[name].stdout
-        assert figures(results[name])["n_characters"] == len(TEXT) - SPLIT - 1
-        assert figures(results[name])["n_unknown"] == 0 and not results[name].stderr
-    assert figures(results["own"])["loss"] == pytest.approx(figures(results["moved"])["loss"], rel=1e-5)
+        assert f"| valid of {path}, which the model was trained on\n" in results(name).stdout
+        assert figures(results(name))["n_characters"] == len(TEXT) - SPLIT - 1
+        assert figures(results(name))["n_unknown"] == 0 and not results(name).stderr
+    assert figures(results("own"))["loss"] == pytest.approx(figures(results("moved"))["loss"], rel=1e-5)
 
 
 def test_a_text_that_has_changed_is_told(results):
-    assert "changed.txt: has changed since the model was trained on it" in results["changed"].stderr
-    assert "| valid of changed.txt\n" in results["changed"].stdout
+    assert "changed.txt: has changed since the model was trained on it" in results("changed").stderr
+    assert "| valid of changed.txt\n" in results("changed").stdout
 
 
 def test_another_text_is_read_whole(results):
-    assert "| all of mixed.txt,held_out.txt\n" in results["another"].stdout
-    assert figures(results["another"])["n_unknown"] == 7
+    assert "| all of mixed.txt,held_out.txt\n" in results("another").stdout
+    assert figures(results("another"))["n_unknown"] == 7
 
 
 def test_unknown_characters_are_those_of_the_split_that_is_read(results):
-    assert figures(results["known_part"])["n_unknown"] == 0 and not results["known_part"].stderr
-    [warning] = results["another"].stderr.splitlines()
+    assert figures(results("known_part"))["n_unknown"] == 0 and not results("known_part").stderr
+    [warning] = results("another").stderr.splitlines()
     assert re.search(r"7 of 1,\d\d\d characters \(0\.\d+ %\) are not in the vocabulary .* 'ï' 7 times$", warning)
-    assert figures(results["allowed"])["n_unknown"] == 160 and "'い' 20 times" in results["allowed"].stderr
+    assert figures(results("allowed"))["n_unknown"] == 160 and "'い' 20 times" in results("allowed").stderr
 
 
 @pytest.mark.parametrize("name", ["own", "bytes"])
 def test_the_surprise_of_each_character_is_a_line(home, results, name):
+    found = figures(results(name))
     header, *lines = (home / f"{name}.tsv").read_text(encoding="utf-8").splitlines()
     assert header.split("\t") == ["position", "character", "nats", "bits"]
     positions, characters, nats, bits = zip(*(line.split("\t") for line in lines), strict=True)
@@ -167,22 +176,22 @@ def test_the_surprise_of_each_character_is_a_line(home, results, name):
         predicted = b"".join(ast.literal_eval(f"b'{character}'") for character in characters)
         assert predicted == whole[int(0.9 * len(whole)) + 1 :]
     nats, bits = (np.array(column, float) for column in (nats, bits))
-    assert nats.mean() == pytest.approx(figures(results[name])["loss"], abs=1e-5)
+    assert nats.mean() == pytest.approx(found["loss"], abs=1e-5)
     np.testing.assert_allclose(bits, nats / math.log(2), atol=2e-6)
 
 
 def test_bytes_and_characters_are_told_apart(home, results):
-    found = figures(results["bytes"])
+    found = figures(results("bytes"))
     whole = (home / "bytes.txt").read_bytes()
     predicted = whole[int(0.9 * len(whole)) + 1 :]
     assert found["n_bytes"] == len(predicted) > found["n_characters"] == len(predicted.decode(errors="ignore"))
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2))
     assert found["bpc"] * found["n_characters"] == pytest.approx(found["bits_per_byte"] * found["n_bytes"])
-    assert f"bits/byte {found['bits_per_byte']:.4f} | BPC {found['bpc']:.4f}" in results["bytes"].stdout
+    assert f"bits/byte {found['bits_per_byte']:.4f} | BPC {found['bpc']:.4f}" in results("bytes").stdout
 
 
 def test_sixty_haiku_get_a_whole_schedule(home, results):
-    assert "57 haiku to train on, 3 held back, 100 steps (112 epochs, warm-up 10 steps)" in results["haiku"].stdout
+    assert "57 haiku to train on, 3 held back, 100 steps (112 epochs, warm-up 10 steps)" in results("haiku").stdout
     records = [json.loads(line) for line in (home / "haiku" / "metrics.jsonl").read_text().splitlines()]
     rates = [record["learning_rate"] for record in records if "learning_rate" in record]
     assert max(rates) > 0.9 * 3e-4 and rates[-1] < 0.1 * 3e-4
@@ -190,24 +199,25 @@ def test_sixty_haiku_get_a_whole_schedule(home, results):
 
 @pytest.mark.parametrize(("trained", "evaluated"), [("haiku", "own_haiku"), ("extended", "own_extended")])
 def test_a_fine_tuned_model_is_evaluated_as_its_training_ended(results, trained, evaluated):
-    [figure] = re.findall(r"validation: loss (\S+)", results[trained].stdout)
-    assert figures(results[evaluated])["loss"] == pytest.approx(float(figure), abs=1e-3)
+    [figure] = re.findall(r"validation: loss (\S+)", results(trained).stdout)
+    assert figures(results(evaluated))["loss"] == pytest.approx(float(figure), abs=1e-3)
 
 
 def test_a_vocabulary_is_extended_by_the_text(home, results):
+    assert "all of held_out.txt" in results("own_extended").stdout
     old, new = (json.loads((home / name / "vocab.json").read_text())["vocabulary"] for name in ("text", "extended"))
     assert new == old | {"ï": len(old)}
-    assert "all of held_out.txt" in results["own_extended"].stdout
-    assert figures(results["own_extended"])["n_unknown"] == 0
+    assert figures(results("own_extended"))["n_unknown"] == 0
     record = json.loads((home / "extended" / "config.json").read_text())["settings"]
     assert record["format"] == "text" and record["data"]["block_size"] == 32  # as in pretraining
 
 
 def test_a_folder_of_images_is_learned_evaluated_and_completed(home, results):
-    assert "18 images to train on, 2 for validation" in results["photos"].stdout
-    found = figures(results["own_photos"])
+    assert "18 images to train on, 2 for validation" in results("photos").stdout
+    found = figures(results("own_photos"))
     assert found["n_dims"] == 2 * 4 * 4 * 3 and found["split"] == "valid"
-    assert f"bits/dim {found['bits_per_dim']:.3f}" in results["photos"].stdout
+    assert f"bits/dim {found['bits_per_dim']:.3f}" in results("photos").stdout
+    assert results("completed").stdout.startswith("2 images")  # all that there are for validation
     assert (home / "completed.png").read_bytes().startswith(b"\x89PNG")
 
 
