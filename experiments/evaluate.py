@@ -102,7 +102,7 @@ def evaluate_haiku(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, d
 def evaluate_text(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, dict[str, Any]]:
     """As `evaluate_images`."""
     tokens, text, name = recorded_text(LOAD.value, DATA_PATH.value, SPLIT.value)
-    check_text(tokens)
+    check_text(tokens, model)
     n_unknown = check_characters(text, tokenizer, name, allow_unknown=flags.FLAGS.allow_unknown)
     if PROTOCOL.value == "sliding":
         batches = sliding_windows(tokens, WINDOW.value, STEP.value, BATCH_SIZE.value)
