@@ -47,11 +47,10 @@ def draw_pair(panels: Any, record: Record, pair: Record) -> None:
                 panels[2].plot(x, [line.at(x_i) for x_i in x], ls=style, lw=1, color=colours[name])
     panels[2].axhline(0, color=COLOURS[0], lw=1)
     panels[2].set(xscale="log", xlabel="characters", ylabel=f"gap: bits less those of {pair['plain']}")
-    for axes in (panels[0], panels[2]):
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g}M"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
     for axes in panels:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g}M" if x < 1e9 else f"{x:.0e}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
 
 

@@ -182,7 +182,8 @@ def draw(record: Record, path: Path) -> None:
         "bytes a character": ("bytes", lambda point: point["predicted_bytes"]),
     }
     figure = Figure(figsize=(15, 4.6), layout="constrained")
-    for axes, (label, (name, prediction)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    drawn = figure.subplots(1, len(panels))
+    for axes, (label, (name, prediction)) in zip(drawn, panels.items(), strict=True):
         for role, colour in COLOURS.items():
             points = [point for point in record["points"] if point["role"] == role]
             draw_costs(axes, points, prediction, color=colour, ls="--", lw=1)
@@ -193,7 +194,7 @@ def draw(record: Record, path: Path) -> None:
         axes.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS], fontsize=8)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    drawn[0].legend(fontsize=8)
     figure.suptitle(f"Cost of training at every length, scale {record['scale']}: measured; dashed: predicted")
     figure.savefig(path, dpi=110)
 
