@@ -99,7 +99,7 @@ def check(sizes: Accelerator, attention: str, positions: str) -> Row:
     size = {"d_ff": 128, "d_model": sizes.check_d_model, "n_heads": 2, "max_length": sizes.check_length}
     comparisons, cpu = [], jax.local_devices(backend="cpu")[0]
     for window in WINDOWS:
-        options = size | {"positions": positions, "initialization": "xavier"} | ({"window": window} if window else {})
+        options = size | {"positions": positions, "window": window, "initialization": "xavier"}
         small = partial(sizes.config, "1@1 1@3 1@1", **options)
         exact = small(attention=ORACLE, dtype="float32")
         with jax.default_device(cpu):

@@ -149,6 +149,8 @@ def call(
         written = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in shapes]
         if plan.by_memory and arrays.r is not None:
             written.append(jax.ShapeDtypeStruct((batch, heads, n * plan.block, plan.slab), arrays.q.dtype))
+        flops = batch * heads * plan.flops(kernel.__name__, flat[0].shape[-1])
+        n_bytes = sum(x.size * x.dtype.itemsize for x in (*flat, *written))
         return pl.pallas_call(
             body,
             grid=(batch, heads, n),
@@ -158,6 +160,8 @@ def call(
             compiler_params=compiler_parameters(plan, simple=simple),
             interpret=plan.platform == "cpu",
             name=kernel.__name__,
+            cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=n_bytes, transcendentals=0),
+            metadata={"flops": str(flops)},  # for a GPU's program, which has no other place for it
         )(*flat)[: len(shapes)]
 
     return (divided_by_rows(run, flat, shapes) if n_devices() > 1 else run)(*flat)

@@ -65,6 +65,22 @@ class Plan(NamedTuple):
         """Blocks of lags, as many as of keys: the slab of tile (i, j) begins at block n_lags - S (i + 1) + j."""
         return self.n_blocks * self.pattern.key_slots
 
+    @property
+    def n_tiles(self) -> int:
+        """Pairs of a block of queries and one of keys that meet."""
+        slots, window = self.pattern.key_slots, self.pattern.window
+        lowest = [max(i * self.block - window + 1, 0) if window else 0 for i in range(self.n_blocks)]
+        return sum((i + 1) * slots - first * slots // self.block for i, first in enumerate(lowest))
+
+    def flops(self, kernel: str, size: int) -> int:
+        """Of the products of a kernel, for one head of `size` numbers in one row of the batch."""
+        of_keys, of_lags = PRODUCTS[kernel]
+        return 2 * self.block * size * self.n_tiles * (of_keys * self.block + of_lags * self.slab)
+
+
+# Of a tile, for each kernel: with as many columns as a block of keys has, and as a slab has.
+PRODUCTS = {"forward_tile": (2, 1), "query_tile": (3, 2), "key_tile": (4, 1), "lag_tile": (2, 2)}
+
 
 def divide(x: Any, n: int) -> Any:
     """x // n for what is not negative."""
