@@ -66,9 +66,13 @@ class HourglassConfig:
     shift: paper (k-1) | original (k, the original project's, one character staler).
     dtype: of the computation, float32 | bfloat16 | float64 (with JAX_ENABLE_X64); parameters stay float32.
     max_unrolled_layers: deeper stacks are one scanned body, so that compile time stays flat.
-    attention: how it is computed; the result is the same. blocked (in memory linear in length) | plain (the formula in
-        jnp alone: for jax.jvp, Hessian-vector products and other forward derivatives, which blocked has not) | fused
-        (JAX's kernel where it can: no relative positions, no dropout).
+    attention: how it is computed; the result is the same. auto (the best that platform, dtype, head size, positions and
+        dropout allow) | blocked (jnp, in memory linear in length) | fused (cuDNN's kernel on GPUs, splash attention on
+        TPUs; blocked with relative positions or dropout, which they do not know) | kernel (ours in Pallas, with both;
+        interpreted on CPUs, for tests) | plain (the formula in jnp alone: for jax.jvp, Hessian-vector products and
+        other forward derivatives, which the others have not).
+    window: of layers on the tokens (factor 1): each sees its own and the W - 1 tokens before it; 0: all of them. Deeper
+        layers and resampling see everything, so a long past is still there, coarser.
     remat: what the backward pass computes again, none | dots (all but matrix products) | full (layers) | auto.
 
     Raises UsageError, one line, for what is out of range or does not fit together.
@@ -93,6 +97,7 @@ class HourglassConfig:
     dtype: str = "float32"
     max_unrolled_layers: int = 4
     attention: str = "blocked"
+    window: int = 0
     remat: str = "auto"
 
     def __post_init__(self) -> None:
@@ -107,6 +112,7 @@ class HourglassConfig:
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout={self.dropout!r} is out of range; it must be at least 0 and below 1")
         check_range("d_head", self.d_head, 0)
+        check_range("window", self.window, 0)
         if not self.d_head and self.d_model % self.n_heads:
             raise UsageError(
                 f"n_heads={self.n_heads} does not divide d_model={self.d_model}; choose n_heads so that every "
@@ -120,7 +126,7 @@ class HourglassConfig:
         check_choice("norm", self.norm, ("stack", "final"))
         check_choice("shift", self.shift, ("paper", "original"))
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float64"))
-        check_choice("attention", self.attention, ("blocked", "plain", "fused"))
+        check_choice("attention", self.attention, ("auto", "blocked", "fused", "kernel", "plain"))
         check_choice("remat", self.remat, ("auto", "none", "dots", "full"))
         if self.positions == "rotary" and self.head_dim % 2:
             raise UsageError(f"positions='rotary' needs an even head size, not {self.head_dim}")

@@ -68,7 +68,7 @@ def parse_betas(text: str) -> tuple[float, float]:
 
 for _name in ("hierarchy", "shortening", "upsampling", "positions", "activation", "norm"):
     launcher.define_alias(_name, f"model.{_name}", str)
-for _name in ("d_model", "n_heads", "d_ff"):
+for _name in ("d_model", "n_heads", "d_ff", "window"):
     launcher.define_alias(_name, f"model.{_name}", int)
 launcher.define_alias("dropout", "model.dropout", float)
 launcher.define_alias("factors", "model.hierarchy", parse_factors)

@@ -47,7 +47,9 @@ def forgotten(length: Any, context: int, factor: int) -> Any:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KeyValueCache:
-    """Keys and values of one attention layer, a row for each key position.
+    """Keys and values of one attention layer, a row for each key position; with a window a ring of its newest rows.
+
+    A key's row is its place among all keys modulo R, which matters where there are fewer rows than keys.
 
     keys, values: [B, H, R, K], the keys already turned where positions are rotary.
     relative: [P, H, R, K], W_r R of the Transformer-XL formula for query slot p; row e is for the key R - 1 - e rows
@@ -62,12 +64,22 @@ class KeyValueCache:
     rotary: bool = field(metadata={"static": True})
 
     def write(self, keys: jax.Array, values: jax.Array, row: jax.Array | int) -> KeyValueCache:
-        """Puts keys and values [B, n, H, K] into rows row .. row + n - 1."""
+        """Puts keys and values [B, n, H, K] at the places row .. row + n - 1; more than R only from row 0 on."""
+        n_rows, n = self.keys.shape[2], keys.shape[1]
 
         def put(rows: jax.Array, new: jax.Array) -> jax.Array:
-            return lax.dynamic_update_slice_in_dim(rows, new.swapaxes(1, 2).astype(rows.dtype), row, axis=2)
+            new = new.swapaxes(1, 2).astype(rows.dtype)
+            if n > n_rows:
+                return jnp.roll(new[:, :, n - n_rows :], n % n_rows, axis=2)
+            return lax.dynamic_update_slice_in_dim(rows, new, row % n_rows, axis=2)
 
         return replace(self, keys=put(self.keys, keys), values=put(self.values, values))
+
+    def lags(self, newest: jax.Array) -> jax.Array:
+        """int [R]: how long before the newest key that of each row comes; of a row yet to be filled, more than all."""
+        n_rows = self.keys.shape[2]
+        lags = newest % n_rows - jnp.arange(n_rows)
+        return jnp.where(lags < 0, lags + n_rows, lags)
 
     def filled_from(self, smaller: KeyValueCache) -> KeyValueCache:
         def fill(ours: jax.Array, theirs: jax.Array) -> jax.Array:
