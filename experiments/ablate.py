@@ -34,12 +34,12 @@ DATASET = flags.DEFINE_string("dataset", "enwik8", " | ".join(DATASETS))
 SCALE = flags.DEFINE_string(
     "scale", "tiny", f"{' | '.join(SCALES)}: the paper's set-up, one GPU, two CPU cores, those for longer."
 )
-DATA_PATH = flags.DEFINE_string(
+DATA_PATH = launcher.define_path(
     "data_path", "", "100 MB in enwik8's shape, or the images' directory; empty: enwik8 or text8, downloaded to data/."
 )
 DATA_NAME = flags.DEFINE_string("data_name", "", "What reports call the data; default: the file's or data set's name.")
-OUT = flags.DEFINE_string("out", "runs/ablations", "Directory of the runs.")
-RESULTS = flags.DEFINE_string("results", "experiments/results/ablations", "Directory of the reports.")
+OUT = launcher.define_path("out", "runs/ablations", "Directory of the runs.")
+RESULTS = launcher.define_path("results", "experiments/results/ablations", "Directory of the reports.")
 ROWS = flags.DEFINE_list(
     "rows", [], 'Only these rows, by the name that --dry_run prints, "in quotes" if it has a comma; default: all.'
 )

@@ -29,8 +29,8 @@ from hourglass_jax.evaluation import check_text, evaluate_batches
 from hourglass_jax.tokenizers import TextTokenizer
 from hourglass_jax.training.run import Run
 
-LOAD = flags.DEFINE_string("load_model_path", "runs/pretrain", "Directory of the model.")
-DATA_PATH = flags.DEFINE_string(
+LOAD = launcher.define_path("load_model_path", "runs/pretrain", "Directory of the model.")
+DATA_PATH = launcher.define_path(
     "data_path", "", "Text, as for pretrain.py, or directory of images; empty: what the model was trained on."
 )
 SPLIT = flags.DEFINE_enum(
@@ -49,7 +49,7 @@ FACTOR = flags.DEFINE_integer(
     "shorten_factor", None, "Use the model at this factor; see pretrain.py --shorten_factors.", lower_bound=2
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Windows or images at once.", lower_bound=1)
-PER_TOKEN = flags.DEFINE_string("per_token", "", "Write the surprise of each character to this file, tab-separated.")
+PER_TOKEN = launcher.define_path("per_token", "", "Write the surprise of each character to this file, tab-separated.")
 launcher.define_allow_unknown()
 
 

@@ -28,12 +28,12 @@ from hourglass_jax.vocabulary import extend_vocabulary
 EPOCHS_OF_MANY, MIN_STEPS = 3, 100  # by default; a few haiku are seen more often, and the best checkpoint is kept
 MAX_WARMUP = 0.1  # of the steps
 
-LOAD = flags.DEFINE_string("load_model_path", "runs/pretrain", "Directory of the pretrained model.")
-DATA_PATH = flags.DEFINE_string(
+LOAD = launcher.define_path("load_model_path", "runs/pretrain", "Directory of the pretrained model.")
+DATA_PATH = launcher.define_path(
     "data_path", "", "UTF-8 file of three-line haiku, or a text as for pretrain.py; empty: the built-in one."
 )
-VALID_PATH = flags.DEFINE_string("valid_path", "", "Haiku or text for validation; empty: held back from data_path.")
-OUT = flags.DEFINE_string("out", "runs/finetune", "Directory for the fine-tuned model.")
+VALID_PATH = launcher.define_path("valid_path", "", "Haiku or text for validation; empty: held back from data_path.")
+OUT = launcher.define_path("out", "runs/finetune", "Directory for the fine-tuned model.")
 flags.DEFINE_alias("model_save_path", "out")
 FORMAT = flags.DEFINE_enum(
     "format",

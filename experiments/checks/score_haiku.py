@@ -22,12 +22,12 @@ from hourglass_jax.data.haiku import encode_haiku, is_haiku
 from hourglass_jax.tokenizers import Tokenizer
 from hourglass_jax.training.run import Run
 
-LOAD = flags.DEFINE_string("load_model_path", "runs/finetune", "Directory of a model that finetune.py wrote.")
+LOAD = launcher.define_path("load_model_path", "runs/finetune", "Directory of a model that finetune.py wrote.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 200, "Samples to count.", lower_bound=1)
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 250, "A sample must end before this many characters.", lower_bound=2)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0.0)
 SEED = launcher.define_seed("Seed of the sampling.")
-REPORT = flags.DEFINE_string("report", "", "Write PATH.json and PATH.md.")
+REPORT = launcher.define_path("report", "", "Write PATH.json and PATH.md.")
 
 
 def read_prompts(form: str, settings: dict[str, Any], tokenizer: Tokenizer) -> list[np.ndarray]:
