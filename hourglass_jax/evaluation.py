@@ -69,12 +69,17 @@ def _batch_sums(graph: nnx.GraphDef, params: nnx.State, tokens: Array, weights: 
 
 
 def evaluate_batches(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -> Evaluation:
-    """The mean loss over `batches` of tokens int [B, L + 1] and weights [B, L]; see `data.pipeline`."""
+    """The mean loss over `batches` of tokens int [B, L + 1] and weights [B, L]; see `data.pipeline`.
+
+    Raises UsageError where there is nothing to predict.
+    """
     split = nnx.split(model)
     loss = count = 0.0
     for tokens, weights in batches:
         batch_loss, batch_count = _batch_sums(*split, tokens, weights)
         loss, count = loss + float(batch_loss), count + float(batch_count)
+    if not count:
+        raise UsageError("there is nothing to predict: no batch, or none whose weights are above 0")
     return Evaluation(loss / count, int(count))
 
 
