@@ -96,7 +96,7 @@ class HourglassConfig:
     shift: str = "paper"
     dtype: str = "float32"
     max_unrolled_layers: int = 4
-    attention: str = "blocked"
+    attention: str = "auto"
     window: int = 0
     remat: str = "auto"
 
