@@ -161,7 +161,7 @@ def call(
             interpret=plan.platform == "cpu",
             name=kernel.__name__,
             cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=n_bytes, transcendentals=0),
-            metadata={"flops": str(flops)},  # for a GPU's program, which has no other place for it
+            metadata={"flops": str(flops)} if plan.platform == "gpu" else None,  # whose program has no estimates
         )(*flat)[: len(shapes)]
 
     return (divided_by_rows(run, flat, shapes) if n_devices() > 1 else run)(*flat)
