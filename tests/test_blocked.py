@@ -75,6 +75,13 @@ def test_its_gradients_are_those_of_finite_differences(blocks, query_slots, key_
     check_grads(run, (inputs,), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 
+def test_on_an_accelerator_it_equals_its_formula_too(monkeypatch):
+    monkeypatch.setattr(blocked, "platform", lambda: "gpu")
+    monkeypatch.setattr(blocked, "QUERY_ROWS", 1)
+    inputs, pattern = make_inputs(3, 1, relative=True), Pattern(3, 1)
+    np.testing.assert_allclose(blocked_attention(pattern, inputs), plain_attention(pattern, inputs), atol=1e-5)
+
+
 def test_with_a_window_a_block_meets_no_key_that_it_does_not_see(monkeypatch):
     monkeypatch.setattr(blocked, "QUERY_ROWS", 4)
     [segment] = blocked.segments(Pattern(1, 1, 0.0, window=6), 50)

