@@ -12,7 +12,7 @@ from experiments.accelerators import pages, report, targets
 from experiments.accelerators.advice import cheapest_changes
 from experiments.accelerators.report import METHOD, first_line
 from experiments.accelerators.sources import NAMES
-from experiments.accelerators.step import Compiled, Run, asked_bytes, compile_step
+from experiments.accelerators.step import Compiled, Run, Seconds, asked_bytes, compile_step
 from experiments.accelerators.targets import COMPILERS, find_target, is_installed, known_targets
 from hourglass_jax import DataConfig, OptimizerConfig, RuntimeConfig, TrainConfig, UsageError
 from hourglass_jax.nn.attention.choice import IMPLEMENTATIONS
@@ -98,7 +98,7 @@ def attempts(peaks):
         key = (run.model.remat, run.runtime.accumulate, run.runtime.fsdp)
         tried.append(key)
         seconds = {"auto": 0, "dots": 1, "full": 3}[key[0]] + key[1] / 8 + key[2] / 4
-        return Compiled("program", "", 0, 0, None, peaks(*key)), seconds
+        return Compiled("program", "", Seconds(0, 0, 0), None, peaks(*key)), seconds
 
     return attempt, tried
 
@@ -160,10 +160,10 @@ def test_pages_keep_one_row_for_each_name_and_target(row, tmp_path):
     path = tmp_path / "deep" / "mine"
     pages.add_row(path, row)
     pages.add_row(path, row | {"target": "8xh100", "machine": "8 x NVIDIA H100"})
-    pages.add_row(path, row | {"compile_seconds": 77.0})
+    pages.add_row(path, row | {"fits": False})
     record = json.loads(path.with_suffix(".json").read_text())
     assert [each["target"] for each in record["rows"]] == ["h100", "8xh100"]
-    assert record["rows"][0]["compile_seconds"] == 77.0
+    assert record["rows"][0]["fits"] is False
     text = path.with_suffix(".md").read_text()
     assert METHOD in text and text.count("## relative on") == 2 and "| ms a step (estimate) |" in text
     assert path.with_suffix(".png").stat().st_size > 5_000

@@ -19,7 +19,7 @@ COLUMNS = (
     "batch",
     "fits",
     "peak GiB a chip",
-    "compile s",
+    "compile s (processor)",
     "ms a step",
     "MFU",
     "Mchar/s",
@@ -57,7 +57,7 @@ def overview(rows: Sequence[dict[str, Any]]) -> str:
         batch, length = row["batch"]
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / report.GIB:.1f}"
         line = [row["name"], row["target"], f"{batch} x {length:,}", "yes" if row["fits"] else "no", peak]
-        line.append(f"{row['compile_seconds']:.0f}")
+        line.append("{compile:.0f} ({compile_processor:.0f})".format(**row["seconds_to"]))
         if row["compiles"]:
             estimate = row["estimate"]
             line += [

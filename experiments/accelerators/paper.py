@@ -44,7 +44,12 @@ def options(dataset: str, positions: str, n_chips: int) -> dict[str, Any]:
     [row] = (row for row in table.rows if row.options is not None)
     length = LENGTHS.get(dataset, setup.data.block_size)
     model = dataclasses.replace(
-        row_config(row, setup), positions=positions, dtype="bfloat16", max_length=length, dropout=0.0
+        row_config(row, setup),
+        positions=positions,
+        attention="auto",
+        dtype="bfloat16",
+        max_length=length,
+        dropout=0.0,
     )
     data = dataclasses.replace(setup.data, path="", block_size=length, batch_size=ROWS[dataset] * n_chips)
     found: dict[str, Any] = {}

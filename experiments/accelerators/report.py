@@ -32,8 +32,7 @@ def summarise(run: Run, target: Target, compiled: Compiled, characters: float) -
         "compiles": bool(compiled.text),
         "failure": first_line(compiled.failure),
         "fits": compiled.fits(target),
-        "trace_seconds": compiled.trace_seconds,
-        "compile_seconds": compiled.compile_seconds,
+        "seconds_to": compiled.seconds._asdict(),
         "peak_bytes": compiled.peak,
         "memory_bytes": target.memory,
         "memory": compiled.memory and dataclasses.asdict(compiled.memory),
@@ -94,9 +93,11 @@ def describe(row: dict[str, Any]) -> str:
 
 def verdict(row: dict[str, Any]) -> str:
     again = row["rematerialised_by_the_compiler"]
+    seconds = row["seconds_to"]
     fits = f"fits into {row['memory_bytes'] / GIB:.1f} GiB" if row["fits"] else "DOES NOT FIT"
     text = (
-        f"Compiles in {row['compile_seconds']:.0f} s ({row['trace_seconds']:.0f} s to trace); {fits}: "
+        f"Compiles in {seconds['compile']:.0f} s, {seconds['compile_processor']:.0f} s of processor time ("
+        f"{seconds['trace']:.0f} s to trace); {fits}: "
         f"{row['peak_bytes'] / GIB:.2f} GiB a chip at the peak."
     )
     return text + (f" The compiler computes {again} instructions again to save memory." if again else "")
