@@ -230,7 +230,7 @@ def test_a_run_goes_on_by_other_means(tmp_path):
     hg.Run(tmp_path).start(CONFIG, TOKENIZER)
     hg.Run(tmp_path).start(dataclasses.replace(CONFIG, attention="plain", remat="full"))
     assert hg.Run(tmp_path).read().config.attention == "plain"
-    with pytest.raises(hg.UsageError, match="model.dropout: 0.0 -> 0.1"):
+    with pytest.raises(hg.UsageError, match=r"model.dropout: 0.0 -> 0.1"):
         hg.Run(tmp_path).start(dataclasses.replace(CONFIG, dropout=0.1))
 
 
