@@ -122,6 +122,10 @@ def test_the_two_cheapest_changes_that_fit_are_advised():
 def test_what_a_tpu_compiler_wanted_is_read_from_its_refusal():
     failure = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded"
     assert asked_bytes(failure) == 20.5 * 2**30
+    failure = (
+        "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (15.90G) exceeds available HBM (15.75G)."
+    )
+    assert asked_bytes(failure) == 15.9 * 2**30
     assert asked_bytes("INTERNAL: something else") is None
 
 

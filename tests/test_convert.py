@@ -42,11 +42,8 @@ def home(tmp_path_factory):
 def test_a_converted_model_is_evaluated_generates_and_is_fine_tuned(home):
     model, tokenizer, config = hg.load(home / "out")
     assert config.hierarchy == "1@1 1@2 1@1" and tokenizer.characters == TOKENS[3:]
-    record = json.loads(
-        succeed("evaluate", "--load_model_path=out", "--data_path=text.txt", "--allow_unknown", cwd=home).splitlines()[
-            -1
-        ]
-    )
+    evaluated = succeed("evaluate", "--load_model_path=out", "--data_path=text.txt", "--allow_unknown", cwd=home)
+    record = json.loads(evaluated.splitlines()[-1])
     assert 0 < record["loss"] < 20
     assert succeed("generate", "--load_model_path=out", "--max_tokens=4", cwd=home).strip()
     flags = ["--load_model_path=out", "--data_path=haiku.txt", "--epochs=1", "--batch_size=1", "--out=tuned"]

@@ -139,3 +139,31 @@ def test_parameters_are_divided_over_fsdp():
     environment = os.environ | devices(8)
     result = subprocess.run([sys.executable, "-c", PLACES], env=environment, capture_output=True, encoding="utf-8")
     assert float(result.stdout) == 1 / 4, result.stderr
+
+
+SENT = """
+import sys
+
+from jax import devices
+
+from experiments.accelerators.roofline import Roofline, total
+from experiments.accelerators.step import Run, compile_step
+from experiments.accelerators.targets import find_target
+from hourglass_jax import DataConfig, HourglassConfig, OptimizerConfig, RuntimeConfig, TrainConfig
+
+config = HourglassConfig(vocab_size=64, hierarchy="1@1 1@2 1@1", d_model=32, n_heads=2, d_ff=64, positions="rotary")
+target = find_target("8xh100")
+for length in (16, 48):
+    data = DataConfig(block_size=length, batch_size=8)
+    run = Run(config, data, OptimizerConfig(), TrainConfig(), RuntimeConfig(fsdp=8))
+    compiled = compile_step(run, target, devices())
+    print(total(Roofline(compiled.text, target).kernels).link_bytes, compiled.memory.parameters * 8)
+"""
+
+
+def test_divided_devices_exchange_parameters_and_gradients_alone():
+    """Whatever the length: activations stay where they are."""
+    environment = os.environ | devices(8) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    result = subprocess.run([sys.executable, "-c", SENT], env=environment, capture_output=True, encoding="utf-8")
+    (short, parameters), (long, _) = (map(float, line.split()) for line in result.stdout.splitlines())
+    assert short == long and parameters < short < 4 * parameters, result.stderr

@@ -23,7 +23,7 @@ from hourglass_jax.training.sharding import abstract, batch_sharding, check_batc
 from hourglass_jax.training.step import TrainState, first_state, make_train_step
 
 GPU_SHARE = 0.95  # of a GPU's memory that a program may have: the driver and the libraries take some
-HOLDS = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")  # in a TPU compiler's refusal
+WANTED = re.compile(r"(?:Used |total memory required for HLO temporaries \()([\d.]+)([KMG])")  # as a TPU's refuses
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -176,5 +176,5 @@ def divide(peak: float, state: TrainState, batch: Any, activations: float) -> Me
 
 def asked_bytes(failure: str) -> float | None:
     """How much a TPU's compiler wanted, where it refused for want of memory."""
-    found = HOLDS.search(failure)
+    found = WANTED.search(failure)
     return float(found.group(1)) * UNITS[found.group(2)] if found else None
