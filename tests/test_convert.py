@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from conftest import make_model, small_config
-from launching import ENVIRONMENT, run_forked
+from launching import run_forked
 from layouts import planes, write_binary
 
 import hourglass_jax as hg
@@ -30,7 +30,6 @@ def same(a, b):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("convert")
-    ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
     torch.save({"model_state_dict": original([1, 1, 1, 2]).state_dict()}, home / "model.pth")
     (home / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(TOKENS)}))
     (home / "text.txt").write_text("abcdefgh\n" * 30)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from conftest import forward
-from launching import ENVIRONMENT, run, run_forked
+from launching import run, run_forked
 
 import hourglass_jax as hg
 
@@ -44,7 +44,6 @@ def curve(home, out, name):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("sharding")
-    ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
     (home / "text.txt").write_text(TEXT)
     pretrain(home, "one")
     return home
