@@ -45,7 +45,14 @@ def test_a_converted_model_is_evaluated_generates_and_is_fine_tuned(home):
     record = json.loads(evaluated.splitlines()[-1])
     assert 0 < record["loss"] < 20
     assert succeed("generate", "--load_model_path=out", "--max_tokens=4", cwd=home).strip()
-    flags = ["--load_model_path=out", "--data_path=haiku.txt", "--epochs=1", "--batch_size=1", "--out=tuned"]
+    flags = [
+        "--load_model_path=out",
+        "--data_path=haiku.txt",
+        "--epochs=1",
+        "--batch_size=1",
+        "--extend_vocabulary",
+        "--out=tuned",
+    ]
     succeed("finetune", *flags, "--learning_rate=1e-9", cwd=home)
     before, after = (named_parameters(m) for m in (model, hg.load(home / "tuned")[0]))
     for name in before:  # it started from these weights, and hardly moved
