@@ -7,13 +7,18 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from conftest import forward
-from launching import run, run_forked
+from conftest import forward, make_model, small_config
+from flax import nnx
+from launching import ENVIRONMENT, run, run_forked
 
 import hourglass_jax as hg
+from hourglass_jax import RuntimeConfig
+from hourglass_jax.training.sharding import batch_sharding, gather, make_mesh, state_shardings
 
 FLAGS = ["--hierarchy=1@1 1@2 1@1", "--d_model=32", "--n_heads=2", "--d_ff=64", "--block_size=32", "--batch_size=16"]
 FLAGS += [
@@ -63,13 +68,33 @@ def test_eight_devices_learn_as_one(home, fsdp):
     assert_same_curves(home, f"eight{fsdp}")
 
 
-@pytest.mark.slow
-def test_kernels_on_eight_devices_learn_as_one(home):
-    """Interpreted; each device its rows, with the dropout of the whole batch."""
-    flags = ["--model.attention=kernel", "--window=5"]
-    pretrain(home, "kernel", *flags)
-    pretrain(home, "kernels", *flags, "--fsdp=2", n_devices=8)
-    assert_same_curves(home, "kernels", "kernel")
+def differentiate_on_eight_devices():
+    """The loss with dropout and its gradient, by the interpreted kernels on 4 x 2 devices and by the formula on one."""
+    mesh = make_mesh(RuntimeConfig(fsdp=2))
+    tokens = jax.random.randint(jax.random.key(0), (8, 12), 0, 11)
+    results = []
+    for attention in ("kernel", "plain"):
+        graph, params = nnx.split(make_model(small_config(attention=attention, window=5, dropout=0.3), scale=1))
+        if attention == "kernel":
+            tokens = jax.device_put(tokens, batch_sharding(mesh))
+            params = jax.device_put(params, state_shardings(mesh, params))
+        else:
+            tokens = jax.device_put(tokens, jax.devices()[0])
+
+        def loss(params, tokens, graph=graph):
+            return (nnx.merge(graph, params)(tokens, jax.random.key(1)) ** 2).mean()
+
+        program = jax.jit(jax.value_and_grad(loss)).lower(params, tokens).compile()
+        results.append(gather(program(params, tokens)))
+    for ours, expected in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_kernels_on_eight_devices_equal_one():
+    command = [sys.executable, "-c", "import test_sharding; test_sharding.differentiate_on_eight_devices()"]
+    environment = os.environ | ENVIRONMENT | devices(8)
+    result = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, encoding="utf-8")
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow
