@@ -65,6 +65,15 @@ def test_eight_devices_learn_as_one(home, fsdp):
 
 
 @pytest.mark.slow
+def test_kernels_on_eight_devices_learn_as_one(home):
+    """Interpreted; each device its rows, with the dropout of the whole batch."""
+    flags = ["--model.attention=kernel", "--window=5"]
+    pretrain(home, "kernel", *flags)
+    pretrain(home, "kernels", *flags, "--fsdp=2", n_devices=8)
+    assert_same_curves(home, "kernels", "kernel")
+
+
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_large_batch_on_devices_too(home):
     pretrain(home, "large", "--dropout=0")
     pretrain(home, "accumulated", "--dropout=0", "--accumulate=2", "--fsdp=4", n_devices=8)
