@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import tpu as mosaic
 from jax.experimental.pallas import triton
+from jax.sharding import PartitionSpec
 
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern
 from hourglass_jax.nn.attention.tiles import Arrays, Plan, Tile, forward_tile, key_tile, lag_tile, query_tile
@@ -185,11 +186,23 @@ def call(
 
 
 def divided_by_rows(run: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Callable[..., Any]:
-    """`run` on each device's rows of the batch; XLA alone would let every device compute all of them."""
+    """`run` on each device's rows of the batch; XLA alone would let every device compute all of them.
+
+    Where a mesh is in use, by its axes; elsewhere XLA asks for a rule, which no TPU's does (jax-ml/jax#38196).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def has_rows(x: Any) -> bool:
+        return x.ndim != 3 and x.shape != (2,)  # r and seeds belong to all of them
+
+    if not mesh.empty:
+        rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+        specs = tuple(rows if has_rows(x) else whole for x in inputs)
+        return jax.shard_map(run, in_specs=specs, out_specs=rows, check_vma=False)
     numbers = itertools.count()
 
     def axes(x: Any) -> str:
-        first = ["b"] if x.ndim != 3 and x.shape != (2,) else []  # r and seeds belong to all rows
+        first = ["b"] if has_rows(x) else []
         return " ".join([*first, *(f"a{next(numbers)}" for _ in range(x.ndim - len(first)))])
 
     rule = ", ".join(map(axes, inputs)) + " -> " + ", ".join(axes(x) for x in outputs)
