@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -114,12 +115,12 @@ def compile_step(run: Run, target: Target, devices: Sequence[jax.Device]) -> Com
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells what is traced which platform it is for
         lowered = step.lower(state, *batch)
         kept = activation_bytes(graph, params, run, mesh)
-    traced, processor = time.perf_counter(), time.process_time()
+    traced, processor = time.perf_counter(), processor_seconds()
     try:
         compiled, failure = compile_lowered(lowered), ""
     except jax.errors.JaxRuntimeError as error:
         compiled, failure = None, str(error)
-    seconds = Seconds(traced - started, time.perf_counter() - traced, time.process_time() - processor)
+    seconds = Seconds(traced - started, time.perf_counter() - traced, processor_seconds() - processor)
     if compiled is None:
         return Compiled("", failure, seconds, None, asked_bytes(failure))
     analysis = {
@@ -129,6 +130,11 @@ def compile_step(run: Run, target: Target, devices: Sequence[jax.Device]) -> Com
     held = analysis["argument_size"] + analysis["output_size"] - analysis["alias_size"] + analysis["temp_size"]
     memory = divide(held, state, batch, kept)
     return Compiled(compiled.as_text(), "", seconds, memory, memory.peak, analysis)
+
+
+def processor_seconds() -> float:
+    """Of this process so far, and of those that it started and that have ended: assemblers, for one."""
+    return sum(os.times()[:4])
 
 
 def compile_lowered(lowered: Any) -> Any:
@@ -161,7 +167,8 @@ def activation_bytes(graph: nnx.GraphDef, params: nnx.State, run: Run, mesh: Mes
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
     rows = run.data.batch_size / mesh.size / run.runtime.accumulate
-    return rows * (kept(2) - kept(1))  # weights, which are kept too, do not grow with the rows
+    # Weights, which are kept too, do not grow with the rows.
+    return rows * (kept(2 * mesh.size) - kept(mesh.size)) / mesh.size
 
 
 def divide(peak: float, state: TrainState, batch: Any, activations: float) -> Memory:
