@@ -188,11 +188,20 @@ def call(
 
 
 def divided_by_rows(run: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Callable[..., Any]:
-    """`run` on each device's rows of the batch; XLA alone would let every device compute all of them."""
-    numbers = itertools.count()
+    """`run` on each device's rows of the batch; XLA alone would let every device compute all of them.
+
+    Where a mesh is in use, by its axes; elsewhere XLA asks for a rule, which no TPU's does (jax-ml/jax#38196).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
 
     def of_rows(x: Any) -> bool:
-        return x.ndim != 3 and x.shape != (2,)  # r and seeds belong to all rows
+        return x.ndim != 3 and x.shape != (2,)  # r and seeds belong to all of them
+
+    if not mesh.empty:
+        rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+        specs = tuple(rows if of_rows(x) else whole for x in inputs)
+        return jax.shard_map(run, in_specs=specs, out_specs=rows, check_vma=False)
+    numbers = itertools.count()
 
     def axes(x: Any) -> str:
         return " ".join(["b"] * of_rows(x) + [f"a{next(numbers)}" for _ in range(x.ndim - of_rows(x))])
