@@ -195,7 +195,13 @@ def divided_by_rows(run: Callable[..., Any], inputs: Sequence[Any], outputs: Seq
     mesh = jax.sharding.get_abstract_mesh()
 
     def of_rows(x: Any) -> bool:
-        return x.ndim != 3 and x.shape != (2,)  # r and seeds belong to all rows
+        return x.ndim != 3 and x.shape != (2,)  # r and seeds belong to all of them
+
+    if not mesh.empty:
+        rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+        specs = tuple(rows if of_rows(x) else whole for x in inputs)
+        return jax.shard_map(run, in_specs=specs, out_specs=rows, check_vma=False)
+    numbers = itertools.count()
 
     if not mesh.empty:
         rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
