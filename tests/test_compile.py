@@ -13,7 +13,7 @@ from experiments.accelerators import pages, report, targets
 from experiments.accelerators.advice import cheapest_changes
 from experiments.accelerators.report import METHOD, first_line
 from experiments.accelerators.sources import NAMES
-from experiments.accelerators.step import Compiled, Run, Seconds, asked_bytes, compile_step
+from experiments.accelerators.step import Compiled, Pretraining, Seconds, asked_bytes, compile_step
 from experiments.accelerators.targets import COMPILERS, find_target, is_installed, known_targets
 from hourglass_jax import DataConfig, OptimizerConfig, RuntimeConfig, TrainConfig, UsageError
 from hourglass_jax.nn.attention.choice import IMPLEMENTATIONS
@@ -86,7 +86,7 @@ def test_bad_commands_end_with_one_line(tmp_path):
 
 def tiny_run(batch_size=16, **options):
     model = small_config(hierarchy="1@1 1@2 1@1", d_model=32, d_ff=64, **options)
-    return Run(
+    return Pretraining(
         model, DataConfig(block_size=32, batch_size=batch_size), OptimizerConfig(), TrainConfig(), RuntimeConfig()
     )
 
@@ -195,7 +195,9 @@ def test_every_attention_compiles_for_every_platform_as_the_platforms_own_progra
         options = sizes | {"attention": attention, "positions": positions, "window": window}
         data = DataConfig(block_size=160, batch_size=len(used))
         model = small_config(hierarchy="1@1 1@2 1@1", **options)
-        compiled = compile_step(Run(model, data, OptimizerConfig(), TrainConfig(), RuntimeConfig()), target, used)
+        compiled = compile_step(
+            Pretraining(model, data, OptimizerConfig(), TrainConfig(), RuntimeConfig()), target, used
+        )
         assert compiled.text, (attention, positions, window, compiled.failure)
         called = re.findall(r'custom_call_target="([^"]*)"', compiled.text)
         own = any(word in call for call in called for word in KERNELS[target.platform])

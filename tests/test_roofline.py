@@ -13,7 +13,7 @@ from conftest import small_config
 from experiments.accelerators.program import Program
 from experiments.accelerators.roofline import ATTENTION, PRODUCTS, Roofline, total
 from experiments.accelerators.sources import COLLECTIVES, NAMES, OTHER
-from experiments.accelerators.step import Run, compile_step
+from experiments.accelerators.step import Pretraining, compile_step
 from experiments.accelerators.targets import find_target
 from experiments.accelerators.work import Work, convolution_pairs, fused_attention_flops
 from hourglass_jax import DataConfig, OptimizerConfig, RuntimeConfig, TrainConfig
@@ -210,7 +210,7 @@ def test_fused_attention_counts_the_pairs_its_mask_leaves(causal, window, backwa
 def small_run(**options):
     config = small_config(hierarchy="1@1 3@2 1@1", d_model=32, d_ff=64, **options)
     data = DataConfig(block_size=48, batch_size=4)
-    return Run(config, data, OptimizerConfig(), TrainConfig(), RuntimeConfig())
+    return Pretraining(config, data, OptimizerConfig(), TrainConfig(), RuntimeConfig())
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ LENGTHS = {"enwik8": 4096}  # as the paper's test has them
 
 TARGETS = flags.DEFINE_list("targets", ["h100", "8xh100", "v5e-16", "v5e-256"], "See experiments/compile.py.")
 DATASETS = flags.DEFINE_list("datasets", list(TABLES), "Whose main model.")
-OUT = flags.DEFINE_string("results", "experiments/results/accelerators", "Directory of the records.")
+OUT = launcher.define_path("results", "experiments/results/accelerators", "Directory of the records.")
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the commands.")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.accelerators.roofline import ATTENTION, PRODUCTS, Roofline, Total, total
 from experiments.accelerators.sources import COLLECTIVES
-from experiments.accelerators.step import Compiled, Run
+from experiments.accelerators.step import Compiled, Pretraining
 from experiments.accelerators.targets import Target
 from experiments.common.reports import markdown_table
 from hourglass_jax.costs import training_flops
@@ -21,7 +21,7 @@ METHOD = (
 )
 
 
-def summarise(run: Run, target: Target, compiled: Compiled, characters: float) -> dict[str, Any]:
+def summarise(run: Pretraining, target: Target, compiled: Compiled, characters: float) -> dict[str, Any]:
     """A row of a record; without an estimate where nothing was compiled."""
     row = {
         "target": target.name,
@@ -44,7 +44,7 @@ def summarise(run: Run, target: Target, compiled: Compiled, characters: float) -
     return row
 
 
-def estimate(run: Run, target: Target, roofline: Roofline, characters: float) -> dict[str, Any]:
+def estimate(run: Pretraining, target: Target, roofline: Roofline, characters: float) -> dict[str, Any]:
     """Times and rates of a step, which all chips take together; FLOPs, bytes and launches are those of one chip."""
     whole, kernels = total(roofline.kernels), roofline.kernels
     batch, length = run.data.batch_size, run.data.block_size

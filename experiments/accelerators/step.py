@@ -29,7 +29,7 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Pretraining:
     """The options of a pretraining run."""
 
     model: HourglassConfig
@@ -38,7 +38,7 @@ class Run:
     train: TrainConfig
     runtime: RuntimeConfig
 
-    def changed(self, **options: Any) -> Run:
+    def changed(self, **options: Any) -> Pretraining:
         """With other options of its model or of its runtime."""
         of_model = {name: value for name, value in options.items() if hasattr(self.model, name)}
         of_runtime = {name: value for name, value in options.items() if name not in of_model}
@@ -98,7 +98,7 @@ class Compiled:
         return len(set(re.findall(r"%([\w.-]*\.remat[\w.-]*) =", self.text)))
 
 
-def compile_step(run: Run, target: Target, devices: Sequence[jax.Device]) -> Compiled:
+def compile_step(run: Pretraining, target: Target, devices: Sequence[jax.Device]) -> Compiled:
     """Raises UsageError where the devices do not divide the batch."""
     mesh = make_mesh(run.runtime, devices)
     check_batch(mesh, run.data.batch_size, run.runtime.accumulate)
@@ -153,7 +153,7 @@ def batch_shapes(data: DataConfig) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtype
     return jax.ShapeDtypeStruct((size[0], size[1] + 1), jnp.int32), jax.ShapeDtypeStruct(size, jnp.float32)
 
 
-def activation_bytes(graph: nnx.GraphDef, params: nnx.State, run: Run, mesh: Mesh) -> float:
+def activation_bytes(graph: nnx.GraphDef, params: nnx.State, run: Pretraining, mesh: Mesh) -> float:
     """Of a chip: what a gradient keeps of its forward pass for each row of the part of a batch taken at once."""
 
     def kept(n_rows: int) -> int:
