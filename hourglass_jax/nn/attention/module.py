@@ -23,7 +23,7 @@ from hourglass_jax.nn.attention.choice import attend
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern
 from hourglass_jax.nn.cache import Clock, KeyValueCache
 from hourglass_jax.nn.layers import Dropout, kernel_init, linear
-from hourglass_jax.nn.positions import align_newest, rotate, sinusoids, slot_distances
+from hourglass_jax.nn.positions import align_each, align_newest, rotate, sinusoids, slot_distances
 
 
 class Attention(nnx.Module):
@@ -113,7 +113,10 @@ class Attention(nnx.Module):
     def step(
         self, query: jax.Array, keys: jax.Array | None, cache: KeyValueCache, clock: Clock
     ) -> tuple[jax.Array, KeyValueCache]:
-        """One query [B, D] at `clock.time` -> [B, D]; `keys` [B, S, D] or [B, D], where new, are its group's."""
+        """One query [B, D] at `clock.time` -> [B, D]; `keys` [B, S, D] or [B, D], where new, are its group's.
+
+        Where each row has a time of its own, only those that are live are told what is new.
+        """
         if keys is not None:
             cache = self.write(keys, cache, clock)
         q = self.split_heads(self.query(query))
@@ -123,7 +126,7 @@ class Attention(nnx.Module):
         newest = self.group_row(clock) + self.key_slots - 1
         arguments = (q, cache, newest, clock.start // cache.stride, slot)
         # On a CPU in a branch of its own: fused with the write before it, it would take seven times as long.
-        in_branch = partial(lax.cond, newest >= 0, self.attend_to_cache, lambda q, *_: q)
+        in_branch = partial(lax.cond, jnp.all(newest >= 0), self.attend_to_cache, lambda q, *_: q)
         out = lax.platform_dependent(*arguments, cpu=in_branch, default=self.attend_to_cache)
         return self.merge_heads(out), cache
 
@@ -137,8 +140,8 @@ class Attention(nnx.Module):
         keys = keys.reshape(keys.shape[0], self.key_slots, -1)
         k, v = self.split_heads(self.key(keys)), self.split_heads(self.value(keys))
         if cache.rotary:
-            k = rotate(k, (row + jnp.arange(self.key_slots)) * cache.stride)
-        return cache.write(k, v, row)
+            k = rotate(k, (row[..., None] + jnp.arange(self.key_slots)) * cache.stride)
+        return cache.write(k, v, row, clock.live)
 
     def attend_to_cache(
         self, q: jax.Array, cache: KeyValueCache, newest: jax.Array, first: jax.Array, slot: jax.Array
@@ -148,11 +151,15 @@ class Attention(nnx.Module):
             scores = jnp.einsum("bhk,bhnk->bhn", q, cache.keys)
         else:
             content, position = self.content_and_position(q)
-            r = lax.dynamic_index_in_dim(cache.relative, slot, keepdims=False)
+            r = cache.relative[0] if newest.ndim else lax.dynamic_index_in_dim(cache.relative, slot, keepdims=False)
             scores = jnp.einsum("bhk,bhnk->bhn", content, cache.keys)
-            scores += align_newest(jnp.einsum("bhk,hnk->bhn", position, r), newest)
-        rows = jnp.arange(scores.shape[-1])
-        visible = (rows <= newest) & (rows >= first[:, None])
+            by_lag = jnp.einsum("bhk,hnk->bhn", position, r)
+            scores += align_each(by_lag, cache.lags(newest)) if newest.ndim else align_newest(by_lag, newest)
+        if newest.ndim:
+            visible = cache.lags(newest) <= (newest - first)[:, None]
+        else:
+            rows = jnp.arange(scores.shape[-1])
+            visible = (rows <= newest) & (rows >= first[:, None])
         probabilities = masked_softmax(scores * q.shape[-1] ** -0.5, visible[:, None], axis=-1)
         return jnp.einsum("bhn,bhnk->bhk", probabilities.astype(q.dtype), cache.values)
 
