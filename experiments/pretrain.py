@@ -42,7 +42,7 @@ def pretrain(signals: Signals) -> None:
             data = dataclasses.replace(data, tokenizer=tokenizer.kind)
             vocabulary = vocabulary or Run(origin).vocabulary
     source = open_source(data, vocabulary)
-    config = pretraining.read_model(source.tokenizer.vocab_size, base.config if base else None)
+    config = pretraining.read_model(source.tokenizer, base.config if base else None)
     if source.n_positions > config.position_limit:
         raise UsageError(
             f"sequences of {source.n_positions} tokens are longer than the learned positions, which end at "

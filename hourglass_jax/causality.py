@@ -11,6 +11,8 @@ from hourglass_jax.checks import check_tokens
 from hourglass_jax.config import check_range
 from hourglass_jax.model import HourglassLM
 
+DISTURBANCES = 8  # texts of which the ends replace another's
+
 
 class CausalityError(AssertionError):
     """A prediction depends on a token it may not see; the message names the first such pair. See `check_causality`."""
@@ -43,15 +45,17 @@ def influence(model: HourglassLM, tokens: jax.Array) -> np.ndarray:
 
 @jax.jit
 def _moved(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array, others: jax.Array) -> jax.Array:
-    """bool [L + 1, 2, L]: which logits of two rows [2, L] move when the first row is another from position s on."""
+    """bool [L + 1, 2, L]: which logits of two rows [2, L] move when the first row is one of others [n, L] from s on."""
     model, length = nnx.merge(graph, params), tokens.shape[1]
 
-    def disturbed(s):
-        first = jnp.where(jnp.arange(length) < s, tokens[0], others)
-        return model(tokens.at[0].set(first))
+    def disturbed(at):
+        s, other = at
+        return model(tokens.at[0].set(jnp.where(jnp.arange(length) < s, tokens[0], other)))
 
-    logits = jax.lax.map(disturbed, jnp.arange(length + 1))
-    return (logits != logits[-1]).any(-1)  # the last one is disturbed nowhere
+    starts = jnp.tile(jnp.arange(length + 1), len(others))
+    logits = jax.lax.map(disturbed, (starts, jnp.repeat(others, length + 1, axis=0)))
+    moved = (logits != logits[-1]).any(-1)  # the last one is disturbed nowhere
+    return moved.reshape(len(others), length + 1, 2, length).any(0)
 
 
 @jax.jit
@@ -91,11 +95,13 @@ def _check_decisions(model: HourglassLM, length: int) -> None:
     """Raises CausalityError where what is decided at a position depends on later ones, other rows or the length."""
     split, config = nnx.split(model), model.config
     rng = np.random.default_rng(1)
-    tokens = rng.integers(0, config.vocab_size, (3, length))
+    tokens = rng.integers(0, config.vocab_size, (2 + DISTURBANCES, length))
+    for row in tokens[2:]:
+        row[:] = rng.choice(row[:2], length)  # of other statistics
     at_boundary = getattr(model.hourglass.boundaries, "tokens", ())
     if at_boundary:  # rare among random tokens
         tokens = np.where(rng.random(tokens.shape) < 0.3, rng.choice(at_boundary, tokens.shape), tokens)
-    rows, others = jnp.asarray(tokens[:2]), jnp.asarray(tokens[2])
+    rows, others = jnp.asarray(tokens[:2]), jnp.asarray(tokens[2:])
     moved = np.array(_moved(*split, rows, others))
     later = np.arange(length + 1)[:, None] <= np.arange(length)
     moved[:, 0] &= ~later

@@ -21,6 +21,7 @@ from hourglass_jax import (
     UsageError,
 )
 from hourglass_jax.data.corpora import load_tokens
+from hourglass_jax.tokenizers import Tokenizer, boundary_tokens
 
 # Sized so that the built-in corpus trains in about two minutes on two CPU cores.
 MODEL = HourglassConfig(
@@ -65,7 +66,7 @@ def parse_betas(text: str) -> tuple[float, float]:
     return beta1, beta2
 
 
-for _name in ("hierarchy", "shortening", "upsampling", "positions", "activation", "norm"):
+for _name in ("hierarchy", "shortening", "upsampling", "boundaries", "positions", "activation", "norm"):
     launcher.define_alias(_name, f"model.{_name}", str)
 for _name in ("d_model", "n_heads", "d_ff"):
     launcher.define_alias(_name, f"model.{_name}", int)
@@ -86,9 +87,14 @@ launcher.define_alias("shorten_factors", "train.shorten_factors", parse_numbers)
 BETAS = flags.DEFINE_string("betas", None, "Short for --optimizer.beta1 and --optimizer.beta2, e.g. 0.9,0.98.")
 
 
-def read_model(vocab_size: int, base: HourglassConfig | None = None) -> HourglassConfig:
-    """From its flags; where there is a `base`, that one with the options that differ from the defaults."""
-    asked = launcher.read_config("model", HourglassConfig, vocab_size=vocab_size)
+def read_model(tokenizer: Tokenizer, base: HourglassConfig | None = None) -> HourglassConfig:
+    """From its flags; where there is a `base`, that one with the options that differ from the defaults.
+
+    Boundaries that the text decides are told the tokenizer's characters, unless they are given tokens of their own.
+    """
+    options = launcher.read_config("model", dict, vocab_size=tokenizer.vocab_size)
+    options["boundary_tokens"] = options["boundary_tokens"] or boundary_tokens(tokenizer, options["boundaries"])
+    asked = HourglassConfig(**options)
     if base is None:
         return asked
     given = {name: value for name, value in dataclasses.asdict(asked).items() if value != getattr(MODEL, name)}

@@ -24,10 +24,10 @@ from hourglass_jax.nn.groups import EventGroups, FixedGroups, Groups, OpenGroup,
 from hourglass_jax.registry import BOUNDARIES
 
 SPARE = 4  # events beyond the rate limit, so that a row may begin with a few at once
-WHITESPACE = (2, 3, *range(9, 14), 32)  # of bytes: those of ASCII, and what begins and ends examples
-SPACELIKE = tuple(  # SpaceByte's: neither letter nor digit of ASCII, nor inside of a character of several bytes
-    b for b in range(256) if not (chr(b).isalnum() and b < 0x80) and not 0x80 <= b < 0xC0
-)
+SPECIAL = (256, 257)  # the byte tokenizer's, which begin and end examples
+WHITESPACE = (*range(9, 14), 32, *SPECIAL)  # of bytes
+# SpaceByte's: neither letter nor digit of ASCII, nor inside of a character of several bytes.
+SPACELIKE = (*(b for b in range(256) if b >= 0xC0 or (b < 0x80 and not chr(b).isalnum())), *SPECIAL)
 
 
 class Position(NamedTuple):
@@ -166,7 +166,7 @@ class Boundaries(nnx.Module):
         when = jnp.where(fired, groups.when * self.unit, NEVER)
         last = jnp.maximum(stop - 1, 0)
         rows = jnp.arange(len(x))
-        newest = x[rows, last], cache.newest[1] if tokens is None else tokens[rows, last]
+        newest = x[rows, last], cache.newest[1] if tokens is None else tokens[rows, last].astype(jnp.int32)
         fresh = groups.when[rows, jnp.maximum(groups.count - 1, 0)] == last
         when = cache.when.at[:, : groups.n_groups].set(when)
         cache = replace(cache, when=when, count=groups.count, newest=newest, fresh=fresh)
@@ -176,7 +176,7 @@ class Boundaries(nnx.Module):
     def step(self, x: jax.Array, token: jax.Array | None, cache: EventCache, clock: Clock) -> tuple[Turn, EventCache]:
         """One position [B, D]; the deeper level runs in the rows in which an event fires."""
         place = jnp.broadcast_to(clock.time - clock.start, x.shape[:1]) // self.unit
-        token = cache.newest[1] if token is None else token
+        token = cache.newest[1] if token is None else token.astype(jnp.int32)
         here = Position(x[:, None], token[:, None], place[:, None])
         before = Position(*(values[:, None] for values in (*cache.newest, place - 1)))
         seen = (cache.when >= clock.start[:, None]).sum(axis=1, dtype=jnp.int32)
