@@ -41,7 +41,10 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["hourglass_jax", "hourglass_jax.*", "experiments", "experiments.*"]),
-    package_data={"hourglass_jax": ["py.typed", "data/haiku.txt"]},
+    package_data={
+        "hourglass_jax": ["py.typed", "data/haiku.txt"],
+        "experiments.accelerators": ["targets/*.toml"],
+    },
     install_requires=CORE,
     extras_require={
         "bench": ["hourglass-transformer-pytorch>=0.0.6", "torch==2.13.0"],

@@ -5,6 +5,8 @@ python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --sc
 python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --scale=tiny
 python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --scale=tiny --time
 python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --scale=tiny --report
+python experiments/ablate.py --curves --data_path=books --scale=micro    learning curves at equal FLOPs; --report, too
+python experiments/ablate.py --lengths --scale=micro                     what a step costs at 256 to 16,384 characters
 python experiments/ablate.py --costs     what Table 1's rows cost: parameters, FLOPs, memory
 
 A row is a run directory that pretrain.py could have written; rows that tables share are trained once, finished ones
@@ -17,8 +19,8 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments.ablations import costs, reporting, rows
-from experiments.ablations.scales import DATASETS, SCALES, TEXTS, find_setup
+from experiments.ablations import costs, curve_report, curves, lengths, reporting, rows
+from experiments.ablations.scales import DATASETS, SCALES, TEXTS, Setup, find_setup
 from experiments.ablations.tables import find_table
 from experiments.common import launcher
 from hourglass_jax import UsageError
@@ -29,21 +31,30 @@ DOWNLOADS = "data"
 
 TABLE = flags.DEFINE_list("table", [], "Tables of the paper by number: 1 to 8, A1; several with commas between.")
 DATASET = flags.DEFINE_string("dataset", "enwik8", " | ".join(DATASETS))
-SCALE = flags.DEFINE_string("scale", "tiny", f"{' | '.join(SCALES)}: the paper's set-up, one GPU, two CPU cores.")
-DATA_PATH = flags.DEFINE_string(
+SCALE = flags.DEFINE_string(
+    "scale", "tiny", f"{' | '.join(SCALES)}: the paper's set-up, one GPU, two CPU cores, those for longer."
+)
+DATA_PATH = launcher.define_path(
     "data_path", "", "100 MB in enwik8's shape, or the images' directory; empty: enwik8 or text8, downloaded to data/."
 )
 DATA_NAME = flags.DEFINE_string("data_name", "", "What reports call the data; default: the file's or data set's name.")
-OUT = flags.DEFINE_string("out", "runs/ablations", "Directory of the runs.")
-RESULTS = flags.DEFINE_string("results", "experiments/results/ablations", "Directory of the reports.")
+OUT = launcher.define_path("out", "runs/ablations", "Directory of the runs.")
+RESULTS = launcher.define_path("results", "experiments/results/ablations", "Directory of the reports.")
 ROWS = flags.DEFINE_list(
     "rows", [], 'Only these rows, by the name that --dry_run prints, "in quotes" if it has a comma; default: all.'
 )
-SEEDS = flags.DEFINE_integer("seeds", 2, "Of the baseline row; the others have one.", lower_bound=1)
+SEEDS = flags.DEFINE_integer(
+    "seeds", 2, "Of the baseline row, the others have one; with --curves, of each.", lower_bound=1
+)
 COMMENT = flags.DEFINE_string("comment", None, "With --report: what there is to say about the one table; kept.")
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the rows with what they will cost, and train nothing.")
 TIME = flags.DEFINE_boolean("time", False, "Measure step time and memory of the rows, on an otherwise idle machine.")
 REPORT = flags.DEFINE_boolean("report", False, "Write the tables from what has been trained, and stored before.")
+CURVES = flags.DEFINE_boolean("curves", False, "Learning curves of pairs at equal FLOPs, instead of tables.")
+CHARACTERS = flags.DEFINE_integer(
+    "characters", 0, "With --curves: only up to so many, and what branches off there; 0: all.", lower_bound=0
+)
+LENGTHS = flags.DEFINE_boolean("lengths", False, "Measure a step at every length, on an otherwise idle machine.")
 COSTS = flags.DEFINE_boolean("costs", False, "Print what the rows of Table 1 cost.")
 launcher.define_runtime()
 
@@ -52,32 +63,70 @@ def main(_: list[str]) -> None:
     if COSTS.value:
         print(costs.costs_table())
         return
-    if not TABLE.value:
-        raise UsageError("nothing to do; choose tables, e.g. --table=1,5, or pass --costs")
+    if not TABLE.value and not CURVES.value and not LENGTHS.value:
+        raise UsageError("nothing to do; choose tables, e.g. --table=1,5, or pass --curves, --lengths or --costs")
+    path = f"{DOWNLOADS}/{DATASET.value}" if downloaded() else DATA_PATH.value
+    setup = find_setup(DATASET.value, SCALE.value, path)
+    if LENGTHS.value:
+        run_lengths(setup)
+        return
+    name = DATA_NAME.value or (Path(DATA_PATH.value).name if DATASET.value in TEXTS else "") or DATASET.value
+    name = f"{name}-{SCALE.value}"
+    run = run_curves if CURVES.value else run_tables
+    run(setup, Path(OUT.value) / name, name)
+
+
+def downloaded() -> bool:
+    """Whether the data is a text that comes from the network."""
+    return DATASET.value in TEXTS and not DATA_PATH.value
+
+
+def run_tables(setup: Setup, directory: Path, name: str) -> None:
     tables = [find_table(number, DATASET.value) for number in TABLE.value]
     if COMMENT.value is not None and len(tables) > 1:
         raise UsageError(f"--comment is said of one table; --table={','.join(TABLE.value)} are {len(tables)}")
-    downloaded = DATASET.value in TEXTS and not DATA_PATH.value
-    path = f"{DOWNLOADS}/{DATASET.value}" if downloaded else DATA_PATH.value
-    setup = find_setup(DATASET.value, SCALE.value, path)
-    name = DATA_NAME.value or (Path(DATA_PATH.value).name if DATASET.value in TEXTS else "") or DATASET.value
-    directory = Path(OUT.value) / f"{name}-{SCALE.value}"
     if REPORT.value:
         for table in tables:
-            report = Path(RESULTS.value) / f"table{table.number}-{name}-{SCALE.value}"
-            print(reporting.report(table, setup, directory, report, COMMENT.value))
+            path = Path(RESULTS.value) / f"table{table.number}-{name}"
+            print(reporting.report(table, setup, directory, path, COMMENT.value))
         return
     jobs = rows.plan(tables, setup, directory, SEEDS.value, ROWS.value)
     if DRY_RUN.value:
         print(costs.plan_table(jobs, setup))
         return
-    if downloaded and not TIME.value:
+    if downloaded() and not TIME.value:
         fetch(DATASET.value, DOWNLOADS)
     with Signals() as signals:
         if TIME.value:
             costs.measure(jobs, signals)
         else:
             rows.train(jobs, setup, launcher.read_runtime(), signals)
+
+
+def run_lengths(setup: Setup) -> None:
+    path = Path(RESULTS.value) / f"lengths-{SCALE.value}"
+    if REPORT.value:
+        print(lengths.report(setup, SCALE.value, path))
+    else:
+        with Signals() as signals:
+            lengths.measure(setup, SCALE.value, path, signals)
+
+
+def run_curves(setup: Setup, directory: Path, name: str) -> None:
+    if DATASET.value not in TEXTS:
+        raise UsageError(f"--curves are of texts; dataset={DATASET.value!r} is none, choose {' or '.join(TEXTS)}")
+    if REPORT.value:
+        path = Path(RESULTS.value) / f"curves-{name}"
+        print(curve_report.report(setup, directory / "curves", path, COMMENT.value))
+        return
+    legs = curves.plan(setup, directory / "curves", SEEDS.value, ROWS.value, CHARACTERS.value)
+    if DRY_RUN.value:
+        print(curves.plan_table(legs))
+        return
+    if downloaded():
+        fetch(DATASET.value, DOWNLOADS)
+    with Signals() as signals:
+        curves.train(legs, setup, launcher.read_runtime(), signals)
 
 
 if __name__ == "__main__":

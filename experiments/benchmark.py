@@ -4,18 +4,27 @@ pip install -e ".[bench]"
 python experiments/benchmark.py --suite=decoding --report=experiments/results/decoding/cpu
 python experiments/benchmark.py --suite=training --report=experiments/results/training/cpu
 python experiments/benchmark.py --suite=decoding --nopeer --batches=1,32,256 --report=experiments/results/decoding/gpu
-python experiments/benchmark.py --suite=accelerator --report=experiments/results/training/gpu    # under 10 minutes
+python experiments/benchmark.py --suite=accelerator --report=experiments/results/training/gpu    until all is done
+
+The accelerator suite runs in slices of under 9 minutes: what is measured and compiled is kept beside the report, and
+the same command goes on.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from pathlib import Path
+from typing import Any
 
+import jax
 from absl import flags
 
-from experiments.benchmarks import decoding, models, training
+from experiments.benchmarks import accelerator, decoding, models, training
 from experiments.common import launcher
-from experiments.common.reports import PACKAGES, provenance, write_report
+from experiments.common.reports import PACKAGES, provenance, read_record, write_report
+from hourglass_jax import UsageError
 
 SUITE = flags.DEFINE_enum("suite", "decoding", ["decoding", "training", "accelerator"], "What to time.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Each figure is a median of so many.", lower_bound=1)
@@ -23,22 +32,22 @@ PEER = flags.DEFINE_boolean("peer", True, "Measure the peer too (needs the extra
 REPORT = flags.DEFINE_string("report", "", "Write PATH.json, PATH.md and, for decoding, PATH.png.")
 LENGTHS = flags.DEFINE_list("lengths", ["128", "512", "1024", "2048", "4096"], "Decoding: characters to generate.")
 BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Decoding: texts at a time; the first at every length.")
-launcher.define_config("accelerator", training.Accelerator())
+SLICE_MINUTES = flags.DEFINE_float("slice_minutes", 8.5, "Accelerator: begin no part that would end later than this.")
+launcher.define_config("accelerator", accelerator.Accelerator())
 
 
 def main(_: list[str]) -> None:
+    if SUITE.value == "accelerator":
+        run_accelerator()
+        return
     repeats, facts = REPEATS.value, {"sizes": models.SIZES, "models": models.METHODS}
     if SUITE.value == "decoding":
         lengths, batches = ([int(n) for n in flag.value] for flag in (LENGTHS, BATCHES))
         rows = decoding.measure(lengths, batches, repeats, peer=PEER.value)
         text = decoding.describe(rows, repeats)
-    elif SUITE.value == "training":
+    else:
         rows = training.measure(repeats, peer=PEER.value)
         text = training.describe(rows, repeats)
-    else:
-        sizes = launcher.read_config("accelerator", training.Accelerator)
-        rows, facts = training.measure_accelerator(sizes, repeats), {"sizes": vars(sizes)}
-        text = training.describe_accelerator(rows, sizes, repeats)
     print(text)
     if REPORT.value:
         path = Path(REPORT.value)
@@ -46,9 +55,33 @@ def main(_: list[str]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             decoding.plot(rows, path.with_suffix(".png"))
             text += f"\n![characters per second]({path.name}.png)\n"
-        beside_peer = PEER.value and SUITE.value != "accelerator"
-        packages = (*PACKAGES, "torch", models.PEER) if beside_peer else PACKAGES
+        packages = (*PACKAGES, "torch", models.PEER) if PEER.value else PACKAGES
         write_report(path, provenance(packages) | facts | {"rows": rows}, text)
+
+
+def run_accelerator() -> None:
+    """A slice of the accelerator suite; ends with 1 where a kernel is wrong."""
+    path = Path(REPORT.value or "runs/benchmark/accelerator")
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(path.parent / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    sizes = launcher.read_config("accelerator", accelerator.Accelerator)
+    settings = json.loads(json.dumps({"sizes": vars(sizes), "repeats": REPEATS.value}))
+    record = read_record(path.with_suffix(".json")) or settings | {"rows": {}, "tries": {}}
+    if different := launcher.difference({name: record[name] for name in settings}, settings):
+        raise UsageError(f"{path}.json: was measured with {', '.join(different)}; give another --report")
+    parts = accelerator.parts(sizes, REPEATS.value)
+
+    def save(record: dict[str, Any]) -> None:
+        write_report(path, provenance() | record, accelerator.describe(record, sizes, len(parts)))
+
+    for name in accelerator.Slice(record, SLICE_MINUTES.value * 60, save).run(parts):
+        print(f"{name}: {record['rows'][name]}", flush=True)
+    print(accelerator.describe(record, sizes, len(parts)))
+    if len(record["rows"]) < len(parts):
+        print(f"{len(record['rows'])} of {len(parts)} parts are done; the same command goes on")
+    if any(not row.get("passed", True) for row in record["rows"].values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ The paths may be given as --model, --vocab and --out instead. What comes in beco
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 from pathlib import Path
 
@@ -33,9 +34,9 @@ FROM = flags.DEFINE_enum(
     "original: the PyTorch project of the README; pypi: hourglass-transformer-pytorch; safetensors: of this library.",
 )
 TO = flags.DEFINE_enum("to", None, ["safetensors"], "What a run of this library becomes.")
-MODEL = flags.DEFINE_string("model", None, "What to convert: a .pth file, a safetensors directory or a run directory.")
-VOCAB = flags.DEFINE_string("vocab", None, "JSON of token to id; needed for original, and for pypi unless of bytes.")
-OUT = flags.DEFINE_string("out", None, "Directory to write, empty or absent.")
+MODEL = launcher.define_path("model", None, "What to convert: a .pth file, a safetensors directory or a run directory.")
+VOCAB = launcher.define_path("vocab", None, "JSON of token to id; needed for original, and for pypi unless of bytes.")
+OUT = launcher.define_path("out", None, "Directory to write, empty or absent.")
 N_HEADS = flags.DEFINE_integer(
     "n_heads", None, "Heads, where shapes do not tell; default: 6 (original), 8 (pypi).", lower_bound=1
 )
@@ -73,6 +74,7 @@ def read_paths(arguments: list[str]) -> tuple[str, str | None, str]:
         raise UsageError("give the paths either as --model, --vocab and --out, or in this order without names")
     if not arguments and MODEL.value and OUT.value:
         return MODEL.value, VOCAB.value, OUT.value
+    arguments = [os.path.expanduser(argument) for argument in arguments]
     if len(arguments) not in (2, 3):
         raise UsageError("give what to convert, the vocabulary of a .pth file and the output directory, in this order")
     return arguments[0], arguments[1] if len(arguments) == 3 else None, arguments[-1]

@@ -1,45 +1,43 @@
-"""Loss, perplexity and bits per character of a checkpoint on a text file; bits/dim of a model of images.
+"""Loss, perplexity and bits per character of a checkpoint on a text; bits/dim of a model of images.
 
+python experiments/evaluate.py --load_model_path=runs/pretrain                               on its own validation text
 python experiments/evaluate.py --load_model_path=runs/pretrain --data_path=book.txt
+python experiments/evaluate.py --load_model_path=runs/pretrain --data_path=book.txt --per_token=surprise.tsv
 python experiments/evaluate.py --load_model_path=runs/cifar10
 python experiments/evaluate.py --load_model_path=runs/pretrain --protocol=sliding --window=4096 --step=128
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from experiments.common import launcher
-from experiments.common.sources import recorded_data, recorded_images
-from hourglass_jax import (
-    Evaluation,
-    HourglassLM,
-    ImageTokenizer,
-    UsageError,
-    at_shorten_factor,
-    evaluate,
-    evaluate_sliding,
-    load,
-)
+from experiments.common.recorded import recorded_data, recorded_haiku, recorded_images, recorded_text
+from experiments.common.surprise import write_surprise
+from experiments.common.vocabulary import check_characters
+from hourglass_jax import Evaluation, HourglassLM, ImageTokenizer, UsageError, at_shorten_factor, load
 from hourglass_jax.config import check_choice
-from hourglass_jax.data.corpora import load_tokens, split_tokens
 from hourglass_jax.data.images import ImageSplits, image_validation
-from hourglass_jax.evaluation import evaluate_batches
+from hourglass_jax.data.pipeline import Batch, consecutive_windows, sliding_windows
+from hourglass_jax.evaluation import check_text, evaluate_batches
 from hourglass_jax.tokenizers import TextTokenizer
+from hourglass_jax.training.run import Run
 
-LOAD = flags.DEFINE_string("load_model_path", "runs/pretrain", "Directory of the model.")
-DATA_PATH = flags.DEFINE_string(
-    "data_path", "", "UTF-8 text file, or directory of images; empty: the built-in corpus, or the run's own images."
+LOAD = launcher.define_path("load_model_path", "runs/pretrain", "Directory of the model.")
+DATA_PATH = launcher.define_path(
+    "data_path", "", "Text, as for pretrain.py, or directory of images; empty: what the model was trained on."
 )
 SPLIT = flags.DEFINE_enum(
     "split",
     None,
     ["all", "train", "valid", "test"],
-    "Cut as in the model's training; default: all of a text, valid of images.",
+    "Cut as in the model's training; default: valid of what it was trained on and of images, all of another text.",
 )
 BLOCK_SIZE = flags.DEFINE_integer("block_size", None, "Window in tokens; default: as in training.", lower_bound=1)
 PROTOCOL = flags.DEFINE_enum(
@@ -51,6 +49,8 @@ FACTOR = flags.DEFINE_integer(
     "shorten_factor", None, "Use the model at this factor; see pretrain.py --shorten_factors.", lower_bound=2
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Windows or images at once.", lower_bound=1)
+PER_TOKEN = launcher.define_path("per_token", "", "Write the surprise of each character to this file, tab-separated.")
+launcher.define_allow_unknown()
 
 
 def main(_: list[str]) -> None:
@@ -58,45 +58,84 @@ def main(_: list[str]) -> None:
     if FACTOR.value:
         model = at_shorten_factor(model, FACTOR.value)
     if isinstance(tokenizer, ImageTokenizer):
-        result, where = evaluate_images(model)
-        unit, figures = "bits/dim", {"bits_per_dim": result.bits_per_dim, "n_dims": result.n_characters}
+        summary, figures = evaluate_images(model)
+    elif not DATA_PATH.value and "held_back" in Run(LOAD.value).read().settings:
+        summary, figures = evaluate_haiku(model, tokenizer)
     else:
-        result, where = evaluate_text(model, tokenizer)
-        unit, figures = "BPC", {"bpc": result.bits_per_character, "n_characters": result.n_characters}
-    print(f"{result.summary(unit)} | {where}")
-    print(json.dumps({"loss": result.loss, "perplexity": result.perplexity} | figures))
+        summary, figures = evaluate_text(model, tokenizer)
+    print(summary)
+    print(json.dumps(figures))
 
 
-def evaluate_images(model: HourglassLM) -> tuple[Evaluation, str]:
-    """The figures, and what they are of."""
-    if BLOCK_SIZE.value or PROTOCOL.value != "consecutive":
-        option = "--block_size" if BLOCK_SIZE.value else "--protocol"
-        raise UsageError(f"{option}: not for {LOAD.value}, a model of images, which have their own length")
+def evaluate_images(model: HourglassLM) -> tuple[str, dict[str, Any]]:
+    """A line to read, and the figures."""
+    for option, given in (
+        ("--block_size", BLOCK_SIZE.value),
+        ("--protocol", PROTOCOL.value != "consecutive"),
+        ("--per_token", PER_TOKEN.value),
+    ):
+        if given:
+            raise UsageError(f"{option}: not for {LOAD.value}, a model of images, which have their own length")
     split = SPLIT.value or "valid"
     check_choice("split", split, ImageSplits._fields)
     images = getattr(recorded_images(LOAD.value, DATA_PATH.value), split)
-    return evaluate_batches(model, image_validation(images, BATCH_SIZE.value)), f"{len(images):,} images"
+    result = evaluate_batches(model, image_validation(images, BATCH_SIZE.value))
+    figures = {"bits_per_dim": result.bits_per_dim, "n_dims": result.n_characters, "split": split}
+    return f"{result.summary('bits/dim')} | {split}, {len(images):,} images", common(result) | figures
 
 
-def evaluate_text(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[Evaluation, str]:
+def evaluate_haiku(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, dict[str, Any]]:
+    """As `evaluate_images`, of the haiku that a model was fine-tuned on, in their own form."""
+    if BLOCK_SIZE.value or PROTOCOL.value != "consecutive":
+        option = "--block_size" if BLOCK_SIZE.value else "--protocol"
+        raise UsageError(f"{option}: haiku have their own length; give a text as --data_path")
+    split = SPLIT.value or "valid"
+    check_choice("split", split, ("train", "valid"))
+    source = recorded_haiku(LOAD.value)
+    batches = source.validation(split)
+    tokens = np.concatenate([tokens[:, 1:][weights > 0] for tokens, weights in batches])
+    result = evaluate_predictions(model, batches, tokenizer)
+    summary, figures = text_figures(result, tokens, tokenizer)
+    return f"{summary} | {split} of the haiku that the model was trained on", figures | {"split": split}
+
+
+def evaluate_text(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, dict[str, Any]]:
     """As `evaluate_images`."""
-    data = recorded_data(LOAD.value)
-    split = SPLIT.value or "all"
-    tokens, _ = load_tokens(dataclasses.replace(data, path=DATA_PATH.value), tokenizer)
-    n_unknown = 0 if tokenizer.unk_id is None else np.count_nonzero(tokens == tokenizer.unk_id)
-    if n_unknown:
-        logging.warning("%d characters are not in the vocabulary and count as <UNK>", n_unknown)
-    if split != "all":
-        tokens = getattr(split_tokens(tokens, data), split)
-        if not len(tokens):
-            raise UsageError(f"split={split!r} is empty: the model's text was split by {data.split!r}; use 'valid'")
+    tokens, text, name = recorded_text(LOAD.value, DATA_PATH.value, SPLIT.value)
+    check_text(tokens, model)
+    n_unknown = check_characters(text, tokenizer, name, allow_unknown=flags.FLAGS.allow_unknown)
     if PROTOCOL.value == "sliding":
-        sliding = {"window": WINDOW.value, "step": STEP.value, "batch_size": BATCH_SIZE.value}
-        result, windows = evaluate_sliding(model, tokens, **sliding), f"{WINDOW.value}, step {STEP.value}"
+        batches = sliding_windows(tokens, WINDOW.value, STEP.value, BATCH_SIZE.value)
+        windows = f"{WINDOW.value}, step {STEP.value}"
     else:
-        windows = BLOCK_SIZE.value or data.block_size
-        result = evaluate(model, tokens, block_size=windows, batch_size=BATCH_SIZE.value)
-    return result, f"{result.n_characters:,} characters in windows of {windows}"
+        block_size = BLOCK_SIZE.value or recorded_data(Run(LOAD.value).read().settings).block_size
+        batches, windows = consecutive_windows(tokens, block_size, BATCH_SIZE.value), str(block_size)
+    result = evaluate_predictions(model, batches, tokenizer)
+    summary, figures = text_figures(result, tokens[1:], tokenizer)
+    return f"{summary} in windows of {windows} | {name}", figures | {"n_unknown": n_unknown, "text": name}
+
+
+def evaluate_predictions(model: HourglassLM, batches: Sequence[Batch], tokenizer: TextTokenizer) -> Evaluation:
+    if PER_TOKEN.value:
+        return write_surprise(Path(PER_TOKEN.value), model, batches, tokenizer)
+    return evaluate_batches(model, batches)
+
+
+def text_figures(result: Evaluation, predicted: np.ndarray, tokenizer: TextTokenizer) -> tuple[str, dict[str, Any]]:
+    """BPC, of bytes bits a byte too; `predicted` are the tokens that `result` is of."""
+    if tokenizer.kind == "char":
+        figures = {"bpc": result.bits_per_character, "n_characters": result.n_characters}
+        return f"{result} | {result.n_characters:,} characters", common(result) | figures
+    n_bytes, bits = result.n_characters, result.bits_per_character
+    n_characters = int(np.count_nonzero((predicted & 0xC0) != 0x80))  # all but the later bytes of a character
+    bpc = bits * n_bytes / max(n_characters, 1)
+    figures = {"bits_per_byte": bits, "n_bytes": n_bytes, "bpc": bpc, "n_characters": n_characters}
+    words = f"BPC {bpc:.4f} | {n_bytes:,} bytes, {n_characters:,} characters of UTF-8"
+    return f"{result.summary('bits/byte')} | {words}", common(result) | figures
+
+
+def common(result: Evaluation) -> dict[str, Any]:
+    return {"loss": result.loss, "perplexity": result.perplexity}
 
 
 if __name__ == "__main__":

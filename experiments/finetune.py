@@ -1,41 +1,59 @@
-"""Fine-tunes a pretrained model on three-line haiku, to be written whole or completed from the first line.
+"""Fine-tunes a pretrained model on haiku, to be written whole or completed from the first line, or on a text.
 
 python experiments/finetune.py --load_model_path=runs/pretrain
 python experiments/finetune.py --load_model_path=runs/pretrain --format=prompt --out=runs/prompt
+python experiments/finetune.py --load_model_path=runs/pretrain --format=text --data_path=book.txt --out=runs/book
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 from absl import flags
 
 from experiments.common import launcher
-from hourglass_jax import OptimizerConfig, TrainConfig, UsageError, load
+from experiments.common.recorded import recorded_data
+from experiments.common.sources import HaikuSource, TextSource
+from hourglass_jax import DataConfig, HourglassConfig, OptimizerConfig, TrainConfig, UsageError, load
 from hourglass_jax.config import check_range
-from hourglass_jax.data.haiku import load_haiku, make_examples, usable_haiku
-from hourglass_jax.data.pipeline import shuffled_examples
-from hourglass_jax.training.identity import fingerprint
+from hourglass_jax.data.corpora import load_text
+from hourglass_jax.data.haiku import load_haiku, usable_haiku
+from hourglass_jax.tokenizers import TextTokenizer
 from hourglass_jax.training.metrics import plot_curves
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
+from hourglass_jax.vocabulary import extend_vocabulary
 
-LOAD = flags.DEFINE_string("load_model_path", "runs/pretrain", "Directory of the pretrained model.")
-DATA_PATH = flags.DEFINE_string("data_path", "", "UTF-8 file of three-line haiku; empty: the built-in ones.")
-OUT = flags.DEFINE_string("out", "runs/finetune", "Directory for the fine-tuned model.")
+EPOCHS_OF_MANY, MIN_STEPS = 3, 100  # by default; a few haiku are seen more often, and the best checkpoint is kept
+MAX_WARMUP = 0.1  # of the steps
+
+LOAD = launcher.define_path("load_model_path", "runs/pretrain", "Directory of the pretrained model.")
+DATA_PATH = launcher.define_path(
+    "data_path", "", "UTF-8 file of three-line haiku, or a text as for pretrain.py; empty: the built-in one."
+)
+VALID_PATH = launcher.define_path("valid_path", "", "Haiku or text for validation; empty: held back from data_path.")
+OUT = launcher.define_path("out", "runs/finetune", "Directory for the fine-tuned model.")
 flags.DEFINE_alias("model_save_path", "out")
 FORMAT = flags.DEFINE_enum(
-    "format", "haiku", ["haiku", "prompt"], "haiku: write all three lines; prompt: the first line is given."
+    "format",
+    "haiku",
+    ["haiku", "prompt", "text"],
+    "haiku: write all three lines; prompt: the first line is given; text: windows of any text, as in pretraining.",
 )
-BLOCK_SIZE = flags.DEFINE_integer("block_size", 256, "Longest example in tokens; longer haiku are left out.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Haiku a step.")
-EPOCHS = flags.DEFINE_integer("epochs", 3, "Times each haiku is seen.")
-VALIDATION = flags.DEFINE_float("validation_fraction", 0.05, "Share of the haiku held back, the last of the file.")
+EXTEND = flags.DEFINE_boolean("extend_vocabulary", False, "Add the characters that the model's vocabulary lacks.")
+BLOCK_SIZE = flags.DEFINE_integer(
+    "block_size", None, "Longest haiku in tokens, default 256; or a text's windows, default as in pretraining."
+)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Haiku or windows a step.")
+EPOCHS = flags.DEFINE_integer(
+    "epochs", None, f"Times each is seen; default: {EPOCHS_OF_MANY}, or as many as give {MIN_STEPS} steps."
+)
+VALIDATION = flags.DEFINE_float("validation_fraction", 0.05, "Share held back, the last of the file.")
 launcher.define_config("optimizer", OptimizerConfig(learning_rate=3e-4, warmup_steps=20))
 launcher.define_alias("learning_rate", "optimizer.learning_rate", float)
 launcher.define_runtime()
+launcher.define_allow_unknown()
 SEED = launcher.define_seed("Seed of the order and of dropout.")
 
 
@@ -46,68 +64,113 @@ def main(_: list[str]) -> None:
 
 def finetune(signals: Signals) -> None:
     runtime = launcher.read_runtime()
-    for name in ("block_size", "batch_size", "epochs"):
-        check_range(name, flags.FLAGS[name].value, 1)
+    check_range("batch_size", BATCH_SIZE.value, 1)
     if not 0 < VALIDATION.value < 1:
         raise UsageError(f"validation_fraction={VALIDATION.value} is out of range; it must be between 0 and 1")
-    optimizer = launcher.read_config("optimizer", OptimizerConfig)
-    model, tokenizer, config = load(LOAD.value)
+    model, tokenizer, _ = load(LOAD.value)
     if tokenizer.kind == "image":
         raise UsageError(f"{LOAD.value}: a model of images; give one of text")
-    block_size = min(BLOCK_SIZE.value, config.position_limit)
-    haiku = usable_haiku(load_haiku(DATA_PATH.value), tokenizer, block_size)
-    held_back = max(1, round(len(haiku) * VALIDATION.value))
-    if held_back >= len(haiku):
-        raise UsageError(
-            f"{len(haiku)} haiku that fit block_size={block_size}, {held_back} of them held back, leave none to train "
-            "on; give more, a smaller validation_fraction or a larger block_size"
-        )
-    examples, valid = (
-        make_examples(part, tokenizer, FORMAT.value) for part in (haiku[:-held_back], haiku[-held_back:])
-    )
-    steps_an_epoch = -(-len(examples[0]) // BATCH_SIZE.value)
-    train = TrainConfig(steps=EPOCHS.value * steps_an_epoch, eval_interval=steps_an_epoch, seed=SEED.value)
-    settings = {
+    if EXTEND.value:
+        text = load_text(DATA_PATH.value) if FORMAT.value == "text" else "\n".join(load_haiku(DATA_PATH.value))
+        model, tokenizer = extend_vocabulary(model, tokenizer, text)
+    read = read_text if FORMAT.value == "text" else read_haiku
+    source, settings = read(model.config, tokenizer)
+    train, optimizer = schedule(source.n_examples)
+    settings |= source.fingerprint | {
         "pretrained": str(LOAD.value),
         "pretrained_settings": Run(LOAD.value).read().settings,
-        "data_path": DATA_PATH.value,
-        "text_fingerprint": fingerprint(examples[0]),
         "format": FORMAT.value,
-        "block_size": block_size,
-        "batch_size": BATCH_SIZE.value,
-        "held_back": held_back,
         "optimizer": dataclasses.asdict(optimizer),
         "train": dataclasses.asdict(train),
     }
     run = Run(OUT.value)
-    launcher.start_run(run, config, tokenizer, settings, runtime, BATCH_SIZE.value)
+    launcher.start_run(run, model.config, tokenizer, settings, runtime, BATCH_SIZE.value)
+    epochs = train.steps * BATCH_SIZE.value / source.n_examples
     print(
-        f"{len(examples[0]):,} haiku to train on, {len(valid[0]):,} held back, {train.steps} steps -> {run.directory}"
+        f"{source.size}, {train.steps} steps ({epochs:.3g} epochs, warm-up {optimizer.warmup_steps} steps) "
+        f"-> {run.directory}"
     )
-    mode, first_line = ["--gen_mode=scratch"], ""
-    if FORMAT.value == "prompt":
-        first_line = haiku[-1].split("\n")[0]
-        mode = ["--gen_mode=prompt", f"--prompt={first_line}"]
-        first_line += "\n"
-    prompt = np.concatenate([[tokenizer.bos_id], tokenizer.encode(first_line)])
-    sample = launcher.make_sampler(tokenizer, prompt, 250, train.seed, signals, ends=True)
-    batches = [
-        tuple(part[i : i + BATCH_SIZE.value] for part in valid) for i in range(0, len(valid[0]), BATCH_SIZE.value)
-    ]
+    heading, sample = source.sampler(model.config.position_limit, train.seed, run.directory, signals)
     result = fit(
         model,
-        shuffled_examples(examples, BATCH_SIZE.value, train.seed),
-        batches,
+        source.batches(train.seed),
+        source.validation(),
         run,
         optimizer_config=optimizer,
         train_config=train,
         runtime_config=runtime,
-        sample=lambda model: first_line + sample(model),
+        sample=sample,
+        unit=source.unit,
         signals=signals,
     )
-    print(f"held-back haiku: {result} (curves in {plot_curves(run.directory)})")
-    print(f"sample:\n{first_line}{sample(model)}")
-    print("\n" + launcher.next_command("generate", f"--load_model_path={run.directory}", *mode))
+    print(f"validation: {result.summary(source.unit)} (curves in {plot_curves(run.directory)})")
+    print(f"sample: {heading}{sample(model)}")
+    script, *options = ("generate",) if FORMAT.value == "text" else source.next_command
+    print("\n" + launcher.next_command(script, f"--load_model_path={run.directory}", *options))
+
+
+def read_text(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[TextSource, dict]:
+    """A text in windows, and what of it goes into the run's settings."""
+    block_size = BLOCK_SIZE.value or recorded_data(Run(LOAD.value).read().settings).block_size
+    data = DataConfig(
+        path=DATA_PATH.value,
+        tokenizer=tokenizer.kind,
+        clean=getattr(tokenizer, "clean", False),
+        block_size=int(min(block_size, config.position_limit)),
+        batch_size=BATCH_SIZE.value,
+        order="epochs",
+        train_fraction=1 - VALIDATION.value,
+        valid_path=VALID_PATH.value,
+    )
+    return TextSource(data, tokenizer, allow_unknown=flags.FLAGS.allow_unknown), {"data": dataclasses.asdict(data)}
+
+
+def read_haiku(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[HaikuSource, dict]:
+    """As `read_text`."""
+    block_size = int(min(256 if BLOCK_SIZE.value is None else BLOCK_SIZE.value, config.position_limit))
+    check_range("block_size", block_size, 1)
+    haiku = usable_haiku(load_haiku(DATA_PATH.value), tokenizer, block_size)
+    if VALID_PATH.value:
+        valid, n_held_back = usable_haiku(load_haiku(VALID_PATH.value), tokenizer, block_size), 0
+    else:
+        n_held_back = max(1, round(len(haiku) * VALIDATION.value))
+        haiku, valid = haiku[:-n_held_back], haiku[-n_held_back:]
+    if not haiku or not valid:
+        raise UsageError(
+            f"{len(haiku)} haiku to train on and {len(valid)} for validation fit block_size={block_size}; give more, "
+            "another validation_fraction or a larger block_size"
+        )
+    source = HaikuSource(
+        haiku,
+        valid,
+        tokenizer,
+        form=FORMAT.value,
+        batch_size=BATCH_SIZE.value,
+        allow_unknown=flags.FLAGS.allow_unknown,
+    )
+    settings = {
+        "data_path": DATA_PATH.value,
+        "valid_path": VALID_PATH.value,
+        "block_size": block_size,
+        "batch_size": BATCH_SIZE.value,
+        "held_back": n_held_back,
+    }
+    return source, settings
+
+
+def schedule(n_examples: int) -> tuple[TrainConfig, OptimizerConfig]:
+    """Steps by the number of examples, and a warm-up that leaves most of them, where these are not given."""
+    steps_an_epoch = -(-n_examples // BATCH_SIZE.value)
+    if EPOCHS.value is None:
+        steps = max(EPOCHS_OF_MANY * steps_an_epoch, MIN_STEPS)
+    else:
+        check_range("epochs", EPOCHS.value, 1)
+        steps = EPOCHS.value * steps_an_epoch
+    optimizer = launcher.read_config("optimizer", OptimizerConfig)
+    if "optimizer.warmup_steps" not in flags.FLAGS:
+        warmup_steps = min(optimizer.warmup_steps, round(MAX_WARMUP * steps))
+        optimizer = dataclasses.replace(optimizer, warmup_steps=warmup_steps)
+    return TrainConfig(steps=steps, eval_interval=max(steps_an_epoch, steps // 10), seed=SEED.value), optimizer
 
 
 if __name__ == "__main__":

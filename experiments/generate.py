@@ -22,14 +22,14 @@ from absl import flags, logging
 
 from experiments.common import launcher
 from experiments.common.pictures import draw_images, nothing, save_grid, top_halves
-from experiments.common.sources import recorded_images
+from experiments.common.recorded import recorded_images
 from hourglass_jax import HourglassLM, ImageTokenizer, UsageError, generate, load
 from hourglass_jax.data.corpora import decode_text
 from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, to_utf8
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Signals
 
-LOAD = flags.DEFINE_string("load_model_path", "runs/finetune", "Directory of a pretrained or fine-tuned model.")
+LOAD = launcher.define_path("load_model_path", "runs/finetune", "Directory of a pretrained or fine-tuned model.")
 GEN_MODE = flags.DEFINE_enum(
     "gen_mode",
     "scratch",
@@ -37,15 +37,15 @@ GEN_MODE = flags.DEFINE_enum(
     "Start from nothing, from a prompt, or from the top halves of the validation images.",
 )
 PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from; a model fine-tuned on prompts takes a first line.")
-PROMPT_FILE = flags.DEFINE_string(
+PROMPT_FILE = launcher.define_path(
     "prompt_file", "", "File with the text to go on from, as it is but for its last line end; -: standard input."
 )
 EACH_LINE = flags.DEFINE_boolean("each_line", False, "Each line of --prompt_file that is not empty is a prompt.")
 STOP = flags.DEFINE_multi_string("stop", [], "End a sample before this text; may be repeated.")
-RAW_OUT = flags.DEFINE_string("raw_out", "", "File for the new bytes as they are, of one sample after another.")
+RAW_OUT = launcher.define_path("raw_out", "", "File for the new bytes as they are, of one sample after another.")
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 250, "New characters (bytes) a sample at most.", lower_bound=1)
-OUT = flags.DEFINE_string("out", "samples.png", "Where the images go.")
-DATA_PATH = flags.DEFINE_string("data_path", "", "Directory of the images to complete; empty: where they were.")
+OUT = launcher.define_path("out", "samples.png", "Where the images go.")
+DATA_PATH = launcher.define_path("data_path", "", "Directory of the images to complete; empty: where they were.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples to write.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float(
     "temperature", None, "0 is greedy; default: 0.8 for text, 1 for images.", lower_bound=0
@@ -69,6 +69,8 @@ def main(_: list[str]) -> None:
         raise UsageError("--each_line is for --prompt_file, which is not given")
     if "" in STOP.value:
         raise UsageError("--stop is empty; give the text before which a sample ends")
+    for text in (PROMPT.value, *STOP.value):
+        to_utf8(text)
     model, tokenizer, _ = load(LOAD.value)
     images = isinstance(tokenizer, ImageTokenizer)
     given = {f"--gen_mode={GEN_MODE.value}"} | {f"--{name}" for name in flags.FLAGS if flags.FLAGS[name].present}
@@ -109,7 +111,7 @@ def write(model: HourglassLM, tokenizer: TextTokenizer, signals: Signals) -> Non
             if number:
                 print("-" * 20)
             print(text.decode("utf-8", "replace"), end="", flush=True)
-            sample = Sample(tokenizer, signals)
+            sample = Sample(tokenizer, STOP.value, signals)
             with contextlib.suppress(StopText):
                 generate(
                     model,
@@ -166,9 +168,9 @@ class StopText(Exception):
 class Sample:
     """A sample's bytes as they come, shown up to the first text to stop at; what may begin one is held back."""
 
-    def __init__(self, tokenizer: TextTokenizer, signals: Signals):
+    def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str], signals: Signals):
         self.tokenizer, self.signals = tokenizer, signals
-        self.stops = [text.encode("utf-8") for text in STOP.value]
+        self.stops = [text.encode("utf-8") for text in stops]
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.written, self.n_shown = b"", 0
 

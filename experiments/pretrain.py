@@ -1,8 +1,10 @@
-"""Pretrains a character-level Hourglass on a text file or the built-in corpus, or a pixel-level one on images.
+"""Pretrains a character-level Hourglass on texts or the built-in corpus, or a pixel-level one on images.
 
 python experiments/pretrain.py
+python experiments/pretrain.py --data_path=books --valid_path=held_out.txt --out=runs/books
 python experiments/pretrain.py --data_path=book.txt --factors=3,1,8,4 --d_model=512 --n_heads=8 --out=runs/book
 python experiments/pretrain.py --data.dataset=cifar10 --data_path=cifar-10-batches-bin --out=runs/cifar10
+python experiments/pretrain.py --data.dataset=folder --data_path=photos --data.image_size=32 --out=runs/photos
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from experiments.common import launcher, pretraining
 from experiments.common.sources import open_source
 from hourglass_jax import HourglassLM, Run, UsageError, check_causality, load
 from hourglass_jax.model import n_parameters
-from hourglass_jax.tokenizers import TextTokenizer
 from hourglass_jax.training.metrics import plot_curves
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
@@ -34,15 +35,15 @@ def pretrain(signals: Signals) -> None:
     started = time.perf_counter()
     runtime = launcher.read_runtime()
     data, optimizer, train = pretraining.read_configs()
-    vocabulary, base, begun = pretraining.VOCAB_PATH.value, None, None
+    model = tokenizer = begun = None
     if origin := pretraining.INIT_FROM.value:
-        base, tokenizer, _ = load(origin)
+        model, tokenizer, _ = load(origin)
         begun = {"path": origin, "settings": Run(origin).read().settings}
-        if isinstance(tokenizer, TextTokenizer):
+        if data.dataset == "text":
             data = dataclasses.replace(data, tokenizer=tokenizer.kind)
-            vocabulary = vocabulary or Run(origin).vocabulary
-    source = open_source(data, vocabulary)
-    config = pretraining.read_model(source.tokenizer, base.config if base else None)
+    source = open_source(data, pretraining.VOCAB_PATH.value, tokenizer, allow_unknown=flags.FLAGS.allow_unknown)
+    config = pretraining.read_model(source.tokenizer, model.config if model else None)
+    model = model.reconfigured(config) if model else None
     if source.n_positions > config.position_limit:
         raise UsageError(
             f"sequences of {source.n_positions} tokens are longer than the learned positions, which end at "
@@ -54,10 +55,8 @@ def pretrain(signals: Signals) -> None:
     run = Run(pretraining.OUT.value)
     launcher.start_run(run, config, source.tokenizer, settings, runtime, data.batch_size)
 
-    if base is None:
+    if model is None:
         model = nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed))
-    else:
-        model = base.reconfigured(config)
     check_causality(model)
     millions = n_parameters(model) / 1e6
     print(f"{config.hierarchy}, {millions:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes")

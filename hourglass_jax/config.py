@@ -72,9 +72,13 @@ class HourglassConfig:
     shift: paper (k-1) | original (k, the original project's, one character staler).
     dtype: of the computation, float32 | bfloat16 | float64 (with JAX_ENABLE_X64); parameters stay float32.
     max_unrolled_layers: deeper stacks are one scanned body, so that compile time stays flat.
-    attention: how it is computed; the result is the same. blocked (in memory linear in length) | plain (the formula in
-        jnp alone: for jax.jvp, Hessian-vector products and other forward derivatives, which blocked has not) | fused
-        (JAX's kernel where it can: no relative positions, no dropout).
+    attention: how it is computed; the result is the same. auto (the best that platform, dtype, head size, positions and
+        dropout allow) | blocked (jnp, in memory linear in length) | fused (cuDNN's kernel on GPUs, splash attention on
+        TPUs; blocked with relative positions or dropout, which they do not know) | kernel (ours in Pallas, with both;
+        interpreted on CPUs, for tests) | plain (the formula in jnp alone: for jax.jvp, Hessian-vector products and
+        other forward derivatives, which the others have not).
+    window: of layers on the tokens (factor 1): each sees its own and the W - 1 tokens before it; 0: all of them. Deeper
+        layers and resampling see everything, so a long past is still there, coarser.
     remat: what the backward pass computes again, none | dots (all but matrix products) | full (layers) | auto.
 
     Raises UsageError, one line, for what is out of range or does not fit together.
@@ -102,6 +106,7 @@ class HourglassConfig:
     dtype: str = "float32"
     max_unrolled_layers: int = 4
     attention: str = "blocked"
+    window: int = 0
     remat: str = "auto"
 
     def __post_init__(self) -> None:
@@ -116,6 +121,7 @@ class HourglassConfig:
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout={self.dropout!r} is out of range; it must be at least 0 and below 1")
         check_range("d_head", self.d_head, 0)
+        check_range("window", self.window, 0)
         if not self.d_head and self.d_model % self.n_heads:
             raise UsageError(
                 f"n_heads={self.n_heads} does not divide d_model={self.d_model}; choose n_heads so that every "
@@ -129,7 +135,7 @@ class HourglassConfig:
         check_choice("norm", self.norm, ("stack", "final"))
         check_choice("shift", self.shift, ("paper", "original"))
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float64"))
-        check_choice("attention", self.attention, ("blocked", "plain", "fused"))
+        check_choice("attention", self.attention, ("auto", "blocked", "fused", "kernel", "plain"))
         check_choice("remat", self.remat, ("auto", "none", "dots", "full"))
         if self.positions == "rotary" and self.head_dim % 2:
             raise UsageError(f"positions='rotary' needs an even head size, not {self.head_dim}")
@@ -302,6 +308,7 @@ class OptimizerConfig:
     learning_rate: the peak.
     schedule: cosine (to 0) | inverse_sqrt | constant, after the warm-up.
     warmup_steps: from 0 to the peak, linearly.
+    decay_steps: the last ones of the training, over which the rate of any schedule falls to 0, linearly.
     beta1, beta2, eps: Adam's.
     weight_decay: of the matrices of linear layers alone; see `training.optimizer.is_decayed`.
     clip_norm: of the gradient of all parameters; 0: no clipping.
@@ -310,6 +317,7 @@ class OptimizerConfig:
     learning_rate: float = 4e-4
     schedule: str = "cosine"
     warmup_steps: int = 100
+    decay_steps: int = 0
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-9
@@ -320,7 +328,8 @@ class OptimizerConfig:
         check_choice("schedule", self.schedule, ("cosine", "inverse_sqrt", "constant"))
         check_range("learning_rate", self.learning_rate, 0.0, open_low=True)
         check_range("eps", self.eps, 0.0, open_low=True)
-        check_range("warmup_steps", self.warmup_steps, 0)
+        for name in ("warmup_steps", "decay_steps"):
+            check_range(name, getattr(self, name), 0)
         for name in ("weight_decay", "clip_norm"):
             check_range(name, getattr(self, name), 0.0)
         for name in ("beta1", "beta2"):

@@ -85,8 +85,24 @@ def resampling_of(
     return Resampling(k, pool is not down, base is not up, mixing / (2 * d**2))
 
 
-def work_by_level(config: HourglassConfig, seen: Callable[[Level], float]) -> Iterator[tuple[Level, Work, Work]]:
-    """Each level with the work of one of its layers and of its resampling; `seen(level)` positions meet a query.
+class Seen(NamedTuple):
+    """Positions that a query sees on average, and distances for which there is a relative key, per query."""
+
+    positions: float
+    distances: float
+
+    @classmethod
+    def causally(cls, length: int, window: int = 0) -> Seen:
+        """Each of `length` queries sees itself and what comes before it, as far as a window of so many allows."""
+        width = min(window or length, length)
+        return cls(width - width * (width - 1) / (2 * length), width / length)
+
+
+SeenAt = Callable[[Level, int], Seen]  # a level, and the window of its layers or 0
+
+
+def work_by_level(config: HourglassConfig, seen: SeenAt) -> Iterator[tuple[Level, Work, Work]]:
+    """Each level with the work of one of its layers and of its resampling.
 
     The shortening that feeds a level counts as its own, and so do the keys that it offers to the upsampling.
     """
@@ -94,27 +110,28 @@ def work_by_level(config: HourglassConfig, seen: Callable[[Level], float]) -> It
     levels = config.parsed_hierarchy.levels
     above = NO_RESAMPLING  # nothing feeds the tokens
     for level, inner in zip(levels, (*levels[1:], None), strict=True):
-        rows = seen(level)
+        layer, rows = seen(level, config.window if level.factor == 1 else 0), seen(level, 0)
+        inner_rows = seen(inner, 0) if inner else rows
         below = resampling_of(*methods, config, level.shorten_factor) if inner else NO_RESAMPLING
         down_keys = above.k * above.down_attends
         resampling = Work(
             queries=above.down_attends + below.up_attends,
             keys=down_keys + above.up_attends,
-            pairs=down_keys * rows + (seen(inner) if inner and below.up_attends else 0),
-            distances=down_keys + below.up_attends,
+            pairs=down_keys * rows.positions + below.up_attends * inner_rows.positions,
+            distances=down_keys * rows.distances + below.up_attends * inner_rows.distances,
             mixed=above.mixed,
         )
-        yield level, Work(queries=1, keys=1, pairs=rows, distances=1), resampling
+        yield level, Work(queries=1, keys=1, pairs=layer.positions, distances=layer.distances), resampling
         above = below
 
 
-def position_flops(config: HourglassConfig, seen: Callable[[Level], float], *, distances: bool) -> dict[int, float]:
-    """FLOPs of matrix products for one position of each level, by its factor; with relative keys if `distances`."""
+def position_flops(config: HourglassConfig, seen: SeenAt) -> dict[int, float]:
+    """FLOPs of matrix products for one position of each level, by its factor."""
     d, d_heads = config.d_model, config.n_heads * config.head_dim
     relative = config.positions == "relative"
 
     def flops(work: Work) -> float:
-        projected = 2 * work.queries + 2 * work.keys + work.distances * (relative and distances)
+        projected = 2 * work.queries + 2 * work.keys + work.distances * relative
         attention = d_heads * (d * projected + (2 + relative) * work.pairs)
         return 2 * (attention + d * (d * work.mixed + 2 * config.d_ff * work.queries))
 
@@ -137,16 +154,17 @@ def decoding_flops(config: HourglassConfig, length: int) -> dict[int, float]:
     With `length` tokens in the cache; the shortening that feeds a level counts as its own, the head as the tokens'.
     So a token costs the sum of flops / factor: the point of the hierarchy.
     """
-    return position_flops(config, lambda level: length / level.factor, distances=False)
+    return position_flops(config, lambda level, window: Seen(min(length / level.factor, window or length), 0))
 
 
 def forward_flops(config: HourglassConfig, length: int) -> dict[int, float]:
     """Floating-point operations of matrix products over one sequence of `length` tokens, by level as its factor.
 
-    Attention counts the pairs that the causal mask leaves. Relative keys, which a batch shares, count in full.
+    Attention counts the pairs that the causal mask and the window leave. Relative keys, which a batch shares, count in
+    full.
     """
     positions = {f: -(-length // f) for _, f in config.parsed_hierarchy.stages}
-    flops = position_flops(config, lambda level: (positions[level.factor] + 1) / 2, distances=True)
+    flops = position_flops(config, lambda level, window: Seen.causally(positions[level.factor], window))
     return {f: positions[f] * per_position for f, per_position in flops.items()}
 
 
@@ -183,7 +201,11 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
     hidden = config.d_ff * (2 if config.activation == "relu" else 3)
     relative = config.positions == "relative"
     kept = recomputed = 0.0  # numbers
-    for level, layer, resampling in work_by_level(config, lambda level: 0):
+
+    def seen(level: Level, window: int) -> Seen:
+        return Seen.causally(-(-length // level.factor), window)
+
+    for level, layer, resampling in work_by_level(config, seen):
         positions = -(-length // level.factor)
 
         def intermediates(work: Work, key_norms: int, positions: int = positions) -> float:

@@ -69,12 +69,17 @@ def _batch_sums(graph: nnx.GraphDef, params: nnx.State, tokens: Array, weights: 
 
 
 def evaluate_batches(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -> Evaluation:
-    """The mean loss over `batches` of tokens int [B, L + 1] and weights [B, L]; see `data.pipeline`."""
+    """The mean loss over `batches` of tokens int [B, L + 1] and weights [B, L]; see `data.pipeline`.
+
+    Raises UsageError where there is nothing to predict.
+    """
     split = nnx.split(model)
     loss = count = 0.0
     for tokens, weights in batches:
         batch_loss, batch_count = _batch_sums(*split, tokens, weights)
         loss, count = loss + float(batch_loss), count + float(batch_count)
+    if not count:
+        raise UsageError("there is nothing to predict: no batch, or none whose weights are above 0")
     return Evaluation(loss / count, int(count))
 
 
@@ -131,6 +136,7 @@ def evaluate_sliding(
 
 def check_text(tokens: Array, model: HourglassLM) -> np.ndarray:
     """The text as an array [N]; raises UsageError where it is too short, or in another vocabulary."""
-    if np.size(tokens) < 2:
-        raise UsageError(f"the text has {np.size(tokens)} tokens; evaluation needs at least 2")
-    return np.asarray(check_tokens("the text", tokens, model.config.vocab_size, "N"))
+    tokens = np.asarray(check_tokens("the text", tokens, model.config.vocab_size, "N"))
+    if len(tokens) < 2:
+        raise UsageError(f"the text has {len(tokens)} tokens; evaluation needs at least 2")
+    return tokens

@@ -42,7 +42,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
     Raises UsageError unless `path` is an empty directory or absent.
     """
-    path = path.absolute()
+    path = path.expanduser().absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{path}: exists; choose another output directory")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -221,6 +221,7 @@ class HourglassLM(nnx.Module):
 
     def init_cache(self, batch: int, max_length: int, context: int | None = None) -> Cache:
         """Room for `max_length` tokens a row, of which it may see `context` (default: all); multiples of K."""
+        check_x64(self.config)
         factor = self.config.shared_factor
         context = max_length if context is None else context
         origin, start = jnp.zeros((2, batch), jnp.int32)  # two buffers, so that a loop may be given both to reuse

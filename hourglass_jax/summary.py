@@ -10,6 +10,7 @@ from flax import nnx
 from hourglass_jax.config import HourglassConfig, check_range
 from hourglass_jax.costs import forward_flops, head_flops
 from hourglass_jax.model import HourglassLM, n_parameters
+from hourglass_jax.nn.attention.choice import describe
 
 
 class Row(NamedTuple):
@@ -33,6 +34,8 @@ HEADER = ("", "factor", "layers", "length", "parameters", "forward MFLOPs")
 def summary(model: HourglassLM | HourglassConfig, length: int | None = None) -> str:
     """A model, or a configuration without building it, as a table of its levels (section 2 of the paper).
 
+    Before the table: how attention is computed on this platform.
+
     For each level: its factor in tokens a position, its layers, before + after the levels within, its positions for a
     sequence of `length` tokens (default: `max_length`), its parameters, and the millions of floating-point operations
     of a forward pass over that sequence, those of matrix products; see `costs.forward_flops`. A resampling's
@@ -48,7 +51,7 @@ def summary(model: HourglassLM | HourglassConfig, length: int | None = None) -> 
     lines = [HEADER, *(row.cells() for row in summary_rows(model, length))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([repr(model), *table])
+    return "\n".join([repr(model), describe(model.config), *table])
 
 
 def summary_rows(model: HourglassLM, length: int) -> Iterator[Row]:

@@ -39,13 +39,13 @@ def rotated(x, position):
     return np.concatenate([z.real, z.imag])
 
 
-def attention(p, config, x_q, x_k, positions_q, positions_k, slack):
-    """Query i sees key j where positions_k[j] <= positions_q[i] + slack; positions in tokens."""
+def attention(p, config, x_q, x_k, positions_q, positions_k, slack, window=math.inf):
+    """Query i sees key j where its distance is at least -slack and less than the window; positions in tokens."""
     heads, size = config.n_heads, config.head_dim
     q, k, v = (project(p[n], x).reshape(-1, heads, size) for n, x in (("query", x_q), ("key", x_k), ("value", x_k)))
     out = np.zeros_like(q)
     for i, h in np.ndindex(len(q), heads):
-        seen = [j for j in range(len(k)) if positions_k[j] <= positions_q[i] + slack]
+        seen = [j for j in range(len(k)) if -slack <= positions_q[i] - positions_k[j] < window]
         scores = []
         for j in seen:
             if config.positions == "relative":
@@ -69,19 +69,20 @@ def activation(config, x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def block(p, config, x, positions, memory=None, memory_positions=None, slack=0):
+def block(p, config, x, positions, memory=None, memory_positions=None, slack=0, window=math.inf):
     queries = norm(p["attention_norm"], x)
     keys = queries if memory is None else norm(p["memory_norm"], memory)
     memory_positions = positions if memory is None else memory_positions
-    x = x + attention(p["attention"], config, queries, keys, positions, memory_positions, slack)
+    x = x + attention(p["attention"], config, queries, keys, positions, memory_positions, slack, window)
     hidden = activation(config, project(p["feed_forward"]["up"], norm(p["feed_forward_norm"], x)))
     return x + project(p["feed_forward"]["down"], hidden)
 
 
 def stack(p, config, n_layers, x, unit):
     positions = np.arange(len(x)) * unit
+    window = config.window if unit == 1 and config.window else math.inf
     for i in range(n_layers):
-        x = block(jax.tree.map(lambda leaf, i=i: leaf[i], p["layers"]), config, x, positions)
+        x = block(jax.tree.map(lambda leaf, i=i: leaf[i], p["layers"]), config, x, positions, window=window)
     return norm(p["norm"], x) if config.norm == "stack" else x
 
 

@@ -47,6 +47,7 @@ def test_a_shift_of_k_minus_2_leaks_and_is_found(shortening, upsampling, positio
         check_causality(model)
 
 
+@pytest.mark.core
 @pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("level", [0, 1])
 def test_a_leak_at_any_level_is_found(level):
@@ -57,6 +58,7 @@ def test_a_leak_at_any_level_is_found(level):
         check_causality(model)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("shift, feels_its_start", [("paper", True), ("original", False)])
 def test_position_gk_feels_token_gk_through_the_deep_path(shift, feels_its_start):
     config = small_config(hierarchy="0@1 1@4 0@1", norm="final", shift=shift, upsampling="repeat")

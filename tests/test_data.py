@@ -107,7 +107,8 @@ def test_a_text_of_its_own_for_validation(library):
     (library / "a.txt").write_text("abcd" * 10)
     (library / "v.txt").write_text("bad?")
     config = DataConfig(path="a.txt", valid_path="v.txt", block_size=16)
-    (train, valid, test), tokenizer = load_splits(config)
+    tokens, (train, valid, test), tokenizer = load_splits(config)
+    assert train is tokens
     assert tokenizer.decode(train) == "abcd" * 10 and len(test) == 0
     assert tokenizer.decode(valid) == "bad" and valid[-1] == tokenizer.unk_id  # the vocabulary is that of the training
     for changed in ({"path": "v.txt"}, {"block_size": 40}):
@@ -154,7 +155,7 @@ def test_half_of_a_surrogate_pair_is_told(tmp_path):
     vocabulary = {name: i for i, name in enumerate([*CharTokenizer.SPECIALS, "a", "\ud83d"])}
     path = tmp_path / "vocab.json"
     path.write_text(json.dumps({"clean": False, "vocabulary": vocabulary}))
-    with pytest.raises(UsageError, match=r"vocab.json: character 1 is '\\ud83d'"):
+    with pytest.raises(UsageError, match=r"vocab.json: character 1 of the text is '\\ud83d'"):
         CharTokenizer.load(path)
     assert CharTokenizer.from_text("😀a").encode("a😀\ud83d").tolist() == [3, 4, 1]
 

@@ -20,6 +20,7 @@ def model():
     return make_model(small_config())
 
 
+@pytest.mark.core
 def test_greedy_tokens_follow_the_full_forward(model):
     for prompt, new in zip(PROMPTS, hg.generate(model, PROMPTS, max_tokens=9, key=KEY, temperature=0.0), strict=True):
         text = list(prompt)
@@ -30,6 +31,7 @@ def test_greedy_tokens_follow_the_full_forward(model):
         assert len(new) == 9
 
 
+@pytest.mark.core
 def test_rows_are_what_they_would_be_alone_and_equal_prompts_differ(model):
     together = hg.generate(model, [*PROMPTS, PROMPTS[0]], max_tokens=12, key=KEY)
     for prompt, row in zip(PROMPTS, together, strict=False):
@@ -64,6 +66,16 @@ def test_rows_stop_by_themselves(model):
         np.testing.assert_array_equal(cut, whole[: ends[0]] if len(ends) else whole)
 
 
+def test_each_of_several_stop_tokens_ends_a_row(model):
+    free = hg.generate(model, PROMPTS, max_tokens=20, key=KEY)
+    stops = {int(free[0][5]), int(free[1][3])}
+    for given in (list(stops), np.array(list(stops)), stops):
+        stopped = hg.generate(model, PROMPTS, max_tokens=20, key=KEY, stop_token=given)
+        for whole, cut in zip(free, stopped, strict=True):
+            ends = np.flatnonzero(np.isin(whole, list(stops)))
+            np.testing.assert_array_equal(cut, whole[: ends[0]] if len(ends) else whole)
+
+
 def test_streamed_parts_add_up(model):
     parts = [[] for _ in PROMPTS]
     out = hg.generate(
@@ -87,6 +99,7 @@ def test_a_growing_cache_changes_nothing(positions, monkeypatch):
         np.testing.assert_array_equal(row, grown)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("positions", ["relative", "rotary"])
 def test_rows_are_alone_beyond_the_context_too(positions):
     model = make_model(small_config(positions=positions))
@@ -125,9 +138,18 @@ def test_few_programs_serve_all_prompt_lengths():
     assert decoding._extend._cache_size() - before[1] == 1
 
 
-def test_banned_tokens_never_come(model):
-    out = hg.generate(model, PROMPTS * 4, max_tokens=20, key=KEY, temperature=5.0, banned_tokens=(0, 1, 2))
-    assert min(row.min() for row in out) >= 3
+@pytest.mark.parametrize("temperature", [5.0, np.inf, 1e300])
+def test_banned_tokens_never_come(model, temperature):
+    out = hg.generate(model, PROMPTS * 4, max_tokens=20, key=KEY, temperature=temperature, banned_tokens=(0, 1, 2))
+    assert set(np.concatenate(out)) == set(range(3, 11))  # all others do
+
+
+def test_a_temperature_without_bounds_makes_equal_what_is_allowed():
+    logits = jnp.array([3.0, -jnp.inf, 1.0, 2.0])
+    np.testing.assert_array_equal(
+        jax.nn.softmax(Sampler(np.inf).filter(logits)), np.array([1, 0, 1, 1]) / np.float32(3)
+    )
+    np.testing.assert_array_equal(jax.nn.softmax(Sampler(np.inf, top_k=2).filter(logits)), [0.5, 0, 0, 0.5])
 
 
 def test_filters_against_a_naive_version():

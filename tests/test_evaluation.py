@@ -7,6 +7,7 @@ from conftest import forward, make_model, small_config
 
 import hourglass_jax as hg
 from hourglass_jax.data.pipeline import sliding_windows
+from hourglass_jax.evaluation import evaluate_batches
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 # Texts longer and shorter than a window, with and without a shorter last step, one token more and less than fits.
@@ -91,3 +92,11 @@ def test_bad_windows_give_one_line(options, message):
 def test_windows_up_to_the_learned_positions_are_scored():
     model = make_model(small_config(positions="learned"))
     assert jnp.isfinite(hg.evaluate_sliding(model, text(100), window=64, step=8).loss)
+
+
+@pytest.mark.parametrize("weights", [None, 0])
+def test_nothing_to_predict_is_told(weights):
+    model = make_model(small_config())
+    batches = [] if weights is None else [(np.zeros((2, 9), np.int32), np.full((2, 8), weights, np.float32))]
+    with pytest.raises(hg.UsageError, match="nothing to predict"):
+        evaluate_batches(model, batches)

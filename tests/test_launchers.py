@@ -193,7 +193,7 @@ def test_a_run_begins_with_another_s_parameters_model_and_vocabulary(home, tmp_p
     assert begun["settings"]["init_from"]["settings"] == base["settings"]
     assert (tmp_path / "runs/pretrain/vocab.json").read_text() == (home / "runs/pretrain/vocab.json").read_text()
     [first] = [json.loads(line) for line in (tmp_path / "runs/pretrain/metrics.jsonl").open() if "train_loss" in line]
-    assert first["train_loss"] < 3  # a new one would be at 3.4
+    assert first["train_loss"] < 3.3  # a new one would be at 3.6
 
 
 def test_max_length_bounds_learned_positions_only(home, tmp_path):
@@ -240,6 +240,7 @@ PRETRAIN = [
     ("short_positions", ["--positions=learned", "--model.max_length=16"], "max_length"),
     ("other_sizes", ["--init_from=run", "--out=new", "--d_model=64"], "do not fit"),
     ("one_checkpoint", ["--keep_checkpoints=1", "--out=new"], "keep_checkpoints=1"),
+    ("seed", ["--seed=9223372036854775808"], "seed"),
     ("foreign_out", ["--out=foreign", "--overwrite"], "not a run"),
     ("another_configuration", ["--out=run", "--learning_rate=0.5"], "learning_rate"),
 ]
@@ -248,6 +249,8 @@ OTHERS = [
     ("generate", ["--load_model_path=run", "--top_p=2"], "top_p"),
     ("generate", ["--load_model_path=run", "--max_tokens=0"], "max_tokens"),
     ("generate", ["--load_model_path=run", "--gen_mode=prompt"], "--prompt"),
+    ("generate", ["--load_model_path=run", "--seed=9223372036854775808"], "seed"),
+    ("finetune", ["--load_model_path=run", "--seed=9223372036854775808"], "seed"),
     ("finetune", ["--load_model_path=run", "--data_path=short.txt"], "three lines"),
     ("finetune", ["--load_model_path=run", "--data_path=text.txt", "--format=sonnet"], "format"),
     ("evaluate", ["--load_model_path=run", "--data_path=nowhere.txt"], "nowhere.txt"),

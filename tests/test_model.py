@@ -19,6 +19,7 @@ PAPER = find_setup("enwik8", "paper")
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("hierarchy", HIERARCHIES)
 @pytest.mark.parametrize("length", [1, 7, 16])
 def test_any_length_gives_finite_float32_logits(hierarchy, length):
@@ -34,6 +35,7 @@ def test_rows_do_not_see_each_other():
     np.testing.assert_allclose(forward(model, tokens), alone, atol=1e-5)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("positions", ["relative", "rotary"])
 def test_bfloat16_computes_in_bfloat16_and_stays_close(positions):
     tokens = jax.random.randint(jax.random.key(0), (2, 20), 0, 11)
@@ -99,6 +101,7 @@ def test_the_program_does_not_grow_with_depth():
     assert program_size(24) == program_size(12)
 
 
+@pytest.mark.core
 def test_original_project_architecture():
     config = hg.HourglassConfig.original_project(
         vocab_size=42, factors=[2, 1, 1, 2, 3, 4], n_embedding=64, block_size=32

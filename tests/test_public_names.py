@@ -17,6 +17,7 @@ NAMES = [
         "HourglassLM",
         "ImageTokenizer",
         "OptimizerConfig",
+        "Run",
         "RuntimeConfig",
         "TrainConfig",
         "UsageError",

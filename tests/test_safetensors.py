@@ -30,9 +30,10 @@ def test_every_method_comes_back_bit_for_bit(tmp_path, shortening, upsampling):
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
 
 
+@pytest.mark.core
 @pytest.mark.usefixtures("quick_compile")
 def test_the_logits_are_the_same(tmp_path):
-    model = make_model(small_config(vocab_size=256, positions="learned", norm="final"))
+    model = make_model(small_config(vocab_size=258, positions="learned", norm="final"))
     export_safetensors(model, hg.ByteTokenizer(), tmp_path / "shared")
     assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == ["config.json", "model.safetensors"]
     back, tokenizer, _ = import_safetensors(tmp_path / "shared")
@@ -50,6 +51,14 @@ def test_nothing_of_the_training_is_exported(shared):
     assert json.loads((shared / "config.json").read_text())["settings"] == {}
 
 
+@pytest.mark.parametrize("vocab_size", [256, 258])
+def test_byte_vocabularies_with_and_without_tokens_for_the_specials_come_back(tmp_path, vocab_size):
+    tokenizer = hg.ByteTokenizer(vocab_size)
+    export_safetensors(make_model(small_config(vocab_size=vocab_size)), tokenizer, tmp_path / "shared")
+    _, back, config = import_safetensors(tmp_path / "shared")
+    assert (back.vocab_size, back.bos_id, back.eos_id) == (config.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
+
+
 def test_images_and_sizes_from_numpy_come_back(tmp_path):
     model = make_model(small_config(vocab_size=np.int64(257)))
     export_safetensors(model, hg.ImageTokenizer((4, 4, 3)), tmp_path / "images")
@@ -59,7 +68,7 @@ def test_images_and_sizes_from_numpy_come_back(tmp_path):
 
 def test_an_export_takes_no_tokenizer_of_another_size_and_leaves_other_files_alone(tmp_path):
     (tmp_path / "shared.tmp").mkdir()
-    with pytest.raises(hg.UsageError, match="256 tokens, but the model 11"):
+    with pytest.raises(hg.UsageError, match="258 tokens, but the model 11"):
         export_safetensors(make_model(small_config()), hg.ByteTokenizer(), tmp_path / "shared")
     export_safetensors(make_model(small_config()), TOKENIZER, tmp_path / "shared")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shared", "shared.tmp"]
@@ -79,6 +88,7 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(shared, mo
     assert list(shared.parent.iterdir()) == [shared]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -45,7 +45,8 @@ def test_a_model_and_its_configuration_have_the_same_table():
     config = small_config()
     table = hg.summary(config, 30)
     assert hg.summary(make_model(config), 30) == table != hg.summary(config)
-    first, *lines = table.splitlines()
+    first, attention, *lines = table.splitlines()
+    assert attention == "attention: blocked"
     assert first == repr(abstract(config)) and len({len(line) for line in lines}) == 1
     assert f"{count_parameters(config):,}" in lines[-1]
     assert "30" in lines[-1].split() and "10" in lines[-3].split()

@@ -129,7 +129,7 @@ def test_vocabulary_holds_different_single_characters(characters):
         CharTokenizer(characters)
 
 
-@pytest.mark.parametrize("text", [*TEXTS, TEXT])
+@pytest.mark.parametrize("text", [*TEXTS, TEXT, "a\x02b\x03", "\r\n\0"])
 def test_bytes_come_back(text):
     tokenizer = ByteTokenizer()
     tokens = tokenizer.encode(text)
@@ -138,8 +138,29 @@ def test_bytes_come_back(text):
     assert tokenizer.unknown(text) == []
 
 
-def test_byte_specials_decode_to_nothing_even_within_a_character():
-    tokenizer = ByteTokenizer()
+def test_any_bytes_come_back_and_no_special_is_a_byte():
+    tokenizer, content = ByteTokenizer(), bytes(range(256)) * 2
+    assert tokenizer.encode(content).tolist() == list(content)
+    assert tokenizer.decode_bytes(tokenizer.encode(content)) == content
+    assert {tokenizer.bos_id, tokenizer.eos_id} == set(range(256, tokenizer.vocab_size))
+    assert tokenizer.decode_bytes([tokenizer.bos_id, *content, tokenizer.eos_id]) == content
+
+
+def test_bytes_alone_lose_the_two_that_stand_for_specials():
+    tokenizer = ByteTokenizer(256)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (256, 2, 3)
+    assert tokenizer.decode(tokenizer.encode("a\x02b\x03")) == "ab"
+
+
+def test_the_bytes_of_characters_are_their_utf8():
+    tokenizer = CharTokenizer.from_text(TEXT)
+    tokens = [tokenizer.bos_id, *tokenizer.encode(TEXT), tokenizer.eos_id]
+    assert tokenizer.decode_bytes(tokens) == TEXT.encode("utf-8")
+
+
+@pytest.mark.parametrize("vocab_size", [256, 258])
+def test_byte_specials_decode_to_nothing_even_within_a_character(vocab_size):
+    tokenizer = ByteTokenizer(vocab_size)
     first, second = tokenizer.encode("é")
     assert tokenizer.decode([tokenizer.bos_id, first, second, tokenizer.eos_id]) == "é"
 

@@ -1,5 +1,6 @@
 """Training: it learns, resumes exactly, and its run directories load."""
 
+import dataclasses
 import json
 import shutil
 
@@ -15,7 +16,7 @@ import hourglass_jax as hg
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
 from hourglass_jax.training.checkpoints import CheckpointStore
 from hourglass_jax.training.metrics import read_curves
-from hourglass_jax.training.optimizer import learning_rate_schedule
+from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from hourglass_jax.training.step import TrainState, make_train_step
 from hourglass_jax.training.trainer import fit
 
@@ -53,6 +54,7 @@ def batches_that_end(at):
     return batch_at
 
 
+@pytest.mark.core
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     whole, result = train(tmp_path / "whole")
     with pytest.raises(Killed):
@@ -68,6 +70,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     assert losses == resumed_losses
 
 
+@pytest.mark.core
 def test_training_learns_and_the_directory_loads(tmp_path):
     trained, result = train(tmp_path)
     assert result.loss < 0.2  # a cycle of eight letters
@@ -134,6 +137,54 @@ def test_schedules():
     assert schedule("constant")(90) == 1
 
 
+@pytest.mark.parametrize("name", ["cosine", "inverse_sqrt", "constant"])
+def test_a_decay_is_a_line_to_0_over_the_last_steps_of_any_schedule(name):
+    config = hg.OptimizerConfig(learning_rate=0.3, schedule=name, warmup_steps=10)
+    stable, decayed = (
+        [float(learning_rate_schedule(dataclasses.replace(config, decay_steps=n), 110)(s)) for s in range(111)]
+        for n in (0, 40)
+    )
+    assert decayed[:71] == stable[:71]
+    np.testing.assert_allclose(decayed[70:], np.multiply(stable[70:], np.linspace(1, 0, 41)), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("positions", ["relative", "learned"])
+def test_weight_decay_shrinks_the_matrices_of_linear_layers_alone(positions):
+    params = nnx.state(make_model(small_config(positions=positions)), nnx.Param)
+    config = hg.OptimizerConfig(learning_rate=0.5, schedule="constant", warmup_steps=0, weight_decay=0.1)
+    optimizer = make_optimizer(config, 10)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(nothing, optimizer.init(params), params)
+    moved = nnx.to_flat_state(optax.apply_updates(params, updates))
+    kinds = {True: set(), False: set()}
+    for (path, before), (_, after) in zip(nnx.to_flat_state(params), moved, strict=True):
+        kinds[path[-1] == "kernel"].add(path[-1])
+        factor = 0.95 if path[-1] == "kernel" else 1
+        np.testing.assert_allclose(after[...], before[...] * factor, rtol=1e-6)
+    own = {"relative": {"content_bias", "position_bias"}, "learned": {"positions"}}[positions]
+    assert kinds == {True: {"kernel"}, False: {"bias", "scale", "embedding"} | own}
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_state_of_runs_that_decayed_everything_goes_on(weight_decay, clip_norm):
+    """Which was `optax.adamw`; without decay, the updates are the same too, bit for bit."""
+    params = nnx.state(make_model(CONFIG), nnx.Param)
+    config = hg.OptimizerConfig(weight_decay=weight_decay, clip_norm=clip_norm)
+    schedule = learning_rate_schedule(config, 10)
+    before = optax.adamw(schedule, config.beta1, config.beta2, config.eps, weight_decay=weight_decay)
+    if clip_norm:
+        before = optax.chain(optax.clip_by_global_norm(clip_norm), before)
+    optimizer, state = make_optimizer(config, 10), before.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(optimizer.init(params))
+    if not weight_decay:
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            before.update(params, state, params),
+            optimizer.update(params, state, params),
+        )
+
+
 def test_evaluation_reports_one_loss_three_ways():
     result = hg.Evaluation(loss=np.log(4), n_characters=10)
     assert result.bits_per_character == pytest.approx(2)
@@ -157,6 +208,7 @@ def test_evaluation_equals_a_loop_over_windows():
     assert result.loss == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("accumulate", [2, 3, 6])
 def test_accumulated_gradients_are_those_of_the_large_batch(accumulate):
     config = small_config(dtype="float64")

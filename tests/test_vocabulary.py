@@ -5,7 +5,8 @@ from conftest import forward, make_model, small_config
 from flax import nnx
 
 import hourglass_jax as hg
-from hourglass_jax.training.checkpoints import CheckpointStore, write_run
+from hourglass_jax.training.checkpoints import CheckpointStore
+from hourglass_jax.training.run import Record, Run
 from hourglass_jax.vocabulary import extend_vocabulary
 
 
@@ -29,7 +30,7 @@ def test_old_logits_stay_and_new_ones_are_their_mean(quick_compile, tmp_path):
     np.testing.assert_allclose(rows[8:], np.repeat(mean.mean(0, keepdims=True), 3, 0), atol=1e-6)
     assert model.config.vocab_size == tokenizer.vocab_size == 8  # what was given is as it was
 
-    write_run(tmp_path, extended.config, longer, {})
+    Run(tmp_path).write(Record(extended.config, longer, {}, []))
     store = CheckpointStore(tmp_path, for_training=True)
     store.save(1, nnx.state(extended))
     store.close()

@@ -26,6 +26,7 @@ from hourglass_jax.costs import (
     cache_bytes,
     count_parameters,
     forward_flops,
+    product_flops,
     state_bytes,
     training_flops,
 )
@@ -108,7 +109,7 @@ def measure(jobs: Sequence[Job], signals: Signals) -> None:
 
 
 class TimedStep:
-    """A compiled training step, the bytes it needs (state, batch and temporaries), and the seconds of its runs.
+    """A compiled training step: its bytes (state, batch and temporaries), its products' FLOPs, seconds of its runs.
 
     All activations are kept, as in the paper, so that deep stacks do not save memory at the price of time, as they do
     where they are run as loops.
@@ -121,7 +122,9 @@ class TimedStep:
         self.state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, block_size + 1))
         self.batch = tokens.astype(np.int32), np.ones((batch_size, block_size), np.float32)
-        self.step = make_train_step(graph, optimizer, seed=0).lower(self.state, *self.batch).compile()
+        traced = make_train_step(graph, optimizer, seed=0).trace(self.state, *self.batch)
+        self.flops = product_flops(traced.jaxpr.jaxpr)
+        self.step = traced.lower().compile()
         memory = self.step.memory_analysis()
         parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
         self.memory_bytes = sum(parts) - memory.alias_size_in_bytes

@@ -138,6 +138,12 @@ def setup_source(setup: Setup) -> Source:
     return TextSource(setup.data, BYTES) if setup.data.dataset == "text" else ImageSource(setup.data)
 
 
+def valid_sample(source: Source, setup: Setup) -> Sequence[Batch]:
+    """The validation data of the final evaluations: about `n_valid` sequences in whole batches."""
+    batches = source.validation()
+    return evenly_spaced(batches, setup.n_valid // len(batches[0][0])) if setup.n_valid else batches
+
+
 def train(jobs: Sequence[Job], setup: Setup, runtime: RuntimeConfig, signals: Signals) -> None:
     """Trains what is not done; a job that was interrupted goes on.
 
@@ -148,9 +154,7 @@ def train(jobs: Sequence[Job], setup: Setup, runtime: RuntimeConfig, signals: Si
     if not waiting:
         return
     source = setup_source(setup)
-    validation = source.validation()
-    if setup.n_valid:
-        validation = evenly_spaced(validation, setup.n_valid // len(validation[0][0]))
+    validation = valid_sample(source, setup)
     diverged = []
     for number, job in enumerate(waiting, len(jobs) - len(waiting) + 1):
         print(f"[{number}/{len(jobs)}] {job.directory}", flush=True)

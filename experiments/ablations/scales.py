@@ -13,7 +13,7 @@ from hourglass_jax.data import letters
 
 TEXTS = ("enwik8", "text8")
 DATASETS = (*TEXTS, *IMAGE_SIZES, "letters")
-SCALES = ("paper", "small", "tiny")
+SCALES = ("paper", "small", "tiny", "micro")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,16 @@ SETUPS = {
         scaled="d_model 128 for {d_model}, sequences of 256 for 2,048 (4 for 8 a step), 2,000 steps for {steps:,}, "
         "peak learning rate 2e-3 for 4e-4, no dropout for 0.15, Xavier initialisation",
     ),
+    ("text", "micro"): Setup(  # narrow: on two CPU cores, 20 million characters are 60 a parameter
+        widths(64, 2) | {"initialization": "xavier", "max_length": 256},
+        replace(TEXT, block_size=256),
+        OptimizerConfig(learning_rate=3e-3, warmup_steps=200),
+        TrainConfig(steps=10_000, eval_interval=2500, eval_batches=16),
+        hierarchies={"2@1 24@4 2@1": "2@1 8@4 2@1"},
+        n_valid=1024,
+        scaled="d_model 64 for {d_model}, sequences of 256 for 2,048, 10,000 steps for {steps:,}, peak learning rate "
+        "3e-3 for 4e-4, no dropout for 0.15, Xavier initialisation",
+    ),
     ("images", "paper"): Setup(
         widths(512, 8) | {"max_length": 3072},
         IMAGES,
@@ -92,6 +102,16 @@ SETUPS = {
         n_valid=128,
         scaled="d_model 128 for {d_model}, images of 16x16 for {side}x{side} (768 numbers for {length:,}; 1 for "
         "{batch_size} a step), 2,000 steps for {steps:,}, peak learning rate 2e-3 for {learning_rate}, Xavier "
+        "initialisation",
+    ),
+    ("images", "micro"): Setup(
+        widths(64, 2) | {"initialization": "xavier", "max_length": 768},
+        replace(IMAGES, image_size=16, batch_size=4),
+        OptimizerConfig(learning_rate=3e-3, warmup_steps=200),
+        TrainConfig(steps=5000, eval_interval=1250, eval_batches=16),
+        n_valid=512,
+        scaled="d_model 64 for {d_model}, images of 16x16 for {side}x{side} (768 numbers for {length:,}; 4 for "
+        "{batch_size} a step), 5,000 steps for {steps:,}, peak learning rate 3e-3 for {learning_rate}, Xavier "
         "initialisation",
     ),
 }

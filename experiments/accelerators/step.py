@@ -115,9 +115,10 @@ def compile_step(run: Run, target: Target, devices: Sequence[jax.Device]) -> Com
         return Compiled("", str(error), traced - started, seconds, None, asked_bytes(str(error)))
     analysis = {
         name: getattr(compiled.memory_analysis(), f"{name}_in_bytes")
-        for name in ("argument_size", "output_size", "alias_size", "temp_size", "peak_memory")
+        for name in ("argument_size", "output_size", "alias_size", "temp_size")
     }
-    memory = divide(analysis["peak_memory"], state, batch, kept)
+    held = analysis["argument_size"] + analysis["output_size"] - analysis["alias_size"] + analysis["temp_size"]
+    memory = divide(held, state, batch, kept)
     return Compiled(compiled.as_text(), "", traced - started, seconds, memory, memory.peak, analysis)
 
 

@@ -5,6 +5,7 @@ A name is that of a file, h100, with the number of chips as 8xh100 or v5e-16. To
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from hourglass_jax.config import check_choice
 DIRECTORY = Path(__file__).with_name("targets")
 # What the compiler of a platform comes with: packages of which one will do, and the extra that brings it.
 COMPILERS = {"gpu": (("jax-cuda12-plugin", "jax-cuda13-plugin"), "cuda"), "tpu": (("libtpu",), "tpu")}
-FIELDS = {"title", "platform", "memory", "bandwidth", "links", "launch", "flops", "slices"}
+FIELDS = {"title", "kind", "platform", "memory", "bandwidth", "links", "launch", "flops", "slices"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Target:
     """`chips` of one kind, linked.
 
     name, title: as asked for, and the maker's.
+    kind: what stands in the name that JAX gives such a device.
     platform: gpu | tpu.
     memory: bytes of a chip.
     bandwidth: bytes/s of that memory.
@@ -43,6 +45,7 @@ class Target:
 
     name: str
     title: str
+    kind: str
     platform: str
     chips: int
     memory: float
@@ -92,6 +95,13 @@ def find_target(name: str) -> Target:
         raise UsageError(f"--target={name}: {kind} comes as {', '.join(slices)}; {path.name} lists them as slices")
     chips = count_chips(slices[size])
     return Target(name=name, chips=chips, topology=slices[size], **fields)
+
+
+def target_of(device_kind: str) -> Target | None:
+    """One chip of the kind that JAX calls so, the closest name; None where no file describes it."""
+    kinds = {name: read_fields(DIRECTORY / f"{name}.toml")["kind"] for name in known_targets()}
+    found = [name for name, kind in kinds.items() if kind in device_kind]
+    return dataclasses.replace(find_target(max(found, key=lambda n: len(kinds[n]))), chips=1) if found else None
 
 
 def read_fields(path: Path) -> dict[str, Any]:

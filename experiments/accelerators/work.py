@@ -10,6 +10,8 @@ from functools import cached_property, lru_cache
 from experiments.accelerators.program import Array, Computation, Instruction, Program
 
 RATES = {"f32": "float32", "f64": "float64"}  # of products by their operands' type; all others have bfloat16's
+QUOTE = r'(?:\\?"|\\22)'  # also as it is escaped inside a string
+STATED = re.compile(f"{QUOTE}flops{QUOTE}: *{QUOTE}?(\\d+)")  # by a Pallas kernel
 FUSED_ATTENTION = "attention"  # products inside a flash kernel, which reach less of the machine's rate
 SLICES = {"slice", "dynamic-slice", "gather"}
 WHOLE = {"broadcast", "dot", "convolution", "scatter", "sort", "fusion", "custom-call", "reduce-window"}
@@ -220,7 +222,7 @@ def kernel_flops(instruction: Instruction, computation: Computation) -> Counter[
         axes = re.search(r'"lhs_contracting_dimensions":\["?(\d+)', instruction.attributes)
         contracted = left.shape[int(axes.group(1)) if axes else -1]
         return Counter({rate_of(left): 2 * instruction.arrays[0].size * contracted})
-    stated = re.search(r'\\?"flops\\?": *\\?"?(\d+)', instruction.attributes)
+    stated = STATED.search(instruction.attributes)
     return Counter({FUSED_ATTENTION: int(stated.group(1))} if stated else {})
 
 

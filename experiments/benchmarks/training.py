@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -144,81 +143,4 @@ def describe(rows: list[dict[str, Any]], repeats: int) -> str:
 - Windows of a real text through the input pipeline instead of one batch in memory cost: {input_cost:+.1%}.
 - A square matrix product reached {ceiling:,.0f} GFLOP/s in the same run; the last column is the model's own
   operations ({rows[0]["flops"] / 1e9:,.0f} GFLOP a step for `learned`, recomputation not counted) over that.
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Accelerator:
-    """Sizes of the accelerator suite; the defaults are the paper's enwik8 model at length 4096."""
-
-    d_model: int = 768
-    n_heads: int = 8
-    length: int = 4096
-    batch: int = 8
-    dtype: str = "bfloat16"
-
-    def configs(self) -> dict[str, HourglassConfig]:
-        """Hourglass with both kinds of positions, a plain model of its depth, and one of its FLOPs."""
-
-        def config(hierarchy: str, **options: Any) -> HourglassConfig:
-            return HourglassConfig(
-                vocab_size=256,
-                hierarchy=hierarchy,
-                d_model=self.d_model,
-                n_heads=self.n_heads,
-                d_ff=4 * self.d_model,
-                dtype=self.dtype,
-                max_length=self.length,
-                shortening="attention_average",
-                upsampling="attention_repeat",
-                **options,
-            )
-
-        hourglass = "4@1 8@3 4@1"
-        rotary = {"positions": "rotary", "attention": "fused"}
-        flops = training_flops(config(hourglass, **rotary), self.length)
-        n_layers = min(range(1, 17), key=lambda n: abs(training_flops(config(f"{n}@1", **rotary), self.length) - flops))
-        return {
-            f"{hourglass}, relative": config(hourglass),
-            f"{hourglass}, rotary, fused": config(hourglass, **rotary),
-            "16@1, rotary, fused (its parameters)": config("16@1", **rotary),
-            f"{n_layers}@1, rotary, fused (its FLOPs)": config(f"{n_layers}@1", **rotary),
-        }
-
-
-def measure_accelerator(sizes: Accelerator, repeats: int) -> list[dict[str, Any]]:
-    """One row a configuration, one after another: several states at once would not fit."""
-    ceiling, rows = matmul_ceiling(sizes.dtype), []
-    for name, config in sizes.configs().items():
-        batches = synthetic(sizes.batch, sizes.length)
-        step = Step(config, batches)
-        [seconds] = timing.in_turn({name: step}, repeats).values()
-        median = statistics.median(seconds)
-        row = {"model": name, "seconds": seconds, "characters_per_second": sizes.batch * sizes.length / median}
-        flops = sizes.batch * training_flops(config, sizes.length)
-        row |= {"utilisation": flops / median / ceiling, "flops": flops, "matmul_ceiling": ceiling}
-        rows.append(row | {"memory_bytes": step.memory_bytes(next(batches))})
-        del step
-    return rows
-
-
-def describe_accelerator(rows: list[dict[str, Any]], sizes: Accelerator, repeats: int) -> str:
-    header = ["model", "ms a step", "characters/s", "of the matmul ceiling", "memory, GB"]
-    cells = [
-        [
-            row["model"],
-            f"{statistics.median(row['seconds']) * 1e3:,.1f}",
-            f"{row['characters_per_second']:,.0f}",
-            f"{row['utilisation']:.0%}",
-            f"{row['memory_bytes'] / 1e9:.2f}",
-        ]
-        for row in rows
-    ]
-    return f"""# Training on an accelerator
-
-d_model {sizes.d_model}, {sizes.n_heads} heads, length {sizes.length}, batch {sizes.batch}, {sizes.dtype} with float32
-parameters, AdamW, without dropout; medians of {repeats} steps. Memory is the compiled step's arguments and temporaries.
-The matmul ceiling measured in the same run is {rows[0]["matmul_ceiling"] / 1e12:,.2f} TFLOP/s.
-
-{markdown_table(header, cells)}
 """

@@ -15,7 +15,7 @@ from hourglass_jax import Hierarchy, UsageError
 
 TEXT = flags.DEFINE_string("text", "an old silent pond", "A short text, one box a character.")
 HIERARCHY = flags.DEFINE_string("hierarchy", "2@1 4@3 2@1", "With one shortening.")
-OUT = flags.DEFINE_string("out", "hourglass.png", "The picture.")
+OUT = launcher.define_path("out", "hourglass.png", "The picture.")
 COLOURS = ("tab:blue", "tab:green", "tab:orange", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
 
 

@@ -15,26 +15,26 @@ import numpy as np
 from absl import flags
 
 from experiments.common import launcher
+from experiments.common.recorded import haiku_parts
 from experiments.common.reports import provenance, write_report
 from hourglass_jax import UsageError, generate, load
-from hourglass_jax.data.haiku import encode_haiku, is_haiku, load_haiku, usable_haiku
+from hourglass_jax.data.haiku import encode_haiku, is_haiku
 from hourglass_jax.tokenizers import Tokenizer
 from hourglass_jax.training.run import Run
 
-LOAD = flags.DEFINE_string("load_model_path", "runs/finetune", "Directory of a model that finetune.py wrote.")
+LOAD = launcher.define_path("load_model_path", "runs/finetune", "Directory of a model that finetune.py wrote.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 200, "Samples to count.", lower_bound=1)
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 250, "A sample must end before this many characters.", lower_bound=2)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0.0)
 SEED = launcher.define_seed("Seed of the sampling.")
-REPORT = flags.DEFINE_string("report", "", "Write PATH.json and PATH.md.")
+REPORT = launcher.define_path("report", "", "Write PATH.json and PATH.md.")
 
 
 def read_prompts(form: str, settings: dict[str, Any], tokenizer: Tokenizer) -> list[np.ndarray]:
     """What each sample goes on from: BOS, followed by a held-back first line if the model completes those."""
     if form != "prompt":
         return [np.array([tokenizer.bos_id])] * NUM_SAMPLES.value
-    haiku = usable_haiku(load_haiku(settings["data_path"]), tokenizer, settings["block_size"])
-    encoded = [encode_haiku(poem, tokenizer, form) for poem in haiku[-settings["held_back"] :]]
+    encoded = [encode_haiku(poem, tokenizer, form) for poem in haiku_parts(settings, tokenizer)[1]]
     return [tokens[:start] for tokens, start in encoded[: NUM_SAMPLES.value]]
 
 
@@ -70,9 +70,9 @@ The malformed ones:
 def main(_: list[str]) -> None:
     model, tokenizer, _ = load(LOAD.value)
     settings = Run(LOAD.value).read().settings
-    form = settings.get("format")
-    if form is None:
-        raise UsageError(f"{LOAD.value}: a pretrained model; give the directory of one that finetune.py wrote")
+    form = settings.get("format", "text")
+    if form == "text":
+        raise UsageError(f"{LOAD.value}: a model of text; give the directory of one that was fine-tuned on haiku")
     prompts = read_prompts(form, settings, tokenizer)
     started = time.perf_counter()
     samples = generate(

@@ -36,8 +36,8 @@ from hourglass_jax.training.sharding import on_one_device
 KILLS = flags.DEFINE_integer("kills", 50, "How often the run is killed.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 1000, "Steps of the run: enough that all the kills come before its end.")
 SEED = launcher.define_seed("Seed of the moments.")
-REPORT = flags.DEFINE_string("report", "", "Write PATH.json and PATH.md.")
-WORKDIR = flags.DEFINE_string("workdir", "", "Keep the runs here; by default they are removed.")
+REPORT = launcher.define_path("report", "", "Write PATH.json and PATH.md.")
+WORKDIR = launcher.define_path("workdir", "", "Keep the runs here; by default they are removed.")
 
 # Small, saved all the time, and with dropout: a key drawn twice or left out would show in every later parameter.
 RUN = ["--data_path=text.txt", "--hierarchy=0@1 1@2 0@1", "--d_model=32", "--n_heads=2", "--d_ff=64", "--dropout=0.1"]

@@ -140,6 +140,11 @@ def define_runtime() -> None:
     flags.DEFINE_integer("process_id", None, "Which one, from 0; the first prints and writes.", lower_bound=0)
 
 
+def define_allow_unknown() -> None:
+    """The flag of those who read a text in a vocabulary that was not made of it."""
+    flags.DEFINE_boolean("allow_unknown", False, "Take a text of which more than a tenth is not in the vocabulary.")
+
+
 def read_runtime() -> RuntimeConfig:
     """The runtime's flags; joins the other processes where there are any, so call it before any computation."""
     runtime = read_config("runtime", RuntimeConfig)

@@ -51,6 +51,7 @@ launcher.define_config("data", DATA)
 launcher.define_config("optimizer", OPTIMIZER)
 launcher.define_config("train", TRAIN)
 launcher.define_runtime()
+launcher.define_allow_unknown()
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
@@ -68,12 +69,13 @@ def parse_betas(text: str) -> tuple[float, float]:
 
 for _name in ("hierarchy", "shortening", "upsampling", "boundaries", "positions", "activation", "norm"):
     launcher.define_alias(_name, f"model.{_name}", str)
-for _name in ("d_model", "n_heads", "d_ff"):
+for _name in ("d_model", "n_heads", "d_ff", "window"):
     launcher.define_alias(_name, f"model.{_name}", int)
 launcher.define_alias("dropout", "model.dropout", float)
 launcher.define_alias("factors", "model.hierarchy", parse_factors)
 launcher.define_alias("n_embedding", "model.d_model", int)
 launcher.define_alias("data_path", "data.path", os.path.expanduser)
+launcher.define_alias("valid_path", "data.valid_path", os.path.expanduser)
 launcher.define_alias("batch_size", "data.batch_size", int)
 launcher.define_alias("block_size", "data.block_size", int)
 launcher.define_alias("train_val_split", "data.train_fraction", float)

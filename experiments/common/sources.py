@@ -1,4 +1,4 @@
-"""What pretrain.py learns from, a text or images: batches, size, and how a model's samples are shown."""
+"""What the launchers learn from, a text, haiku or images: batches, size, and how a model's samples are shown."""
 
 from __future__ import annotations
 
@@ -6,33 +6,50 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from experiments.common import launcher
 from experiments.common.pictures import COLUMNS, draw_images, nothing, save_grid, top_halves
+from experiments.common.vocabulary import check_characters
 from hourglass_jax import CharTokenizer, DataConfig, HourglassLM, ImageTokenizer, UsageError
-from hourglass_jax.data.corpora import load_tokens, split_tokens
+from hourglass_jax.config import FOLDER
+from hourglass_jax.data.corpora import load_splits, load_text
+from hourglass_jax.data.folder import load_folder
+from hourglass_jax.data.haiku import make_examples
 from hourglass_jax.data.images import ImageSplits, image_batches, image_validation, load_images
-from hourglass_jax.data.pipeline import BatchAt, LazyBatches, consecutive_windows, training_batches
-from hourglass_jax.tokenizers import TextTokenizer
+from hourglass_jax.data.pipeline import (
+    BatchAt,
+    LazyBatches,
+    all_examples,
+    consecutive_windows,
+    shuffled_examples,
+    training_batches,
+)
+from hourglass_jax.tokenizers import TextTokenizer, Tokenizer
 from hourglass_jax.training.identity import fingerprint
-from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Signals
 
+UNITS = {"char": "BPC", "byte": "bits/byte"}
 Sampler = Callable[[HourglassLM], str]
 
 
 class TextSource:
-    """A text in windows."""
+    """A text in windows, in its own characters or those of `tokenizer`."""
 
-    unit = "BPC"
-    next_command = ("finetune",)
+    next_command: tuple[str, ...] = ("finetune",)
 
-    def __init__(self, config: DataConfig, vocabulary: TextTokenizer | None = None):
-        tokens, self.tokenizer = load_tokens(config, vocabulary)
-        self.train, self.valid, _ = split_tokens(tokens, config)
+    def __init__(self, config: DataConfig, tokenizer: TextTokenizer | None = None, *, allow_unknown: bool = False):
+        tokens, (self.train, self.valid, _), self.tokenizer = load_splits(config, tokenizer)
+        for path in [config.path] * (tokenizer is not None) + [config.valid_path] * bool(config.valid_path):
+            if self.tokenizer.kind == "char":
+                check_characters(load_text(path), self.tokenizer, text_name(path), allow_unknown=allow_unknown)
+        self.unit = UNITS[self.tokenizer.kind]
         self.config = config
         self.n_positions = config.block_size
+        self.n_examples = (len(self.train) - 1) // config.block_size  # an epoch
         self.fingerprint = {"text_fingerprint": fingerprint(tokens)}
+        if config.valid_path:
+            self.fingerprint["valid_fingerprint"] = fingerprint(self.valid)
         self.size = f"{len(self.train):,} tokens to train on, {len(self.valid):,} for validation"
 
     def batches(self, seed: int) -> BatchAt:
@@ -48,6 +65,51 @@ class TextSource:
         return f"{self.tokenizer.decode(prompt)!r} goes on:\n", sample
 
 
+class HaikuSource:
+    """Haiku, each an example of its own; with form 'prompt' the first line is given and carries no loss."""
+
+    def __init__(
+        self,
+        train: list[str],
+        valid: list[str],
+        tokenizer: TextTokenizer,
+        *,
+        form: str,
+        batch_size: int,
+        allow_unknown: bool = False,
+    ):
+        if tokenizer.unknown("\n"):
+            raise UsageError(
+                "the model's vocabulary has no line end, so it can write no haiku of three lines; pretrain on a text "
+                "with lines, or pass --extend_vocabulary"
+            )
+        check_characters("\n".join(train + valid), tokenizer, "the haiku", allow_unknown=allow_unknown)
+        self.train, self.valid = (make_examples(part, tokenizer, form) for part in (train, valid))
+        self.tokenizer, self.form, self.batch_size = tokenizer, form, batch_size
+        self.unit = UNITS[tokenizer.kind]
+        self.n_examples = len(train)
+        self.first_line = valid[-1].split("\n")[0] if form == "prompt" else ""
+        self.fingerprint = {"text_fingerprint": fingerprint(self.train[0])}
+        self.size = f"{len(train):,} haiku to train on, {len(valid):,} held back"
+        self.next_command = ("generate", "--gen_mode=scratch")
+        if self.first_line:
+            self.next_command = ("generate", "--gen_mode=prompt", f"--prompt={self.first_line}")
+
+    def batches(self, seed: int) -> BatchAt:
+        return shuffled_examples(self.train, self.batch_size, seed)
+
+    def validation(self, split: str = "valid") -> LazyBatches:
+        """The held-back haiku, or those to train on, once."""
+        return all_examples(getattr(self, split), self.batch_size)
+
+    def sampler(self, position_limit: float, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
+        """As of a text; a sample ends by itself, and begins with the first line where that is given."""
+        given = f"{self.first_line}\n" if self.first_line else ""
+        prompt = np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(given)])
+        sample = launcher.make_sampler(self.tokenizer, prompt, 250, seed, signals, ends=True)
+        return "\n", lambda model: given + sample(model)
+
+
 class ImageSource:
     """Images, each a sequence of its own."""
 
@@ -55,7 +117,7 @@ class ImageSource:
     next_command = ("generate", "--gen_mode=complete", f"--num_samples={COLUMNS}")
 
     def __init__(self, config: DataConfig):
-        self.train, self.valid = load_images(config.path, config.dataset, config.image_size)
+        self.train, self.valid = read_images(config)
         self.config = config
         self.tokenizer = ImageTokenizer(self.train.shape[1:])
         self.n_positions = self.tokenizer.n_tokens + 1  # BOS too, and `generate` counts the last new token
@@ -83,23 +145,26 @@ class ImageSource:
         return "", sample
 
 
-def open_source(config: DataConfig, vocab_path: str) -> TextSource | ImageSource:
-    """What `config` asks for; a text in the vocabulary at `vocab_path`, or where that is empty, in its own."""
+def open_source(
+    config: DataConfig, vocab_path: str = "", tokenizer: Tokenizer | None = None, *, allow_unknown: bool = False
+) -> TextSource | ImageSource:
+    """What `config` asks for; a text in the tokens of `tokenizer`, of the vocabulary at `vocab_path`, or in its own."""
     if vocab_path and (config.dataset != "text" or config.tokenizer == "byte"):
         option = "--data.tokenizer=byte" if config.dataset == "text" else f"--data.dataset={config.dataset}"
         raise UsageError(f"--vocab_path lists characters, but {option} has none; give one of the two")
     if config.dataset != "text":
         return ImageSource(config)
-    return TextSource(config, CharTokenizer.load(Path(vocab_path)) if vocab_path else None)
+    if vocab_path:
+        tokenizer = CharTokenizer.load(vocab_path)
+    return TextSource(config, tokenizer, allow_unknown=allow_unknown)
 
 
-def recorded_data(run: str) -> DataConfig:
-    """What the model in run directory `run` was pretrained on."""
-    settings = Run(run).read().settings
-    return DataConfig(**settings.get("pretrained_settings", settings)["data"])
+def text_name(path: str) -> str:
+    return path or "the built-in text"
 
 
-def recorded_images(run: str, path: str) -> ImageSplits:
-    """The images that `run` was trained on, at `path`, or where that is empty, where they were."""
-    data = recorded_data(run)
-    return load_images(path or data.path, data.dataset, data.image_size)
+def read_images(config: DataConfig) -> ImageSplits:
+    """The images that `config` names."""
+    if config.dataset == FOLDER:
+        return load_folder(config.path, config.image_size, config.train_fraction)
+    return load_images(config.path, config.dataset, config.image_size)

@@ -41,7 +41,7 @@ def decode_text(raw: bytes, source: object) -> str:
 
 def read_text(path: str | Path) -> str:
     """A UTF-8 text file, line ends as "\\n". Raises UsageError where it is missing, empty or not UTF-8."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give the path of a UTF-8 text file")
     text = decode_text(path.read_bytes(), path)
@@ -123,24 +123,28 @@ def load_tokens(config: DataConfig, tokenizer: TextTokenizer | None = None) -> t
             f"{config.path}: cleaning leaves none of its {len(text):,} characters; give a text in the letters a to z, "
             "or a vocabulary with clean=False"
         )
-    smallest = next((t for t in (np.uint8, np.uint16) if tokenizer.vocab_size - 1 <= np.iinfo(t).max), np.int32)
+    highest = 255 if tokenizer.kind == "byte" else tokenizer.vocab_size - 1
+    smallest = next((t for t in (np.uint8, np.uint16) if highest <= np.iinfo(t).max), np.int32)
     return tokens.astype(smallest), tokenizer
 
 
-def load_splits(config: DataConfig, tokenizer: TextTokenizer | None = None) -> tuple[Splits, TextTokenizer]:
-    """The text of `config` in its parts, as tokens, and the tokenizer; see `load_tokens`."""
+def load_splits(config: DataConfig, tokenizer: TextTokenizer | None = None) -> tuple[np.ndarray, Splits, TextTokenizer]:
+    """The text at `config.path`, its parts, as tokens each, and the tokenizer; see `load_tokens`."""
     tokens, tokenizer = load_tokens(config, tokenizer)
     if not config.valid_path:
-        return split_tokens(tokens, config), tokenizer
+        return tokens, split_tokens(tokens, config), tokenizer
     valid, _ = load_tokens(dataclasses.replace(config, path=config.valid_path, valid_path=""), tokenizer)
     splits = Splits(tokens, valid, tokens[:0])
     if problem := shortage(splits, config):
         raise UsageError(f"of the texts' tokens {problem}; {LONGER}")
-    return splits, tokenizer
+    return tokens, splits, tokenizer
 
 
 def split_tokens(tokens: np.ndarray, config: DataConfig) -> Splits:
-    """By `config.split`: the first `train_fraction` to train on, the rest for validation; or enwik8's 90 / 5 / 5 M."""
+    """By `config.split`: the first `train_fraction` to train on, the rest for validation; or enwik8's 90 / 5 / 5 M.
+
+    A text of one character a token is cut at the same places.
+    """
     n_tokens = len(tokens)
     if config.split == "enwik8":
         if n_tokens != sum(ENWIK8_SPLIT):

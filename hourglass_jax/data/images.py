@@ -6,6 +6,7 @@ exactly one pixel: the shift by k-1 leaves BOS alone in the first group.
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ def load_images(path: str | Path, dataset: str, image_size: int = 0) -> ImageSpl
     check_choice("dataset", dataset, IMAGE_SIZES)
     size = IMAGE_SIZES[dataset]
     check_image_size(dataset, image_size)
-    *files, read = find_files(Path(path), dataset)
+    *files, read = find_files(Path(os.path.expanduser(path)), dataset)
 
     def parts(paths: list[Path]) -> Iterator[np.ndarray]:
         for file in paths:

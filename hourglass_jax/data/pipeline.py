@@ -13,7 +13,7 @@ from typing import Protocol, overload
 import grain
 import numpy as np
 
-from hourglass_jax.config import DataConfig
+from hourglass_jax.config import DataConfig, check_range
 
 Batch = tuple[np.ndarray, np.ndarray]
 Rows = slice | np.ndarray  # of a global batch: a slice, or row numbers int [R]
@@ -117,6 +117,16 @@ class LazyBatches(Sequence[Batch]):
         return self._batch_at(self._steps[index])
 
 
+def all_examples(examples: Batch, batch_size: int) -> LazyBatches:
+    """All rows of `examples` once, in their order; the last batch may be smaller."""
+
+    def batch_at(step: int) -> Batch:
+        tokens, weights = (part[step * batch_size : (step + 1) * batch_size] for part in examples)
+        return tokens, weights
+
+    return LazyBatches(batch_at, range(-(-len(examples[0]) // batch_size)))
+
+
 def evenly_spaced(batches: Sequence[Batch], n: int) -> LazyBatches:
     """`n` of the batches, each from the middle of one of `n` equal stretches; all of them where there are no more."""
     n = min(n, len(batches))
@@ -132,8 +142,10 @@ def sliding_windows(tokens: np.ndarray, window: int, step: int, batch_size: int)
     """The whole text once, in windows of at most `window` predictions that start every `step` tokens.
 
     Each window carries weight for what the ones before it do not predict: the first for all of it, the others for
-    their last `step` predictions, fewer at the end of the text.
+    their last `step` predictions, fewer at the end of the text. Raises UsageError for a step beyond the window.
     """
+    check_range("window", window, 1)
+    check_range("step", step, 1, window)
     n_windows = (len(tokens) > 1) + max(-(-(len(tokens) - 1 - window) // step), 0)
 
     def batch_at(index: int) -> Batch:

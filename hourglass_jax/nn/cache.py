@@ -60,7 +60,9 @@ def forgotten(length: Any, context: int, factor: int) -> Any:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KeyValueCache:
-    """Keys and values of one attention layer, a row for each key position.
+    """Keys and values of one attention layer, a row for each key position; with a window a ring of its newest rows.
+
+    A key's row is its place among all keys modulo R, which matters where there are fewer rows than keys.
 
     keys, values: [B, H, R, K], the keys already turned where positions are rotary.
     relative: [P, H, R, K], W_r R of the Transformer-XL formula for query slot p; row e is for the key R - 1 - e rows
@@ -79,12 +81,12 @@ class KeyValueCache:
     def write(
         self, keys: jax.Array, values: jax.Array, row: jax.Array | int, live: jax.Array | None = None
     ) -> KeyValueCache:
-        """Puts keys and values [B, n, H, K] into rows row .. row + n - 1.
+        """Puts keys and values [B, n, H, K] at the places row .. row + n - 1; more than R only from row 0 on.
 
-        With a `row` [B] of each its own, n is 1 and the rows are a ring; those that are not `live` are left alone.
+        Where each row of the batch has a place of its own, `row` [B], n is 1; those that are not `live` are left alone.
         """
+        n_rows, n = self.keys.shape[2], keys.shape[1]
         if live is not None:
-            n_rows = self.keys.shape[2]
             row = jnp.where(live, row % n_rows, n_rows)
 
             def put_each(rows: jax.Array, new: jax.Array) -> jax.Array:
@@ -93,12 +95,18 @@ class KeyValueCache:
             return replace(self, keys=put_each(self.keys, keys), values=put_each(self.values, values))
 
         def put(rows: jax.Array, new: jax.Array) -> jax.Array:
-            return lax.dynamic_update_slice_in_dim(rows, new.swapaxes(1, 2).astype(rows.dtype), row, axis=2)
+            new = new.swapaxes(1, 2).astype(rows.dtype)
+            if n > n_rows:
+                return jnp.roll(new[:, :, n - n_rows :], n % n_rows, axis=2)
+            return lax.dynamic_update_slice_in_dim(rows, new, row % n_rows, axis=2)
 
         return replace(self, keys=put(self.keys, keys), values=put(self.values, values))
 
     def lags(self, newest: jax.Array) -> jax.Array:
-        """int [R] or, for newest [B], [B, R]: how long before the newest key that of each row of the ring comes."""
+        """int [R]: how long before the newest key that of each row comes; of a row yet to be filled, more than all.
+
+        [B, R] where each row of the batch has a newest key of its own, `newest` [B].
+        """
         n_rows = self.keys.shape[2]
         lags = newest[..., None] % n_rows - jnp.arange(n_rows)
         return jnp.where(lags < 0, lags + n_rows, lags)

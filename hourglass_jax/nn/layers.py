@@ -63,7 +63,12 @@ def random_bits(key: jax.Array, shape: tuple[int, ...], skipped: jax.Array | int
     for axis in reversed(range(len(shape))):
         index += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride & 0xFFFFFFFF)
         stride *= shape[axis]
-    bits = index * jnp.uint32(0x9E3779B9) ^ seeds[1]
+    return hashed(index, seeds[1])
+
+
+def hashed(index: jax.Array, seed: jax.Array) -> jax.Array:
+    """uint32 -> uint32; see `random_bits`."""
+    bits = index * jnp.uint32(0x9E3779B9) ^ seed
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
     return bits ^ (bits >> 16)

@@ -12,7 +12,12 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
+def n_devices() -> int:
+    """Among how many devices a batch may be divided."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() if mesh.empty else mesh.size
+
+
 def on_one_cpu() -> bool:
     """Whether one CPU has the whole batch, which then may be taken in parts."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return platform() == "cpu" and (jax.device_count() if mesh.empty else mesh.size) == 1
+    return platform() == "cpu" and n_devices() == 1

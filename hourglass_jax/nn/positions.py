@@ -45,11 +45,10 @@ def align_lags(x: jax.Array) -> jax.Array:
 def align_newest(x: jax.Array, newest: jax.Array) -> jax.Array:
     """Turns scores by lag into scores by key for the query of row `newest`: [..., n] -> [..., n].
 
-    Entry e comes in for the key n - 1 - e rows before the newest; what lies beyond the newest is left undefined.
+    Entry e comes in for the key n - 1 - e rows before the newest; the rows are a ring, which ends at the newest.
     """
     n = x.shape[-1]
-    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n)])
-    return jax.lax.dynamic_slice_in_dim(padded, n - 1 - newest, n, axis=-1)
+    return jax.lax.dynamic_slice_in_dim(jnp.concatenate([x, x], axis=-1), n - 1 - newest, n, axis=-1)
 
 
 def align_each(x: jax.Array, lags: jax.Array) -> jax.Array:

@@ -14,7 +14,11 @@ from hourglass_jax.config import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then cosine to 0 at `steps`, or peak * sqrt(warmup / step), or constant."""
+    """Linear warm-up from 0, then cosine to 0 at `steps`, or peak * sqrt(warmup / step), or constant.
+
+    All of it times a line from 1 to 0 over the last `decay_steps`: up to there, a constant rate is the same whatever
+    `steps` is, so that one long run can be branched off into shorter ones (warm-up, stable, decay).
+    """
     peak, warmup = config.learning_rate, config.warmup_steps
     rise = optax.linear_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)
     if config.schedule == "cosine":
@@ -23,14 +27,18 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
         after = partial(_inverse_sqrt, peak, max(warmup, 1))
     else:
         after = optax.constant_schedule(peak)
-    return optax.join_schedules([rise, after], [warmup])
+    schedule = optax.join_schedules([rise, after], [warmup])
+    if not config.decay_steps:
+        return schedule
+    return lambda step: schedule(step) * jnp.clip((steps - step) / config.decay_steps, 0, 1)
 
 
 def schedule_in_words(config: OptimizerConfig, steps: int) -> str:
     """What `learning_rate_schedule` does, for people."""
     warmup, peak = config.warmup_steps, config.learning_rate
     after = {"cosine": f"cosine to 0 at step {steps}", "inverse_sqrt": "peak * sqrt(warm-up / step)"}
-    return f"{warmup} steps of warm-up to {peak:g}, then {after.get(config.schedule, config.schedule)}"
+    end = f", falling to 0 over the last {config.decay_steps}" if config.decay_steps else ""
+    return f"{warmup} steps of warm-up to {peak:g}, then {after.get(config.schedule, config.schedule)}{end}"
 
 
 def _inverse_sqrt(peak: float, warmup: int, step: jax.Array) -> jax.Array:

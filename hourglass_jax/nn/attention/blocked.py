@@ -1,7 +1,8 @@
 """Causal attention in blocks of queries, with a backward pass of its own: memory grows linearly with length.
 
-Keys beyond a block's last query are hardly touched. Of the scores only each query's log-sum-exp is kept; from it the
-backward pass has a block's probabilities again, without a sum over keys.
+Keys beyond a block's last query are hardly touched, and with a window none before what its first query sees. Of the
+scores only each query's log-sum-exp is kept; from it the backward pass has a block's probabilities again, without a sum
+over keys.
 """
 
 from __future__ import annotations
@@ -28,16 +29,26 @@ DropoutKey = tuple[jax.Array, jax.Array | int] | None  # and how many rows of th
 
 
 class Segment(NamedTuple):
-    """Query groups start .. end - 1 in blocks; with groups that do not exist after the last where it is not full."""
+    """Query groups start .. end - 1 in blocks; with groups that do not exist after the last where it is not full.
+
+    A block meets the keys of all groups before `end`, or, of one segment for all, those from `reach` groups before its
+    first group to its last.
+    """
 
     start: int
     end: int
     block: int
     n_blocks: int
+    reach: int | None = None
 
     @property
     def missing(self) -> int:
         return self.start + self.block * self.n_blocks - self.end
+
+    @property
+    def met(self) -> int:
+        """Groups whose keys a block meets."""
+        return self.end if self.reach is None else self.reach + self.block
 
     def blocks_of(self, x: jax.Array | None, slots: int) -> jax.Array | None:
         """[B, H, G P, K] -> [n_blocks, B, H, block P, K]."""
@@ -54,11 +65,27 @@ class Segment(NamedTuple):
 
     def seen(self, inputs: Inputs, slots: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """The keys, values and relative keys that the segment's queries meet."""
-        n, r = self.end * slots, inputs.r
+        n, r = self.end * slots, inputs.nearest(self.met * slots)
+        if self.reach is not None:
+            padding = [(0, 0), (0, 0), (self.reach * slots, self.missing * slots), (0, 0)]
+            return jnp.pad(inputs.k, padding), jnp.pad(inputs.v, padding), r
         if r is not None:  # in front the lags of groups that do not exist, behind those of keys yet to come
-            padding = (self.missing * slots, self.n_blocks * self.block * slots)
-            r = jnp.pad(r[:, :, r.shape[2] - n :], [(0, 0), (0, 0), padding, (0, 0)])
+            padding = [(0, 0), (0, 0), (self.missing * slots, self.n_blocks * self.block * slots), (0, 0)]
+            r = jnp.pad(r, padding)
         return inputs.k[:, :, :n], inputs.v[:, :, :n], r
+
+    def near(self, i: jax.Array, seen: jax.Array, slots: int) -> jax.Array:
+        """Of the keys or values that the segment's queries meet, those that block i does."""
+        if self.reach is None:
+            return seen
+        return lax.dynamic_slice_in_dim(seen, i * self.block * slots, self.met * slots, axis=2)
+
+    def add_near(self, i: jax.Array, total: jax.Array, near: jax.Array, slots: int) -> jax.Array:
+        """Adds to all keys what comes from those that block i meets."""
+        if self.reach is None:
+            return total + near
+        near += self.near(i, total, slots)
+        return lax.dynamic_update_slice_in_dim(total, near, i * self.block * slots, axis=2)
 
     def loop(self, body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, blocks: Any) -> tuple[Any, Any]:
         """`lax.scan` of body(carry, (block's number, block))."""
@@ -66,10 +93,15 @@ class Segment(NamedTuple):
         return lax.scan(body, carry, numbered, unroll=self.n_blocks == 1)
 
 
-def segments(groups: int, query_slots: int) -> list[Segment]:
+def segments(pattern: Pattern, groups: int) -> list[Segment]:
     rows = QUERY_ROWS if platform() == "cpu" else 8 * QUERY_ROWS
-    block = max(1, min(rows // query_slots, groups))
-    longest = -(-groups // (block * SEGMENTS)) * block
+    block = max(1, min(rows // pattern.query_slots, groups))
+    if pattern.window:
+        narrow = min(block, max(pattern.window, QUERY_ROWS // pattern.query_slots))
+        if narrow + pattern.window <= groups // 2:  # otherwise about as much would be met without a band
+            return [Segment(0, groups, narrow, -(-groups // narrow), pattern.window - 1)]
+    n_segments = SEGMENTS if platform() == "cpu" else SEGMENTS // 2  # each is a program to compile
+    longest = -(-groups // (block * n_segments)) * block
     ends = [min(start + longest, groups) for start in range(0, groups, longest)]
     return [
         Segment(start, end, block, -(-(end - start) // block))
@@ -83,12 +115,17 @@ def block_scores(
     """q [B, H, block P, K], k [B, H, N S, K] -> [B, H, block P, N S], float32 at least."""
     scores = jnp.einsum("bhqk,bhmk->bhqm", q, k)
     if r is not None:
-        groups, slots = segment.end + segment.missing, pattern.key_slots
-        r = lax.dynamic_slice_in_dim(r, (segment.n_blocks - 1 - i) * segment.block * slots, groups * slots, axis=2)
+        groups, slots = segment.met, pattern.key_slots
+        if segment.reach is None:
+            groups += segment.missing
+            r = lax.dynamic_slice_in_dim(r, (segment.n_blocks - 1 - i) * segment.block * slots, groups * slots, axis=2)
         batch, heads, _, size = q.shape
         q_position = q_position.reshape(batch, heads, segment.block, pattern.query_slots, size)
-        by_lag = jnp.einsum("bhgpk,phnk->bhpgn", q_position, r)
-        by_key = align_lags(by_lag.reshape(*by_lag.shape[:-1], groups, slots))[..., : segment.end, :]
+        if platform() == "cpu":
+            by_lag = jnp.einsum("bhgpk,phnk->bhpgn", q_position, r)
+        else:  # for the batch together, a product on an accelerator would transpose all scores
+            by_lag = jnp.einsum("bhgpk,bphnk->bhpgn", q_position, jnp.broadcast_to(r, (batch, *r.shape)))
+        by_key = align_lags(by_lag.reshape(*by_lag.shape[:-1], groups, slots))[..., : segment.met, :]
         by_key = by_key.reshape(*by_key.shape[:-2], -1)
         scores += by_key.swapaxes(2, 3).reshape(scores.shape)
     return float32_at_least(scores)
@@ -97,7 +134,10 @@ def block_scores(
 def block_visible(pattern: Pattern, segment: Segment, i: jax.Array, first: jax.Array | None) -> jax.Array:
     """bool [B or 1, 1, block P, N S]."""
     queries = segment.start + i * segment.block + jnp.arange(segment.block * pattern.query_slots) // pattern.query_slots
-    return pattern.visible(queries, jnp.arange(segment.end * pattern.key_slots) // pattern.key_slots, first)
+    keys = jnp.arange(segment.met * pattern.key_slots) // pattern.key_slots
+    if segment.reach is not None:
+        keys += i * segment.block - segment.reach
+    return pattern.visible(queries, keys, first)
 
 
 def drop(pattern: Pattern, x: jax.Array, key: DropoutKey, segment: Segment, i: jax.Array) -> jax.Array:
@@ -138,11 +178,12 @@ def _attention(pattern: Pattern, inputs: Inputs, first: jax.Array | None, key: D
 
 def _forward(pattern: Pattern, inputs: Inputs, first: Any, key: DropoutKey) -> tuple[jax.Array, tuple[Any, ...]]:
     parts = []
-    for segment in segments(inputs.q.shape[2] // pattern.query_slots, pattern.query_slots):
+    for segment in segments(pattern, inputs.q.shape[2] // pattern.query_slots):
         k, v, r = segment.seen(inputs, pattern.key_slots)
 
         def one_block(_: None, block: Any, segment=segment, k=k, v=v, r=r) -> tuple[None, Any]:
             i, (q, q_position) = block
+            k, v = (segment.near(i, x, pattern.key_slots) for x in (k, v))
             scores = block_scores(pattern, segment, i, q, q_position, k, r)
             scores += jnp.where(block_visible(pattern, segment, i, first), 0.0, -jnp.inf).astype(scores.dtype)
             largest = scores.max(-1, keepdims=True)
@@ -163,18 +204,23 @@ def _backward(pattern: Pattern, residuals: tuple[Any, ...], d_out: jax.Array) ->
     correction = (d_out * out).astype(log_total.dtype).sum(-1, keepdims=True)  # probabilities times their gradients
     d_queries: list[Any] = []
     d_seen: Any = None
-    for segment in segments(inputs.q.shape[2] // pattern.query_slots, pattern.query_slots):
+    for segment in segments(pattern, inputs.q.shape[2] // pattern.query_slots):
         (k, v, r), unsee = jax.vjp(lambda inputs, segment=segment: segment.seen(inputs, pattern.key_slots), inputs)
 
         def one_block(d_seen: Any, block: Any, segment=segment, k=k, v=v, r=r) -> tuple[Any, Any]:
             i, (q, q_position, d_out, log_total, correction) = block
+            k, v = (segment.near(i, x, pattern.key_slots) for x in (k, v))
             scores, of_scores = jax.vjp(partial(block_scores, pattern, segment, i), q, q_position, k, r)
             weights = jnp.exp(jnp.where(block_visible(pattern, segment, i, first), scores - log_total, -jnp.inf))
             d_v = jnp.einsum("bhqm,bhqk->bhmk", drop(pattern, weights, key, segment, i).astype(v.dtype), d_out)
             d_weights = jnp.einsum("bhqk,bhmk->bhqm", d_out, v).astype(weights.dtype)
             d_weights = drop(pattern, d_weights, key, segment, i)
             d_q, d_q_position, d_k, d_r = of_scores(weights * (d_weights - correction))
-            return jax.tree.map(jnp.add, d_seen, (d_k, d_v, d_r)), (d_q, d_q_position)
+            d_keys, d_values, d_relative = d_seen
+            d_keys, d_values = (
+                segment.add_near(i, total, x, pattern.key_slots) for total, x in ((d_keys, d_k), (d_values, d_v))
+            )
+            return (d_keys, d_values, None if d_r is None else d_relative + d_r), (d_q, d_q_position)
 
         queries = (inputs.q, inputs.q_position, d_out, log_total, correction)
         blocks = [segment.blocks_of(x, pattern.query_slots) for x in queries]

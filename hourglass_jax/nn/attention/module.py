@@ -33,6 +33,7 @@ class Attention(nnx.Module):
         d_model, d_heads, bias = config.d_model, config.n_heads * config.head_dim, config.qkv_bias
         self.unit, self.query_slots, self.key_slots = unit, query_slots, key_slots
         self.n_heads, self.head_dim = config.n_heads, config.head_dim
+        self.window = config.window if unit == query_slots == key_slots == 1 else 0
         self.positions, self.implementation = config.positions, config.attention
         self.query = linear(config, d_model, d_heads, bias=bias, rngs=rngs)
         self.key = linear(config, d_model, d_heads, bias=bias, rngs=rngs)
@@ -80,20 +81,21 @@ class Attention(nnx.Module):
         scale = self.head_dim**-0.5
         q_position = r = None
         if self.positions == "relative":
-            distances = slot_distances(q.shape[1], self.query_slots, self.key_slots, self.unit)
+            lags = min(q.shape[1], self.window or q.shape[1])
+            distances = slot_distances(lags, self.query_slots, self.key_slots, self.unit)
             r = jnp.einsum("gpshk->phgsk", self.relative_keys(distances))
             r = r.reshape(*r.shape[:2], -1, self.head_dim)
             q, q_position = self.content_and_position(q)
             q_position = heads_first(q_position * scale)
         inputs = Inputs(heads_first(q * scale), heads_first(k), heads_first(v), q_position, r)
-        pattern = Pattern(self.query_slots, self.key_slots, self.dropout.rate)
+        pattern = Pattern(self.query_slots, self.key_slots, self.dropout.rate, self.window)
         out = attend(self.implementation, pattern, inputs, first, self.dropout.used(key))
         return out.swapaxes(1, 2).reshape(q.shape)
 
     def init_cache(self, batch: int, max_length: int) -> KeyValueCache:
-        """For `max_length` tokens, a multiple of the total factor."""
+        """For `max_length` tokens, a multiple of the total factor, or for the window."""
         stride = self.unit * self.query_slots
-        rows = max_length // stride
+        rows = min(max_length // stride, self.window or max_length)
         relative = None
         if self.positions == "relative":
             slots = jnp.arange(self.query_slots)[:, None] + 1 - self.key_slots
@@ -146,7 +148,7 @@ class Attention(nnx.Module):
     def attend_to_cache(
         self, q: jax.Array, cache: KeyValueCache, newest: jax.Array, first: jax.Array, slot: jax.Array
     ) -> jax.Array:
-        """q [B, H, K] sees the rows first [B] .. newest -> [B, H, K]."""
+        """q [B, H, K] sees the keys first [B] .. newest, as far as they are kept -> [B, H, K]."""
         if cache.relative is None:
             scores = jnp.einsum("bhk,bhnk->bhn", q, cache.keys)
         else:
@@ -154,12 +156,11 @@ class Attention(nnx.Module):
             r = cache.relative[0] if newest.ndim else lax.dynamic_index_in_dim(cache.relative, slot, keepdims=False)
             scores = jnp.einsum("bhk,bhnk->bhn", content, cache.keys)
             by_lag = jnp.einsum("bhk,hnk->bhn", position, r)
-            scores += align_each(by_lag, cache.lags(newest)) if newest.ndim else align_newest(by_lag, newest)
-        if newest.ndim:
-            visible = cache.lags(newest) <= (newest - first)[:, None]
-        else:
-            rows = jnp.arange(scores.shape[-1])
-            visible = (rows <= newest) & (rows >= first[:, None])
+            if newest.ndim:
+                scores += align_each(by_lag, cache.lags(newest))
+            else:
+                scores += align_newest(by_lag, newest % r.shape[1])
+        visible = cache.lags(newest) <= (newest - first)[:, None]
         probabilities = masked_softmax(scores * q.shape[-1] ** -0.5, visible[:, None], axis=-1)
         return jnp.einsum("bhn,bhnk->bhk", probabilities.astype(q.dtype), cache.values)
 

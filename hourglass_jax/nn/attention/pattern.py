@@ -1,6 +1,6 @@
 """Who sees whom, and what every implementation of attention is given.
 
-A query of group g sees the keys of the groups `lowest` .. g, whole: padding only moves what is lowest.
+A query of group g sees the keys of the groups `lowest` .. g, whole: padding and a window only move what is lowest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ class Inputs(NamedTuple):
     q: [B, H, G P, K], scaled.
     k, v: [B, H, G S, K].
     q_position: as q, with the other bias of the Transformer-XL formula; None without relative positions.
-    r: [P, H, G S, K], W_r R for each query slot; its groups of S rows are for lags of G - 1 groups down to 0.
+    r: [P, H, N S, K], W_r R for each query slot; its groups of S rows are for lags of N - 1 groups down to 0, the
+        largest lag there is.
     """
 
     q: jax.Array
@@ -26,25 +27,39 @@ class Inputs(NamedTuple):
     q_position: jax.Array | None = None
     r: jax.Array | None = None
 
+    def nearest(self, n: int) -> jax.Array | None:
+        """The last n rows of r; where there are fewer, with zeros in front: for lags that are hidden."""
+        if self.r is None:
+            return None
+        n_rows = self.r.shape[2]
+        return jnp.pad(self.r[:, :, max(n_rows - n, 0) :], [(0, 0), (0, 0), (max(n - n_rows, 0), 0), (0, 0)])
+
 
 class Pattern(NamedTuple):
-    """What is fixed when a program is compiled: P, S, and the probability by which a weight is dropped."""
+    """What is fixed when a program is compiled.
+
+    query_slots, key_slots: P and S, of a group.
+    dropout: probability by which a weight is zeroed.
+    window: groups that a query sees, its own included; 0: all.
+    """
 
     query_slots: int
     key_slots: int
     dropout: float = 0.0
+    window: int = 0
 
-    def lowest(self, groups: jax.Array, first: jax.Array) -> jax.Array:
+    def lowest(self, groups: jax.Array, first: jax.Array | int) -> jax.Array:
         """The lowest group that queries of `groups` see; those before `first` are padding, seen by themselves alone."""
-        return jnp.minimum(first, groups)
+        lowest = jnp.maximum(first, groups - self.window + 1) if self.window else first
+        return jnp.minimum(lowest, groups)
 
     def visible(self, queries: jax.Array, keys: jax.Array, first: jax.Array | None) -> jax.Array:
         """bool [B or 1, 1, n, m], for the groups of queries [n] and keys [m]; `first` is [B]."""
         queries = queries[None, None, :, None]
         visible = keys <= queries
-        if first is None:
+        if first is None and not self.window:
             return visible
-        return visible & (keys >= self.lowest(queries, first[:, None, None, None]))
+        return visible & (keys >= self.lowest(queries, 0 if first is None else first[:, None, None, None]))
 
 
 def float32_at_least(x: jax.Array) -> jax.Array:

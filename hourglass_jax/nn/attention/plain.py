@@ -17,7 +17,8 @@ def plain_attention(
     pattern: Pattern, inputs: Inputs, first: jax.Array | None = None, key: jax.Array | None = None
 ) -> jax.Array:
     """-> [B, H, G P, K]. Groups before `first` [B] are padding; `key` turns dropout on."""
-    q, k, v, q_position, r = inputs
+    q, k, v, q_position, _ = inputs
+    r = inputs.nearest(k.shape[2])
     batch, heads, n_queries, size = q.shape
     groups = n_queries // pattern.query_slots
     scores = jnp.einsum("bhqk,bhmk->bhqm", q, k)

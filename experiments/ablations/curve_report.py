@@ -1,0 +1,201 @@
+"""The learning curves' report: a JSON record of what was reached, and Markdown and a picture drawn from it alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.ablations import curves
+from experiments.ablations.curve_pictures import draw
+from experiments.ablations.curves import Leg, curve
+from experiments.ablations.gaps import Reading, Record, equal_flops, find, gaps_of, paired, trend
+from experiments.ablations.rows import row_config
+from experiments.ablations.scales import Setup
+from experiments.ablations.tables import Row
+from experiments.common.reports import markdown_table, provenance, read_record, write_report
+from hourglass_jax import UsageError
+from hourglass_jax.costs import count_parameters, training_flops
+
+
+def report(setup: Setup, directory: Path, path: Path, comment: str | None) -> str:
+    """Brings PATH.json up to date with the runs in `directory`, if any, and writes PATH.md and PATH.png from it."""
+    record = read_record(path.with_suffix(".json"))
+    if directory.is_dir():
+        record = collect(setup, directory, record)
+    if record is None or not record["readings"]:
+        raise UsageError(f"{directory}: holds no finished leg of a curve; train some first, without --report")
+    if comment is not None:
+        record["comment"] = comment
+    write_report(path, record, render(record))
+    draw(record, path.with_suffix(".png"))
+    return f"{path}.md"
+
+
+def collect(setup: Setup, directory: Path, stored: Record | None) -> Record:
+    """The record of all pairs. Stored readings stay where their runs are gone, if the set-up is the same."""
+    common = {
+        "model": setup.model,
+        "data": {name: value for name, value in dataclasses.asdict(setup.data).items() if name != "path"},
+        "optimizer": dataclasses.asdict(dataclasses.replace(setup.optimizer, schedule="constant")),
+        "decay": curves.DECAY,
+        "n_valid": setup.n_valid,
+    }
+    common = json.loads(json.dumps(common))
+    if stored is None or stored["setup"] != common:
+        stored = {"readings": [], "gaps": [], "machines": [], "comment": ""}
+    readings, gaps, machines = [], [], set(stored["machines"])
+    for pair in curves.PAIRS:
+        done = {row.name: dict(finished(row, setup, directory)) for row in pair.rows}
+        for row, legs in done.items():
+            for leg, result in legs.values():
+                readings.append(identity(row, leg) | {"bpc": result["figures"]["bpc"]})
+                machines.add(result["trained"]["machine"])
+        ours = done[pair.plain.name]
+        for row in (rival.name for rival in pair.rivals):
+            for at in done[row].keys() & ours.keys():
+                difference, error = paired(ours[at][0], done[row][at][0])
+                gaps.append(identity(row, done[row][at][0]) | {"difference": difference, "standard_error": error})
+    readings = merge(stored["readings"], readings)
+    used = {reading["row"] for reading in readings}
+    pairs = [
+        {"plain": pair.plain.name, "rivals": [row.name for row in pair.rivals if row.name in used]}
+        for pair in curves.PAIRS
+        if pair.plain.name in used
+    ]
+    return {
+        "data": directory.parent.name,
+        "setup": common,
+        "pairs": pairs,
+        "rows": {row.name: describe(row, setup) for pair in curves.PAIRS for row in pair.rows if row.name in used},
+        "readings": readings,
+        "gaps": merge(stored["gaps"], gaps),
+        "points": list(curves.POINTS),
+        "branches": list(curves.BRANCHES),
+        "machines": sorted(machines),
+        "comment": stored["comment"],
+        **provenance(),
+    }
+
+
+def finished(row: Row, setup: Setup, directory: Path) -> Iterator[tuple[tuple[int, int, bool], tuple[Leg, Record]]]:
+    """The legs that are done, with their results, by seed, point and whether decayed."""
+    seeds = {int(path.name.removeprefix("seed")) for path in directory.glob("*/seed*")}
+    for seed in sorted(seeds):
+        for leg in curve(row, setup, directory, seed):
+            result = leg.job.result()
+            if result is not None:
+                yield (seed, leg.point, leg.decayed), (leg, result)
+
+
+def identity(row: str, leg: Leg) -> Reading:
+    seed = leg.job.train.seed
+    return {"row": row, "seed": seed, "point": leg.point, "decayed": leg.decayed, "characters": leg.characters}
+
+
+def merge(stored: Sequence[Reading], new: Sequence[Reading]) -> list[Reading]:
+    def key(reading: Reading) -> tuple[Any, ...]:
+        return tuple(reading[name] for name in ("row", "seed", "characters", "decayed"))
+
+    found = {key(reading): reading for reading in (*stored, *new)}
+    return [found[at] for at in sorted(found)]
+
+
+def describe(row: Row, setup: Setup) -> Record:
+    config = row_config(row, setup)
+    return {
+        "hierarchy": config.hierarchy,
+        "shortening": config.shortening,
+        "upsampling": config.upsampling,
+        "parameters": count_parameters(config),
+        "character_flops": training_flops(config, setup.data.block_size) / setup.data.block_size,
+    }
+
+
+def render(record: Record) -> str:
+    """The Markdown of a record."""
+    lines = [f"# Learning curves at equal FLOPs, {record['data']}", ""]
+    lines += [f"![bits against characters and FLOPs](curves-{record['data']}.png)", ""]
+    for pair in record["pairs"]:
+        lines += [f"## {pair['plain']} and {' and '.join(pair['rivals']) or 'no other yet'}", ""]
+        lines += [pair_table(record, pair), ""]
+        lines += [line for rival in pair["rivals"] for line in (trend_line(record, pair["plain"], rival), "")]
+    lines += [record["comment"], ""] if record["comment"] else []
+    lines += [missing_line(record), "", setup_line(record), ""]
+    return "\n".join(lines)
+
+
+def pair_table(record: Record, pair: Record) -> str:
+    """A line for each reading of the plain model or a rival."""
+    names = [pair["plain"], *pair["rivals"]]
+    header = ["characters", "rate", "seed", pair["plain"]]
+    for rival in pair["rivals"]:
+        header += [rival, "gap", "gap at equal FLOPs"]
+    places = merge((), [{**reading, "row": ""} for reading in record["readings"] if reading["row"] in names])
+    lines = []
+    for place in places:
+        plain = find(record["readings"], place, pair["plain"])
+        line = [f"{place['characters']:,}", "decayed" if place["decayed"] else "constant", place["seed"], bits(plain)]
+        for rival in pair["rivals"]:
+            gap = find(record["gaps"], place, rival)
+            at_flops = equal_flops(record, pair["plain"], gap) if gap else None
+            line += [bits(find(record["readings"], place, rival)), show_gap(gap)]
+            line.append("-" if at_flops is None else f"{at_flops:+.4f}")
+        lines.append(line)
+    return markdown_table(header, lines)
+
+
+def bits(reading: Reading | None) -> str:
+    return "-" if reading is None else f"{reading['bpc']:.4f}"
+
+
+def show_gap(gap: Reading | None) -> str:
+    return "-" if gap is None else f"{gap['difference']:+.4f} ± {gap['standard_error']:.4f}"
+
+
+def trend_line(record: Record, plain: str, rival: str) -> str:
+    """What happens to the gap, in a sentence for each kind of reading."""
+    rows = record["rows"]
+    ratio = rows[rival]["character_flops"] / rows[plain]["character_flops"]
+    text = f"**{rival}** takes {ratio:.3f} times the FLOPs of {plain}."
+    for decayed, words in ((False, "At a constant rate"), (True, "After a decay")):
+        gaps = gaps_of(record, rival, decayed)
+        if not gaps:
+            continue
+        last, line = gaps[-1], trend(gaps)
+        text += f" {words} its gap is {show_gap(last)} bits after {last['characters']:,} characters"
+        if line:
+            text += f" and changes by {line.slope:+.4f} ± {line.standard_error:.4f} a doubling, from {line.start:,} on"
+        text += "."
+    return text
+
+
+def missing_line(record: Record) -> str:
+    """What the curves have not reached, by row."""
+    parts = []
+    for name in record["rows"]:
+        own = [reading for reading in record["readings"] if reading["row"] == name]
+        done = {(reading["point"], reading["decayed"]) for reading in own}
+        wanted = [(point, False) for point in record["points"]] + [(point, True) for point in record["branches"]]
+        missing = sorted({point for point, decayed in wanted if (point, decayed) not in done})
+        if missing:
+            parts.append(f"{name} from {missing[0]:,} on")
+    return f"Not reached yet, of {record['points'][-1]:,} characters: {'; '.join(parts)}." if parts else "All reached."
+
+
+def setup_line(record: Record) -> str:
+    setup = record["setup"]
+    model = ", ".join(f"{name} {value}" for name, value in setup["model"].items())
+    optimizer, data = setup["optimizer"], setup["data"]
+    return (
+        f"Set-up: {model}; {data['batch_size']} sequences a step, of one seed the same for all rows; AdamW, constant "
+        f"{optimizer['learning_rate']:g} after {optimizer['warmup_steps']} steps. A decayed reading went on from the "
+        f"constant one for {setup['decay']:.0%} more steps, in which the rate fell to 0, linearly. Bits per character "
+        f"of the last parameters over {setup['n_valid'] * data['block_size']:,} predictions, evenly spaced over the "
+        "validation data, sequences without context before them. A gap is a model's bits less those of the plain one "
+        "on the same sequences, ± its standard error over these; what another seed changes is not in it. At equal "
+        "FLOPs, the plain model's bits lie between its readings in the logarithm of the characters. Trained on "
+        f"{', '.join(record['machines'])}."
+    )

@@ -1,0 +1,265 @@
+"""Learning curves of plain and Hourglass models at equal FLOPs, with a figure for every budget on the way.
+
+A curve is one training at a constant rate, cut into legs that end at POINTS. From the ends of some, a branch goes off
+in which the rate falls to 0: what a training of that length alone would have reached. Each leg is a run directory that
+starts from the last checkpoint of the one before. A constant rate does not depend on the length of the training, so a
+leg leaves, bit for bit, what one uninterrupted run with its settings would leave.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments.ablations.costs import UTILISATION, step_flops
+from experiments.ablations.rows import RESULT, Job, row_config, row_directory, setup_source, valid_sample
+from experiments.ablations.scales import Setup
+from experiments.ablations.tables import Row, resampling
+from experiments.common import launcher
+from experiments.common.reports import markdown_table, provenance
+from experiments.common.sources import ImageSource, TextSource
+from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, UsageError, check_causality, score
+from hourglass_jax.config import check_choice
+from hourglass_jax.costs import count_parameters
+from hourglass_jax.data.pipeline import Batch
+from hourglass_jax.files import write_whole
+from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore
+from hourglass_jax.training.manifest import write_manifest
+from hourglass_jax.training.metrics import CURVES, matmul_ceiling
+from hourglass_jax.training.run import Run, RunBusy
+from hourglass_jax.training.signals import Signals
+from hourglass_jax.training.trainer import fit
+
+LOSSES = "losses.npy"  # nats a prediction of each sequence of the validation data, beside the result
+POINTS = tuple(millions * 10**6 for millions in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100))  # characters
+BRANCHES = tuple(millions * 10**6 for millions in (5, 10, 20, 50, 100))  # of POINTS
+DECAY = 0.1  # steps of a branch, as a share of those before it
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A plain transformer and Hourglass models whose training steps take as many FLOPs, to 5 %, at `micro`."""
+
+    plain: Row
+    rivals: tuple[Row, ...]
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return (self.plain, *self.rivals)
+
+
+def plain(hierarchy: str) -> Row:
+    return Row(hierarchy, {"hierarchy": hierarchy})
+
+
+def light(hierarchy: str) -> Row:
+    return Row(f"{hierarchy} light", resampling("average", "repeat") | {"hierarchy": hierarchy})
+
+
+def attention(hierarchy: str) -> Row:
+    options = resampling("attention_average", "attention_linear") | {"hierarchy": hierarchy}
+    return Row(f"{hierarchy} attention", options)
+
+
+PAIRS = (
+    Pair(plain("6@1"), (attention("2@1 4@3 2@1"), light("2@1 8@3 2@1"))),
+    Pair(plain("8@1"), (attention("3@1 4@3 3@1"), light("3@1 8@3 3@1"))),
+    Pair(plain("10@1"), (attention("3@1 10@3 3@1"), light("4@1 8@3 4@1"))),
+)
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One run of a curve: to one of POINTS, or `decayed`, the branch from there; `before` is what it goes on from."""
+
+    point: int
+    decayed: bool
+    job: Job
+    before: Job | None
+
+    @property
+    def characters(self) -> int:
+        """Seen since the beginning of the curve."""
+        return self.job.train.steps * step_characters(self.job.setup)
+
+    @property
+    def steps(self) -> int:
+        """Its own."""
+        return self.job.train.steps - (self.before.train.steps if self.before else 0)
+
+
+def step_characters(setup: Setup) -> int:
+    return setup.data.batch_size * setup.data.block_size
+
+
+def curve(row: Row, setup: Setup, directory: Path, seed: int) -> Iterator[Leg]:
+    """The legs of a row in the order of training, each branch after what it branches off from."""
+    config = row_config(row, setup)
+    place = row_directory(row, config, directory) / f"seed{seed}"
+    before = None
+    for point in POINTS:
+        steps = round(point / step_characters(setup))
+        trunk = make_job(row, config, setup, place / f"{point}-constant", seed, steps)
+        yield Leg(point, False, trunk, before)
+        if point in BRANCHES:
+            decay = max(round(DECAY * steps), 1)
+            yield Leg(point, True, make_job(row, config, setup, place / f"{point}-decayed", seed, steps, decay), trunk)
+        before = trunk
+
+
+def make_job(
+    row: Row, config: HourglassConfig, setup: Setup, directory: Path, seed: int, steps: int, decay_steps: int = 0
+) -> Job:
+    """So many steps at a constant rate, then those in which it falls; evaluated at the end alone."""
+    train = replace(setup.train, steps=steps + decay_steps, eval_interval=steps + decay_steps, seed=seed)
+    optimizer = replace(setup.optimizer, schedule="constant", decay_steps=decay_steps)
+    return Job(row, "bpc", config, train, replace(setup, optimizer=optimizer), directory)
+
+
+def plan(setup: Setup, directory: Path, n_seeds: int, only: Collection[str] = (), characters: int = 0) -> list[Leg]:
+    """The legs of all pairs, one pair after another, short ones first; of POINTS up to `characters`, if any.
+
+    `only` names the rows to train; none: all. Raises UsageError for a name that no pair has.
+    """
+    for name in only:
+        check_choice("rows", name, [row.name for pair in PAIRS for row in pair.rows])
+    found = []
+    for pair in PAIRS:
+        rows = [row for row in pair.rows if not only or row.name in only]
+        for seed in range(n_seeds):
+            curves = (curve(row, setup, directory, seed) for row in rows)
+            found += [leg for legs in zip(*curves, strict=True) for leg in legs]
+    return [leg for leg in found if not characters or leg.point <= characters]
+
+
+def plan_table(legs: Sequence[Leg]) -> str:
+    """The curves with what they cost, estimated, and what they have reached."""
+    by_curve: dict[Path, list[Leg]] = {}
+    for leg in legs:
+        by_curve.setdefault(leg.job.directory.parent, []).append(leg)
+    lines, hours = [], 0.0
+    for own in by_curve.values():
+        job, flops = own[0].job, step_flops(own[0].job)
+        waiting = [leg for leg in own if leg.job.result() is None]
+        steps = sum(leg.steps for leg in waiting)
+        hours += steps * flops / (UTILISATION * matmul_ceiling(job.config.dtype)) / 3600
+        reached = max((leg.point for leg in own if not leg.decayed and leg not in waiting), default=0)
+        size = f"{count_parameters(job.config) / 1e6:.3f}M"
+        to_go = steps * step_characters(job.setup)
+        lines.append((job.row.name, job.train.seed, size, f"{flops / 1e9:.2f}", f"{reached:,}", f"{to_go:,}"))
+    header = ("row", "seed", "parameters", "GFLOPs a step", "characters reached", "to go, with branches")
+    return f"{markdown_table(header, lines)}\n\n{hours:,.1f} hours to go, estimated"
+
+
+def train(legs: Sequence[Leg], setup: Setup, runtime: RuntimeConfig, signals: Signals) -> None:
+    """Trains what is not done, each time the first leg that can start. Several processes share the work."""
+    if jax.process_count() > 1:
+        raise UsageError("a curve is trained by one process; start several without --coordinator, and they share them")
+    source = setup_source(setup)
+    validation = valid_sample(source, setup)
+    while any(train_if_ready(leg, source, validation, runtime, signals) for leg in legs):
+        pass
+    print(f"{sum(leg.job.result() is not None for leg in legs)} of {len(legs)} legs are done")
+
+
+def train_if_ready(
+    leg: Leg, source: TextSource | ImageSource, validation: Sequence[Batch], runtime: RuntimeConfig, signals: Signals
+) -> bool:
+    """Whether it was trained: it is not done, no other process is at it, and the leg before is done."""
+    if leg.job.result() is not None or (leg.before and leg.before.result() is None):
+        return False
+    run = Run(leg.job.directory)
+    try:
+        return train_leg(leg, run, source, validation, runtime, signals)
+    except RunBusy:
+        return False
+    finally:
+        run.release()
+
+
+def train_leg(
+    leg: Leg,
+    run: Run,
+    source: TextSource | ImageSource,
+    validation: Sequence[Batch],
+    runtime: RuntimeConfig,
+    signals: Signals,
+) -> bool:
+    """Trains a leg and leaves what its last parameters reach, on each sequence and in all, in its directory.
+
+    Returns whether it did, and another process had not done it since. Raises RunBusy where one is at it.
+    """
+    job = leg.job
+    settings = job.settings() | source.fingerprint
+    launcher.start_run(run, job.config, source.tokenizer, settings, runtime, job.setup.data.batch_size)
+    if job.result() is not None:
+        return False
+    print(job.directory, flush=True)
+    if leg.before:
+        inherit(leg.before.directory, job.directory)
+    model = nnx.jit(lambda rngs: HourglassLM(job.config, rngs=rngs))(nnx.Rngs(job.train.seed))
+    check_causality(model)
+    fit(
+        model,
+        source.batches(job.train.seed),
+        validation[: job.train.eval_batches],
+        run,
+        optimizer_config=job.setup.optimizer,
+        train_config=job.train,
+        runtime_config=runtime,
+        unit=source.unit,
+        signals=signals,
+    )
+    losses = sequence_losses(model, validation, signals)
+    np.save(job.directory / LOSSES, losses)
+    result = {
+        "seed": job.train.seed,
+        "figures": {job.metric: float(losses.mean(dtype=np.float64) / math.log(2))},
+        "n_predictions": losses.size * job.setup.data.block_size,
+        "trained": provenance(),
+    }
+    write_whole(job.directory / RESULT, json.dumps(result, indent=1) + "\n")
+    print(f"{leg.characters:,} characters: {job.metric} {result['figures'][job.metric]:.4f}", flush=True)
+    return True
+
+
+def inherit(parent: Path, directory: Path) -> None:
+    """Gives a run that has no checkpoint the last one of `parent`, and its curves, to go on from.
+
+    The copy says nothing of its validation loss, so the best checkpoint of a run is always one of its own.
+    """
+    places = [path / CHECKPOINTS for path in (parent, directory)]
+    if places[1].is_dir():
+        return
+    store = CheckpointStore(parent)
+    step = store.sound_step()
+    store.close()
+    unfinished = directory / f"{CHECKPOINTS}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(places[0] / str(step), unfinished / str(step))
+    write_manifest(unfinished / str(step))
+    shutil.copy(parent / CURVES, directory / CURVES)
+    unfinished.rename(places[1])
+
+
+@nnx.jit
+def sums(model: HourglassLM, tokens: jax.Array, weights: jax.Array) -> jax.Array:
+    return -(score(model, tokens) * weights).sum(axis=1)
+
+
+def sequence_losses(model: HourglassLM, batches: Sequence[Batch], signals: Signals) -> np.ndarray:
+    """The mean loss of each whole sequence in nats a prediction: float32 [N]."""
+    losses = []
+    for tokens, weights in batches:
+        signals.check()
+        whole = weights.all(axis=1)
+        losses.append((np.asarray(sums(model, tokens, weights)) / weights.shape[1])[whole])
+    return np.concatenate(losses)

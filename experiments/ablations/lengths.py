@@ -1,0 +1,203 @@
+"""What a training step of plain and Hourglass models costs at every length, measured and predicted (Figure 6).
+
+A step reads the same number of characters at every length, so what a character costs shows what attention adds.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.ablations.costs import TimedStep
+from experiments.ablations.scales import Setup
+from experiments.ablations.tables import TEXT
+from experiments.common.reports import markdown_table, provenance, read_record, write_report
+from hourglass_jax import HourglassConfig, UsageError
+from hourglass_jax.costs import activation_bytes, state_bytes, training_flops
+from hourglass_jax.training.signals import Signals
+
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
+CHARACTERS = 16_384  # a step
+ROUNDS = 3  # of the models, at each length
+HOURGLASS, EQUAL_DEPTH = "2@1 8@3 2@1", "12@1"
+COLOURS = {"Hourglass": "tab:green", "equal depth": "tab:orange", "equal FLOPs": "tab:red"}
+Record = dict[str, Any]
+
+
+def models(setup: Setup) -> dict[str, str]:
+    """Hierarchies by their role; the FLOPs are equal, to the nearest depth, at the set-up's own length."""
+    length = setup.data.block_size
+    wanted = training_flops(configure(HOURGLASS, setup, length), length)
+
+    def distance(depth: int) -> float:
+        return abs(training_flops(configure(f"{depth}@1", setup, length), length) - wanted)
+
+    depth = min(range(1, 13), key=distance)
+    return {"Hourglass": HOURGLASS, "equal depth": EQUAL_DEPTH, "equal FLOPs": f"{depth}@1"}
+
+
+def configure(hierarchy: str, setup: Setup, length: int) -> HourglassConfig:
+    """With all activations kept, as `TimedStep` keeps them."""
+    options = {**setup.model, **TEXT, "hierarchy": hierarchy, "max_length": length}
+    return HourglassConfig(**options | {"remat": "none", "max_unrolled_layers": 100})
+
+
+def predictions(setup: Setup) -> Iterator[Record]:
+    """What each model is predicted to cost at each length: FLOPs and bytes of a step."""
+    roles = models(setup)
+    for length in LENGTHS:
+        batch = max(CHARACTERS // length, 1)
+        for role, hierarchy in roles.items():
+            config = configure(hierarchy, setup, length)
+            yield {
+                "role": role,
+                "hierarchy": hierarchy,
+                "length": length,
+                "batch": batch,
+                "predicted_flops": batch * training_flops(config, length),
+                "predicted_bytes": state_bytes(config) + activation_bytes(config, length, batch),
+            }
+
+
+def measure(setup: Setup, scale: str, path: Path, signals: Signals) -> None:
+    """Measures what PATH.json does not hold yet, on an otherwise idle machine, and keeps it there after each length."""
+    record = read(setup, scale, path)
+    for length in LENGTHS:
+        waiting = [point for point in record["points"] if point["length"] == length and "seconds" not in point]
+        steps = []
+        for point in waiting:
+            signals.check()
+            steps.append(TimedStep(configure(point["hierarchy"], setup, length), point["batch"], length))
+        for _ in range(ROUNDS):  # in turns, so that what else the machine does meets all of them alike
+            for step in steps:
+                signals.check()
+                step.run()
+        for point, step in zip(waiting, steps, strict=True):
+            point |= {"flops": step.flops, "bytes": step.memory_bytes, "seconds": statistics.median(step.seconds)}
+            print(f"{point['hierarchy']} at {length:,}: {point['seconds']:.3f} s a step", flush=True)
+        if waiting:
+            save(record | provenance(), path)
+
+
+def read(setup: Setup, scale: str, path: Path) -> Record:
+    """The record at PATH.json, or a new one of predictions alone where there is none of this set-up."""
+    model = json.loads(json.dumps(setup.model))
+    record, points = read_record(path.with_suffix(".json")), list(predictions(setup))
+    if record is None or record["model"] != model:
+        return {"scale": scale, "model": model, "points": points, **provenance()}
+    known = {(point["hierarchy"], point["length"]): point for point in record["points"]}
+    return record | {"points": [known.get((point["hierarchy"], point["length"]), {}) | point for point in points]}
+
+
+def report(setup: Setup, scale: str, path: Path) -> str:
+    """Writes PATH.md and PATH.png anew from PATH.json."""
+    record = read(setup, scale, path)
+    if not measured(record):
+        raise UsageError(f"{path}.json: holds nothing that was measured at this scale; measure first, without --report")
+    save(record, path)
+    return f"{path}.md"
+
+
+def save(record: Record, path: Path) -> None:
+    write_report(path, record, render(record))
+    draw(record, path.with_suffix(".png"))
+
+
+def measured(record: Record) -> list[Record]:
+    return [point for point in record["points"] if "seconds" in point]
+
+
+def rate(record: Record) -> float:
+    """FLOPs a second that predicted seconds assume: what the points reach in the middle."""
+    return statistics.median(point["predicted_flops"] / point["seconds"] for point in measured(record))
+
+
+def render(record: Record) -> str:
+    model = ", ".join(f"{name} {value}" for name, value in record["model"].items() if name != "max_length")
+    speed = f"{rate(record) / 1e9:,.1f} GFLOP/s, the median of all that was measured"
+    return "\n".join(
+        (
+            "# What a training step costs at every length",
+            "",
+            f"![FLOPs, time and memory of a character](lengths-{record['scale']}.png)",
+            "",
+            points_table(record),
+            "",
+            ratios_table(record),
+            "",
+            f"Models: {model}, attention shortening over the average and attention upsampling over repetition; 'equal "
+            "depth' has as many layers as the Hourglass, 'equal FLOPs' as many FLOPs at the length that this scale "
+            f"trains at. A step reads {CHARACTERS:,} characters at every length and keeps all activations. FLOPs are "
+            "those of matrix products: predicted by the formula of model FLOP utilisation, counted in the step's "
+            f"program, which computes attention's scores again. Seconds are predicted at {speed}; they are medians of "
+            f"{ROUNDS} runs, the models in turns. Bytes are the compiler's, with parameters and optimiser state; the "
+            "prediction of the activations is a lower bound.",
+        )
+    )
+
+
+def points_table(record: Record) -> str:
+    header = ("model", "length", "GFLOPs", "counted", "s predicted", "measured", "MB predicted", "measured")
+    lines = [
+        (
+            f"{point['hierarchy']} ({point['role']})",
+            f"{point['length']:,}",
+            f"{point['predicted_flops'] / 1e9:,.1f}",
+            f"{point['flops'] / 1e9:,.1f}",
+            f"{point['predicted_flops'] / rate(record):.2f}",
+            f"{point['seconds']:.2f}",
+            f"{point['predicted_bytes'] / 1e6:,.0f}",
+            f"{point['bytes'] / 1e6:,.0f}",
+        )
+        for point in measured(record)
+    ]
+    return markdown_table(header, lines)
+
+
+def ratios_table(record: Record) -> str:
+    """The Hourglass's cost in parts of each plain model's, at each length that was measured."""
+    costs = {"FLOPs": "predicted_flops", "time": "seconds", "memory": "bytes"}
+    at = {(point["role"], point["length"]): point for point in measured(record)}
+    others = [role for role in COLOURS if role != "Hourglass"]
+    header = ["length", *(f"{name}, {role}" for role in others for name in costs)]
+    lines = []
+    for length in sorted({length for _, length in at}):
+        ours = at["Hourglass", length]
+        parts = [ours[cost] / at[role, length][cost] for role in others for cost in costs.values()]
+        lines.append([f"{length:,}", *(f"{part:.2f}" for part in parts)])
+    return f"What the Hourglass costs as a share of the plain models:\n\n{markdown_table(header, lines)}"
+
+
+def draw(record: Record, path: Path) -> None:
+    """A panel for each cost of a character: measured as lines with points, predicted as dashes."""
+    panels = {
+        "FLOPs a character": ("flops", lambda point: point["predicted_flops"]),
+        "seconds a character": ("seconds", lambda point: point["predicted_flops"] / rate(record)),
+        "bytes a character": ("bytes", lambda point: point["predicted_bytes"]),
+    }
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    drawn = figure.subplots(1, len(panels))
+    for axes, (label, (name, prediction)) in zip(drawn, panels.items(), strict=True):
+        for role, colour in COLOURS.items():
+            points = [point for point in record["points"] if point["role"] == role]
+            draw_costs(axes, points, prediction, color=colour, ls="--", lw=1)
+            found = [point for point in points if name in point]
+            title = f"{points[0]['hierarchy']} ({role})"
+            draw_costs(axes, found, lambda point, name=name: point[name], color=colour, marker="o", ms=4, label=title)
+        axes.set(xscale="log", yscale="log", xlabel="length in characters", ylabel=label)
+        axes.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS], fontsize=8)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    drawn[0].legend(fontsize=8)
+    figure.suptitle(f"Cost of training at every length, scale {record['scale']}: measured; dashed: predicted")
+    figure.savefig(path, dpi=110)
+
+
+def draw_costs(axes: Axes, points: Sequence[Record], cost: Callable[[Record], float], **style: Any) -> None:
+    axes.plot([point["length"] for point in points], [cost(point) / CHARACTERS for point in points], **style)

@@ -1,0 +1,276 @@
+"""For the day an accelerator is lent: kernels against the oracle, then measured beside estimated, then decoding.
+
+A part after another, within a slice of time; each leaves its row in the record, so the same command goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments.accelerators.roofline import Roofline, total
+from experiments.accelerators.targets import target_of
+from experiments.benchmarks import timing
+from experiments.benchmarks.training import Step, synthetic
+from experiments.common.reports import markdown_table
+from hourglass_jax import HourglassConfig, HourglassLM, UsageError, generate
+from hourglass_jax.costs import training_flops
+from hourglass_jax.evaluation import score
+from hourglass_jax.nn.attention.choice import IMPLEMENTATIONS
+from hourglass_jax.training.metrics import matmul_ceiling
+
+ORACLE = "plain"
+POSITIONS = ("relative", "rotary", "learned")
+WINDOWS = (0, 64)
+TIMES, ROUNDING = 2.0, 1e-5  # how far from the oracle a kernel may be: so many times as plain attention, and this
+TRIES = 2  # of a part that ends the process, before the next one is taken up
+
+Row = dict[str, Any]
+Part = Callable[[], Row]
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """Sizes of the suite; the defaults are the paper's enwik8 model at length 4096.
+
+    check_length, check_d_model: of what kernels are compared with the oracle on; two heads, no multiple of any block.
+    decode_length, decode_batches: tokens that are generated, and texts at a time.
+    """
+
+    hierarchy: str = "4@1 8@3 4@1"
+    d_model: int = 768
+    n_heads: int = 8
+    length: int = 4096
+    batch: int = 4
+    dtype: str = "bfloat16"
+    check_length: int = 391
+    check_d_model: int = 128
+    decode_length: int = 512
+    decode_batches: tuple[int, ...] = (1, 32, 256)
+
+    def config(self, hierarchy: str = "", **options: Any) -> HourglassConfig:
+        sizes = {"d_model": self.d_model, "n_heads": self.n_heads, "d_ff": 4 * self.d_model, "dtype": self.dtype}
+        sizes |= {"vocab_size": 256, "max_length": self.length, "upsampling": "attention_repeat"}
+        return HourglassConfig(hierarchy=hierarchy or self.hierarchy, **(sizes | options))
+
+    def trained(self) -> dict[str, HourglassConfig]:
+        """Every attention with relative and rotary positions; plain models of the same depth and of the same FLOPs."""
+        configs = {
+            f"{self.hierarchy}, {positions}, {attention}": self.config(positions=positions, attention=attention)
+            for positions in POSITIONS[:2]
+            for attention in IMPLEMENTATIONS
+            if attention != ORACLE
+        }
+        plain = partial(self.config, positions="rotary", attention="fused")
+        depth = sum(n for n, _ in self.config().parsed_hierarchy.stages)
+        flops = training_flops(self.config(positions="rotary"), self.length)
+        equal = min(range(1, depth + 1), key=lambda n: abs(training_flops(plain(f"{n}@1"), self.length) - flops))
+        configs[f"{depth}@1, rotary, fused (its depth)"] = plain(f"{depth}@1")
+        configs[f"{equal}@1, rotary, fused (its FLOPs)"] = plain(f"{equal}@1")
+        return configs
+
+
+def parts(sizes: Accelerator, repeats: int) -> dict[str, Part]:
+    """In the order in which they are wanted."""
+    checked = [(a, p) for a in IMPLEMENTATIONS if a != ORACLE for p in POSITIONS]
+    found: dict[str, Part] = {f"check {a} {p}": partial(check, sizes, a, p) for a, p in checked}
+    found |= {f"train {name}": partial(train, sizes, config, repeats) for name, config in sizes.trained().items()}
+    found |= {
+        f"decode {positions} {batch}": partial(decode, sizes, positions, batch, repeats)
+        for positions in POSITIONS[:2]
+        for batch in sizes.decode_batches
+    }
+    return found
+
+
+def check(sizes: Accelerator, attention: str, positions: str) -> Row:
+    """Logits and gradients of a small model, compared with plain attention's in float32 on the host.
+
+    A kernel passes where it is at most `TIMES` as far off as plain attention of the same type on the same device.
+    """
+    size = {"d_ff": 128, "d_model": sizes.check_d_model, "n_heads": 2, "max_length": sizes.check_length}
+    comparisons, cpu = [], jax.local_devices(backend="cpu")[0]
+    for window in WINDOWS:
+        options = size | {"positions": positions, "window": window, "initialization": "xavier"}
+        small = partial(sizes.config, "1@1 1@3 1@1", **options)
+        exact = small(attention=ORACLE, dtype="float32")
+        with jax.default_device(cpu):
+            params = jax.device_get(nnx.state(HourglassLM(exact, rngs=nnx.Rngs(0))))
+            expected = logits_and_gradients(exact, params, sizes.check_length)
+        for dtype in ("float32", "bfloat16"):
+            found = [
+                logits_and_gradients(small(attention=name, dtype=dtype), params, sizes.check_length)
+                for name in (attention, ORACLE)
+            ]
+            error, allowed = (distance(each, expected) for each in found)
+            comparisons.append({"window": window, "dtype": dtype, "error": error, "of_plain": allowed})
+    return {"kind": "check", "comparisons": comparisons, "passed": all(map(is_near, comparisons))}
+
+
+def is_near(comparison: Mapping[str, Any]) -> bool:
+    return comparison["error"] <= TIMES * comparison["of_plain"] + ROUNDING
+
+
+def logits_and_gradients(config: HourglassConfig, params: nnx.State, length: int) -> Any:
+    """Of two sequences, on the device in use, with products as exact as it has them."""
+    graph = nnx.split(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))[0]
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, length + 1)).astype(np.int32)
+
+    def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graph, params)
+        return -score(model, tokens).mean(), model(tokens[:, :-1])
+
+    with jax.default_matmul_precision("highest"):
+        (_, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return jax.device_get((logits, gradients))
+
+
+def distance(found: Any, expected: Any) -> float:
+    """The largest difference, relative to the largest number of the same array."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    return max(float(np.abs(a - b).max() / (np.abs(b).max() + 1e-12)) for a, b in pairs)
+
+
+def train(sizes: Accelerator, config: HourglassConfig, repeats: int) -> Row:
+    """A training step, measured beside the estimate of the very program that ran."""
+    batches = synthetic(sizes.batch, sizes.length)
+    started = time.perf_counter()
+    step = Step(config, batches)
+    program = step.step.lower(step.state, *next(batches)).compile()
+    compile_seconds = time.perf_counter() - started
+    memory = program.memory_analysis()
+    [seconds] = timing.in_turn({"step": step}, repeats).values()
+    median, flops = statistics.median(seconds), sizes.batch * training_flops(config, sizes.length)
+    target = target_of(jax.devices()[0].device_kind)
+    estimated = total(Roofline(program.as_text(), target).kernels).seconds if target else None
+    return {
+        "kind": "train",
+        "seconds": seconds,
+        "estimated_seconds": estimated,
+        "compile_seconds": compile_seconds,
+        "characters_per_second": sizes.batch * sizes.length / median,
+        "ceiling_share": flops / median / matmul_ceiling(sizes.dtype),
+        "memory_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+    }
+
+
+def decode(sizes: Accelerator, positions: str, batch: int, repeats: int) -> Row:
+    """Characters a second of generation, from prompts of one character."""
+    model = HourglassLM(sizes.config(positions=positions), rngs=nnx.Rngs(0))
+    prompts = [[i % 256] for i in range(batch)]
+    run = partial(generate, model, prompts, max_tokens=sizes.decode_length, key=jax.random.key(0))
+    [seconds] = timing.in_turn({"decode": run}, repeats).values()
+    rate = batch * sizes.decode_length / statistics.median(seconds)
+    return {"kind": "decode", "seconds": seconds, "characters_per_second": rate}
+
+
+class Slice:
+    """Runs parts that a record lacks until the time is up. `record` has `rows` and `tries`, both by part's name."""
+
+    def __init__(self, record: dict[str, Any], seconds: float, save: Callable[[dict[str, Any]], None]):
+        self.record, self.save = record, save
+        self.started, self.seconds, self.longest = time.perf_counter(), seconds, 0.0
+
+    def run(self, parts: Mapping[str, Part]) -> Iterator[str]:
+        """The names of the parts that it ran; each is saved before the next begins."""
+        for name in [name for name in parts if name not in self.record["rows"]]:
+            if time.perf_counter() - self.started + self.longest > self.seconds:
+                return
+            self.attempt(name, parts[name])
+            yield name
+
+    def attempt(self, name: str, part: Part) -> None:
+        """A part that raises is done, with the reason; one that ends the process is given up after `TRIES`."""
+        tries = self.record["tries"][name] = self.record["tries"].get(name, 0) + 1
+        if tries > TRIES:
+            self.record["rows"][name] = {"kind": "failed", "reason": f"ended the process {TRIES} times"}
+        else:
+            self.save(self.record)
+            started = time.perf_counter()
+            try:
+                self.record["rows"][name] = part()
+            except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError, UsageError) as error:
+                reason = " ".join(str(error).split())[:300]
+                self.record["rows"][name] = {"kind": "failed", "reason": reason}
+            taken = time.perf_counter() - started
+            self.record["rows"][name]["part_seconds"] = taken
+            self.longest = max(self.longest, taken)
+        self.save(self.record)
+
+
+def describe(record: Mapping[str, Any], sizes: Accelerator, n_parts: int) -> str:
+    """What is done so far, as Markdown."""
+    rows = record["rows"]
+    text = [
+        "# On an accelerator",
+        f"{len(rows)} of {n_parts} parts are done. Training: d_model {sizes.d_model}, {sizes.n_heads} heads, length "
+        f"{sizes.length:,}, batch {sizes.batch}, {sizes.dtype}, AdamW, without dropout. Times are medians, compilation "
+        "left out; estimates are those of experiments/accelerators/roofline.py for the program that ran.",
+    ]
+    of_kind = {kind: {n: row for n, row in rows.items() if row["kind"] == kind} for kind in (*TABLES, "failed")}
+    for kind, (heading, header, cells) in TABLES.items():
+        if of_kind[kind]:
+            text += [
+                heading,
+                markdown_table(header, [line for n, row in of_kind[kind].items() for line in cells(n, row)]),
+            ]
+    text += [f"- {name}: failed, {row['reason']}" for name, row in of_kind["failed"].items()]
+    return "\n\n".join(text) + "\n"
+
+
+def check_cells(name: str, row: Row) -> list[list[str]]:
+    return [
+        [
+            name.partition(" ")[2],
+            each["window"],
+            each["dtype"],
+            f"{each['error']:.1e}",
+            f"{each['of_plain']:.1e}",
+            "yes" if is_near(each) else "NO",
+        ]
+        for each in row["comparisons"]
+    ]
+
+
+def train_cells(name: str, row: Row) -> list[list[str]]:
+    measured, estimated = statistics.median(row["seconds"]), row["estimated_seconds"]
+    return [
+        [
+            name.partition(" ")[2],
+            f"{measured * 1e3:,.1f}",
+            f"{estimated * 1e3:,.1f}" if estimated else "",
+            f"{measured / estimated:.2f}" if estimated else "",
+            f"{row['characters_per_second']:,.0f}",
+            f"{row['ceiling_share']:.0%}",
+            f"{row['memory_bytes'] / 2**30:.2f}",
+            f"{row['compile_seconds']:.0f}",
+        ]
+    ]
+
+
+def decode_cells(name: str, row: Row) -> list[list[str]]:
+    _, positions, batch = name.split(" ")
+    return [[positions, batch, f"{row['characters_per_second']:,.0f}"]]
+
+
+TABLES: dict[str, tuple[str, list[str], Callable[[str, Row], list[list[str]]]]] = {
+    "check": (
+        "## Kernels against plain attention in float32",
+        ["kernel, positions", "window", "dtype", "error", "plain's own", "passes"],
+        check_cells,
+    ),
+    "train": (
+        "## A training step",
+        ["model", "ms, measured", "ms, estimate", "ratio", "characters/s", "of the matmul ceiling", "GiB", "compile s"],
+        train_cells,
+    ),
+    "decode": ("## Generation", ["positions", "batch", "characters/s"], decode_cells),
+}

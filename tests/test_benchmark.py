@@ -1,0 +1,89 @@
+"""The accelerator suite at small sizes: parts that go on after a stop, kernels that are wrong, rows that are shown."""
+
+import json
+
+import pytest
+
+from experiments.benchmarks import accelerator
+from experiments.benchmarks.accelerator import TRIES, Accelerator, Slice, check, decode, describe, parts, train
+from hourglass_jax.nn.attention.choice import IMPLEMENTATIONS
+
+SIZES = Accelerator(
+    hierarchy="1@1 1@2 1@1",
+    d_model=16,
+    n_heads=2,
+    length=24,
+    batch=2,
+    check_length=19,
+    check_d_model=16,
+    decode_length=8,
+    decode_batches=(2,),
+)
+
+
+def empty():
+    return {"rows": {}, "tries": {}}
+
+
+def test_a_slice_goes_on_where_the_last_one_stopped():
+    ran, saved, record = [], [], empty()
+    made = {name: lambda name=name: ran.append(name) or {"kind": "decode"} for name in "abc"}
+
+    def slice_of(seconds):
+        return list(Slice(record, seconds, lambda record: saved.append(json.dumps(record))).run(made))
+
+    assert slice_of(0) == []  # no time, no part
+    slow = Slice(record, 100, lambda record: None)
+    slow.longest = 99.99
+    slow.started -= 1
+    assert list(slow.run(made)) == []  # a part as long as the longest would end too late
+    record["rows"]["b"] = {"kind": "decode"}
+    assert slice_of(60) == ["a", "c"] == ran
+    assert slice_of(60) == [] and json.loads(saved[-1])["rows"].keys() == set("abc")
+
+
+def test_a_part_that_fails_is_said_and_one_that_ends_the_process_is_given_up():
+    def fail():
+        raise ValueError("no such\nkernel")
+
+    record = empty() | {"tries": {"fatal": TRIES}}
+    made = {"wrong": fail, "fatal": fail, "good": lambda: {"kind": "decode", "characters_per_second": 1}}
+    names = list(Slice(record, 60, lambda record: None).run(made))
+    assert names == ["wrong", "fatal", "good"]
+    assert record["rows"]["wrong"]["reason"] == "no such kernel"
+    assert "ended the process" in record["rows"]["fatal"]["reason"]
+    del record["rows"]["good"]
+    assert "failed, no such kernel" in describe(record, SIZES, 3)
+
+
+def test_every_attention_is_checked_before_anything_is_timed():
+    names = list(parts(SIZES, repeats=1))
+    kinds = [name.partition(" ")[0] for name in names]
+    assert kinds == sorted(kinds, key=["check", "train", "decode"].index)
+    for attention in set(IMPLEMENTATIONS) - {"plain"}:
+        assert f"check {attention} relative" in names and f"train 1@1 1@2 1@1, rotary, {attention}" in names
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_rows_of_each_kind_are_measured_and_shown(monkeypatch):
+    monkeypatch.setattr(accelerator, "WINDOWS", (0,))
+    monkeypatch.setattr("experiments.benchmarks.accelerator.matmul_ceiling", lambda dtype: 1e9)
+    config = SIZES.config(positions="rotary")
+    rows = {
+        "check blocked rotary": check(SIZES, "blocked", "rotary"),
+        f"train {config.hierarchy}, rotary, blocked": train(SIZES, config, repeats=1),
+        "decode rotary 2": decode(SIZES, "rotary", 2, repeats=1),
+    }
+    assert rows["check blocked rotary"]["passed"]
+    assert all(row.get("characters_per_second", 1) > 0 for row in rows.values())
+    text = describe({"rows": rows}, SIZES, 3)
+    assert "3 of 3 parts are done" in text and text.count("\n| --- |") == 3 and "ms, estimate" in text
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_wrong_kernel_does_not_pass(monkeypatch):
+    monkeypatch.setattr(accelerator, "WINDOWS", (0,))
+    right = IMPLEMENTATIONS["blocked"]
+    monkeypatch.setitem(IMPLEMENTATIONS, "blocked", lambda *arguments: 1.2 * right(*arguments))
+    row = check(SIZES, "blocked", "rotary")
+    assert not row["passed"] and "NO" in describe({"rows": {"check blocked rotary": row}}, SIZES, 1)
