@@ -58,8 +58,9 @@ def pretrain(signals: Signals) -> None:
     if model is None:
         model = nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed))
     check_causality(model)
+    groups = pretraining.describe_groups(model, source.validation()[0][0])
     millions = n_parameters(model) / 1e6
-    print(f"{config.hierarchy}, {millions:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes")
+    print(f"{config.hierarchy}, {millions:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes{groups}")
     print(f"{source.size} -> {run.directory}")
     heading, sample = source.sampler(config.position_limit, train.seed, run.directory, signals)
     result = fit(

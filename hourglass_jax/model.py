@@ -18,6 +18,7 @@ from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Level
 from hourglass_jax.nn.boundaries import BOUNDARIES, Turn
 from hourglass_jax.nn.cache import Cache, Clock, in_own_time
+from hourglass_jax.nn.groups import Groups
 from hourglass_jax.nn.layers import Dropout, layer_norm, linear, split_key
 from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS
 from hourglass_jax.nn.transformer import Stack
@@ -59,6 +60,14 @@ class Hourglass(nnx.Module):
         short = self.inner(short, keys[2])
         up = self.upsample(x, short, groups, key=keys[3])
         return self.post(self.add_upsampled(x, up), keys[4])
+
+    def groups(self, x: jax.Array, tokens: jax.Array | None = None) -> list[Groups]:
+        """Those that each shortening makes of a sequence [B, L, D], outermost first."""
+        if self.inner is None:
+            return []
+        x = self.pre(x)
+        groups = self.boundaries(x, tokens)
+        return [groups, *self.inner.groups(self.shorten(groups.shift_right(x), groups))]
 
     def __repr__(self) -> str:
         return f"Hourglass({self.notation!r}, d_model={self.d_model}): {n_parameters(self):,} parameters"

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 from conftest import forward, make_model, small_config
 from flax import nnx
+from launching import run, run_forked
 
 import hourglass_jax as hg
 from hourglass_jax import decoding
 from hourglass_jax.costs import forward_flops
+from hourglass_jax.cuts import count_groups
 from hourglass_jax.decoding import AlignedPrompts
 from hourglass_jax.nn import boundaries
 from hourglass_jax.nn.boundaries import SPACELIKE, WHITESPACE, Boundaries
 from hourglass_jax.registry import BOUNDARIES
+from hourglass_jax.tokenizers import boundary_tokens
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 KEY = jax.random.key(0)
@@ -257,6 +260,24 @@ def test_one_program_serves_all_texts(model):
     assert len(traces) == 1
 
 
+def test_boundaries_say_where_each_shortening_ends_a_group():
+    model = make_model(event_config(hierarchy="0@1 1@2 1@6 0@2 1@1"))
+    tokens = np.array([5, 1, 6, 7, 0, 0, 8, 2, 9, 1, 10, 2, 2])
+    first = np.isin(np.arange(13), [0, 1, 4, 7, 9, 11])
+    every_third = np.isin(np.arange(13), [0, 7])
+    np.testing.assert_array_equal(hg.boundaries(model, tokens), [first, every_third])
+    fixed = make_model(small_config(hierarchy="0@1 1@2 1@6 0@2 1@1"))
+    np.testing.assert_array_equal(hg.boundaries(fixed, tokens), [np.arange(13) % k == 0 for k in (2, 6)])
+    assert hg.boundaries(make_model(small_config(hierarchy="1@1")), tokens).shape == (0, 13)
+
+
+def test_groups_are_counted_with_those_that_found_no_room():
+    rows = np.array([[5, 1, 1, 2, 7, 1, 8, 0, 0, 0, 0, 0, 0, 0, 0, 9, 0], [5] * 17])
+    options = {"boundaries": "tokens", "boundary_slack": 1.0, "hierarchy": "0@1 1@6 1@1"}
+    counts = count_groups(make_model(event_config(**options)), rows)
+    assert counts == (34, 2 + boundaries.SPARE + 1, 14 + 1) and counts.suppressed == 1 - 7 / 15
+
+
 # Configurations
 
 
@@ -289,3 +310,40 @@ def test_a_configuration_survives_json_and_costs_what_the_expected_length_does()
     fixed = dataclasses.replace(config, boundaries="fixed")
     assert forward_flops(config, 48) == forward_flops(fixed, 48)
     assert dataclasses.replace(fixed, boundaries="fixed every").shared_factor == 2
+
+
+def test_characters_have_their_boundaries_listed_for_them():
+    tokenizer = hg.CharTokenizer.from_text("an é,\n3.")
+    for name, characters in (("whitespace", "\n "), ("spacelike", "\n ,.")):
+        listed = boundary_tokens(tokenizer, name)
+        assert {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.encode(characters)} == set(listed)
+    assert boundary_tokens(tokenizer, "fixed") == boundary_tokens(hg.ByteTokenizer(), "whitespace") == ()
+    with pytest.raises(hg.UsageError, match="images have none"):
+        boundary_tokens(hg.ImageTokenizer((2, 2, 3)), "whitespace")
+
+
+TINY = ["--hierarchy=1@1 1@3 1@1", "--d_model=16", "--n_heads=2", "--d_ff=16", "--block_size=24", "--batch_size=4"]
+TINY += ["--steps=2", "--data_path=text.txt", "--shortening=average", "--upsampling=repeat"]
+
+
+def test_launchers_train_and_generate_with_them(tmp_path):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 20)
+    result = run("pretrain", *TINY, "--boundaries=whitespace", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "causal: yes, groups of 4." in result.stdout
+    result = run_forked("generate", "--load_model_path=runs/pretrain", "--max_tokens=20", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "text, options, line",
+    [
+        ("abcdefg" * 99, ["--boundaries=whitespace"], "end no group in"),
+        ("a b c d " * 99, ["--boundaries=whitespace", "--shortening=linear"], "takes groups of one length"),
+        ("a b c d " * 99, ["--boundaries=tokens"], "boundaries='tokens' needs boundary_tokens"),
+    ],
+)
+def test_launchers_say_in_one_line_what_does_not_fit(text, options, line, tmp_path):
+    (tmp_path / "text.txt").write_text(text)
+    result = run_forked("pretrain", *TINY, *options, cwd=tmp_path)
+    assert result.returncode == 2 and line in result.stderr.splitlines()[-1]

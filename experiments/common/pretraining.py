@@ -6,7 +6,8 @@ import dataclasses
 import os
 from pathlib import Path
 
-from absl import flags
+import numpy as np
+from absl import flags, logging
 
 from experiments.common import launcher
 from hourglass_jax import (
@@ -15,11 +16,13 @@ from hourglass_jax import (
     DataConfig,
     Hierarchy,
     HourglassConfig,
+    HourglassLM,
     ImageTokenizer,
     OptimizerConfig,
     TrainConfig,
     UsageError,
 )
+from hourglass_jax.cuts import count_groups
 from hourglass_jax.data.corpora import load_tokens
 from hourglass_jax.tokenizers import Tokenizer, boundary_tokens
 
@@ -118,6 +121,31 @@ def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:
         launcher.read_config("optimizer", OptimizerConfig, **betas),
         launcher.read_config("train", TrainConfig, **schedule),
     )
+
+
+def describe_groups(model: HourglassLM, tokens: np.ndarray) -> str:
+    """How long the groups are that `tokens` [B, L] make, where the text decides it; empty otherwise.
+
+    Warns where more than one event in a hundred has to wait; raises UsageError where the text has none.
+    """
+    config = model.config
+    if not config.event_levels:
+        return ""
+    counts = count_groups(model, tokens)
+    if counts.groups <= len(tokens):  # the first token of each row always ends one
+        raise UsageError(
+            f"boundaries={config.boundaries!r} end no group in {counts.tokens} tokens of the text; choose others, or "
+            "fixed"
+        )
+    if counts.suppressed > 0.01:
+        logging.warning(
+            "%.1f %% of the groups' ends find no room and wait for the next; groups have %.1f tokens, so choose a "
+            "smaller factor than that of hierarchy='%s', or a larger boundary_slack",
+            100 * counts.suppressed,
+            counts.length,
+            config.hierarchy,
+        )
+    return f", groups of {counts.length:.1f} tokens"
 
 
 def vocabulary_size(data: DataConfig, vocab_path: str) -> int:

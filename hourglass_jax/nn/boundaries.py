@@ -132,7 +132,7 @@ class Boundaries(nnx.Module):
         valid = (places >= 0) & (places < jnp.reshape(stop - start, (-1, 1)))
         wants = (self.fires(here, before) | (places == 0)) & valid
         n_groups = min(self.room(x.shape[1]), x.shape[1])
-        return EventGroups(limit(wants, self.room(jnp.maximum(places + 1, 0))), n_groups, valid)
+        return EventGroups(limit(wants, self.room(jnp.maximum(places + 1, 0))), n_groups, valid, wants)
 
     def reach(self, max_length: int, context: int) -> tuple[int, int]:
         """The deeper level's `max_length` and `context`, in tokens that its groups stand for."""

@@ -33,10 +33,15 @@ class Groups:
 
     length: L, where a step of decoding asks.
     rest: what those sums leave behind that decoding goes on from.
+    when: int [B or 1, G], the first position that each group's vector serves.
+    count, wanted: int [B or 1], how many groups there are, and would be if none had to wait.
     """
 
     length: int
     rest: list[jax.Array]
+    when: jax.Array
+    count: jax.Array
+    wanted: jax.Array
 
     def shift_right(self, x: jax.Array) -> jax.Array:
         """x as shortening takes it: so that a group's vector holds nothing newer than the first position it serves."""
@@ -96,6 +101,8 @@ class FixedGroups(Groups):
 
     def __init__(self, k: int, length: int, shift: int = 0):
         self.k, self.length, self.shift, self.rest = k, length, shift, []
+        self.when = jnp.arange(0, length, k)[None]
+        self.count = self.wanted = jnp.full(1, self.when.shape[1])
 
     def shift_right(self, x: jax.Array) -> jax.Array:
         """Moved by k - 1 (section 2 of the paper) and cut or filled up to whole groups."""
@@ -137,12 +144,12 @@ class EventGroups(Groups):
     served: int [B, L], the newest event so far, whose vector serves the position; -1: none.
     member: int [B, L], the group the position is part of; `n_groups` where it is padding.
     when: int [B, G], where each event fires; the last position for those that never do.
-    count: int [B], events.
     rest: for each sum taken, that over the group in progress, [B, D]; what decoding goes on from.
     """
 
-    def __init__(self, fires: jax.Array, n_groups: int, valid: jax.Array | bool = True):
-        """bool [B, L]; of positions where `valid` is false none fires, and none counts."""
+    def __init__(self, fires: jax.Array, n_groups: int, valid: jax.Array | bool = True, wants: jax.Array | None = None):
+        """bool [B, L]; of positions where `valid` is false none fires, and none counts. `wants`: before the limit."""
+        self.wanted = (fires if wants is None else wants).sum(axis=1)
         self.length, self.n_groups = fires.shape[1], n_groups
         so_far = jnp.cumsum(fires, axis=1, dtype=jnp.int32)
         self.served, self.count = so_far - 1, so_far[:, -1]
