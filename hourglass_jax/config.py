@@ -166,10 +166,10 @@ class HourglassConfig:
                 f"{self.vocab_size} tokens; only whitespace and spacelike of 256 or more are read as bytes"
             )
         for option, value in (("shortening", self.shortening), ("upsampling", self.upsampling)):
-            if "linear" in value or "attention" in value:
+            if "linear" in value:
                 raise UsageError(
                     f"{option}={value!r} takes groups of one length, not those of boundaries={self.boundaries!r}; "
-                    "choose average or select, and repeat"
+                    f"choose {'average' if option == 'shortening' else 'repeat'}, or that with attention"
                 )
 
     @property
@@ -179,6 +179,11 @@ class HourglassConfig:
         names = [*self.boundaries.split(), *["fixed"] * n_shortenings][:n_shortenings]
         n_fixed = next((i for i, name in enumerate(names) if name != "fixed"), n_shortenings)
         return (*names[:n_fixed], *("every" if name == "fixed" else name for name in names[n_fixed:]))
+
+    def ends_by_events(self, factor: int) -> bool:
+        """Whether the level of this total factor is shortened in each row's own time."""
+        factors = [level.factor for level in self.parsed_hierarchy.levels]
+        return self.boundaries_by_level[factors.index(factor)] != "fixed"
 
     @property
     def event_levels(self) -> int:

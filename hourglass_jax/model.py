@@ -88,12 +88,15 @@ class Hourglass(nnx.Module):
         """What decoding remembers at this level and below; `max_length` and the `context` a row may see in tokens."""
         cache: dict[str, Any] = {"pre": self.pre.init_cache(batch, max_length)}
         if self.inner is not None:
-            inner = self.inner.init_cache(batch, *self.boundaries.reach(max_length, context))
+            reach = self.boundaries.reach(max_length, context)
+            below = {
+                "inner": self.inner.init_cache(batch, *reach),
+                "upsample": self.upsample.init_cache(batch, reach[0]),
+            }
+            cache |= in_own_time(below) if self.boundaries.own_time else below
             cache |= {
                 "boundaries": self.boundaries.init_cache(batch, max_length, context),
                 "shorten": self.shorten.init_cache(*self.boundaries.example(batch), max_length),
-                "inner": in_own_time(inner) if self.boundaries.own_time else inner,
-                "upsample": self.upsample.init_cache(batch, max_length),
                 "post": self.post.init_cache(batch, max_length),
             }
         return cache

@@ -134,6 +134,8 @@ GRID = [
     ("1@1 1@3 0@1", {"boundaries": "tokens", "positions": "learned", "norm": "final", "boundary_slack": 1.0}),
     ("1@1 1@2 1@6 0@2 1@1", {"boundaries": "tokens", "shortening": "select"}),  # and every third of those
     ("1@1 0@2 1@4 1@2 1@1", {"boundaries": "fixed every", "positions": "rotary"}),
+    ("1@1 1@3 0@1", {"shortening": "attention_average", "upsampling": "attention_repeat", "dropout": 0.5}),
+    ("0@1 1@2 1@6 0@2 1@1", {"shortening": "attention_average", "upsampling": "attention", "positions": "rotary"}),
 ]
 
 
@@ -213,9 +215,12 @@ def test_greedy_tokens_follow_the_full_forward(model):
         np.testing.assert_array_equal(new, likeliest[len(prompt) - 1 : len(prompt) + 19])
 
 
-@pytest.mark.parametrize("positions", ["relative", "rotary"])
-def test_rows_are_what_they_would_be_alone_beyond_the_context_too(positions):
-    model = make_model(event_config(positions=positions))
+ATTENTION = {"shortening": "attention_average", "upsampling": "attention_repeat"}
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "rotary"} | ATTENTION])
+def test_rows_are_what_they_would_be_alone_beyond_the_context_too(options):
+    model = make_model(event_config(**options))
     prompts = [*PROMPTS, tokens_of(100)]  # the last one is longer than the context
     options = {"max_tokens": 200, "key": KEY, "max_context": 30}
     together = hg.generate(model, prompts, **options, stream=lambda new: None)

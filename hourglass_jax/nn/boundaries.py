@@ -154,7 +154,7 @@ class Boundaries(nnx.Module):
 
     def example(self, batch: int) -> tuple[jax.Array, OpenGroup]:
         """What a step shortens."""
-        return self.no_position(batch)[0][:, None], OpenGroup(jnp.ones(batch, bool))
+        return self.no_position(batch)[0][:, None], OpenGroup(jnp.ones(batch, bool), jnp.ones(batch, bool))
 
     def prefill(
         self, x: jax.Array, tokens: jax.Array | None, cache: EventCache, clock: Clock
@@ -185,7 +185,8 @@ class Boundaries(nnx.Module):
             fires &= clock.live
         unit = self.unit * self.k
         below = Clock(cache.count * unit, jnp.zeros_like(place), (cache.count - seen) * unit, fires)
-        groups = OpenGroup(cache.fresh, serves=fires | (seen > 0))
+        serving = replace(below, time=(cache.count + fires - 1) * unit, live=None)
+        groups = OpenGroup(cache.fresh, fires, serving)
         row = jnp.where(fires, cache.count % cache.when.shape[1], cache.when.shape[1])
         when = cache.when.at[jnp.arange(len(row)), row].set(clock.time, mode="drop")
         newest = where_live(clock.live, (x, token), cache.newest)

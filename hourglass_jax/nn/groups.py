@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hourglass_jax.errors import UsageError
+from hourglass_jax.nn.cache import Clock
 
 LARGEST_LOGIT = 60.0  # exp of it, times what a network computes, stays finite in float32
 
@@ -34,12 +35,15 @@ class Groups:
     length: L, where a step of decoding asks.
     rest: what those sums leave behind that decoding goes on from.
     when: int [B or 1, G], the first position that each group's vector serves.
+    served: int [B, L], the group whose vector serves each position.
     count, wanted: int [B or 1], how many groups there are, and would be if none had to wait.
     """
 
     length: int
     rest: list[jax.Array]
+    due: jax.Array  # bool [B], in a step of decoding: this position ends a group
     when: jax.Array
+    served: jax.Array
     count: jax.Array
     wanted: jax.Array
 
@@ -94,6 +98,10 @@ class Groups:
     def newest(self, x: jax.Array, place: jax.Array) -> jax.Array:
         """x -> [B, D], at the position that decoding is at, the `place` of its sequence."""
         raise NotImplementedError
+
+    def query_clock(self, clock: Clock) -> Clock:
+        """The clock by which a position at `clock` asks for vectors of groups."""
+        return clock
 
 
 class FixedGroups(Groups):
@@ -186,13 +194,21 @@ class OpenGroup(Groups):
 
     length = 1
 
-    def __init__(self, fresh: jax.Array, serves: jax.Array | bool = True, sums: list[jax.Array] | None = None):
-        """`fresh`, bool [B]: the position before this one ended a group; `serves`: there is a vector for this one."""
-        self.fresh, self.serves, self.sums = fresh, serves, sums
+    def __init__(
+        self, fresh: jax.Array, due: jax.Array, serving: Clock | None = None, sums: list[jax.Array] | None = None
+    ):
+        """`fresh`, `due`, bool [B]: the position before this one, and this one, end a group.
+
+        `serving`: at the event whose vector serves this position.
+        """
+        self.fresh, self.due, self.serving, self.sums = fresh, due, serving, sums
         self.rest: list[jax.Array] = []
 
     def after(self, sums: list[jax.Array]) -> OpenGroup:
-        return OpenGroup(self.fresh, self.serves, sums)
+        return OpenGroup(self.fresh, self.due, self.serving, sums)
+
+    def query_clock(self, clock: Clock) -> Clock:
+        return clock if self.serving is None else self.serving
 
     def newest(self, x: jax.Array, place: jax.Array) -> jax.Array:
         return x[:, 0]
@@ -204,7 +220,9 @@ class OpenGroup(Groups):
         return x
 
     def spread(self, z: jax.Array) -> jax.Array:
-        return jnp.where(jnp.reshape(self.serves, (-1, 1, 1)), z, 0)
+        if self.serving is None:
+            return z
+        return jnp.where((self.serving.time >= self.serving.start)[:, None, None], z, 0)
 
     def total(self, x: jax.Array) -> jax.Array:
         total = x[:, 0].astype(sum_dtype(x))

@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from hourglass_jax.config import HourglassConfig
-from hourglass_jax.nn.cache import Clock, KeyValueCache, where_live
+from hourglass_jax.nn.cache import Clock, where_live
 from hourglass_jax.nn.groups import Groups
 from hourglass_jax.nn.layers import linear
 from hourglass_jax.nn.transformer import Block
@@ -76,27 +77,54 @@ class LinearShortening(Shortening):
 
 
 class AttentionShortening(Shortening):
-    """x' = S(x) + Attention(Q=S(x), K=V=x), then a feed-forward: a block whose queries are pooled groups."""
+    """x' = S(x) + Attention(Q=S(x), K=V=x), then a feed-forward: a block whose queries are pooled groups.
+
+    A query sees its own group and those before it; with groups of any length it stands where its event fires.
+    """
 
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, pool: type, rngs: nnx.Rngs):
         self.pool = pool(config, shorten_factor, unit, rngs=rngs)
-        self.block = Block(config, unit, cross=True, key_slots=shorten_factor, rngs=rngs)
+        self.by_event = config.ends_by_events(unit)
+        self.block = Block(config, unit, cross=True, key_slots=1 if self.by_event else shorten_factor, rngs=rngs)
+        self.block.attention.window = 0
 
     def __call__(self, x: jax.Array, groups: Groups, *, key: jax.Array | None = None) -> jax.Array:
-        return self.block(self.pool(x, groups)[:, :, None], groups.slots(x), key=key)[:, :, 0]
+        pooled = self.pool(x, groups)
+        if self.by_event:
+            return self.block.attend_from(pooled, x, groups.when, key=key)[0]
+        return self.block(pooled[:, :, None], groups.slots(x), key=key)[:, :, 0]
 
-    def init_cache(self, x: jax.Array, groups: Groups, max_length: int) -> KeyValueCache:
-        return self.block.attention.init_cache(len(x), max_length)
+    def init_cache(self, x: jax.Array, groups: Groups, max_length: int) -> dict[str, Any]:
+        pool = self.pool.init_cache(x, groups, max_length)
+        return {"pool": pool, "attention": self.block.attention.init_cache(len(x), max_length)}
 
     def prefill(
-        self, x: jax.Array, groups: Groups, cache: KeyValueCache, start: jax.Array
-    ) -> tuple[jax.Array, KeyValueCache]:
-        pooled = self.pool(x, groups)[:, :, None]
-        short, cache = self.block.prefill(pooled, groups.slots(x), cache=cache, start=start)
-        return short[:, :, 0], cache
+        self, x: jax.Array, groups: Groups, cache: dict[str, Any], start: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        pooled, pool = self.pool.prefill(x, groups, cache["pool"], start)
+        if self.by_event:
+            first = start // self.block.attention.unit
+            short, attention = self.block.attend_from(pooled, x, groups.when, first, cache=cache["attention"])
+            return short, {"pool": pool, "attention": attention}
+        slots = groups.slots(x)
+        short, attention = self.block.prefill(pooled[:, :, None], slots, cache=cache["attention"], start=start)
+        return short[:, :, 0], {"pool": pool, "attention": attention}
 
-    def step(self, x: jax.Array, groups: Groups, cache: KeyValueCache, clock: Clock) -> tuple[jax.Array, KeyValueCache]:
-        return self.block.step(self.pool(x, groups)[:, 0], x, cache=cache, clock=clock)
+    def step(
+        self, x: jax.Array, groups: Groups, cache: dict[str, Any], clock: Clock
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        pooled, pool = self.pool.step(x, groups, cache["pool"], clock)
+        if not self.by_event:
+            short, attention = self.block.step(pooled, x, cache=cache["attention"], clock=clock)
+            return short, {"pool": pool, "attention": attention}
+        assert self.block.memory_norm is not None
+        attention = self.block.attention.write(self.block.memory_norm(x), cache["attention"], clock)
+
+        def attend() -> jax.Array:
+            return self.block.step(pooled, cache=attention, clock=clock)[0]
+
+        short = lax.cond(groups.due.any(), attend, lambda: pooled)
+        return short, {"pool": pool, "attention": attention}
 
 
 class Upsampling(nnx.Module):
@@ -160,17 +188,27 @@ class LinearUpsampling(Upsampling):
 
 
 class AttentionUpsampling(Upsampling):
-    """U + Attention(Q=U, K=V=x'), then a feed-forward, where U = x or x plus another upsampling of x'."""
+    """U + Attention(Q=U, K=V=x'), then a feed-forward, where U = x or x plus another upsampling of x'.
+
+    With groups of any length distances count whole groups, each as the tokens that it is expected to have.
+    """
 
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, base: type | None, rngs: nnx.Rngs):
         self.base: Upsampling | None = None if base is None else base(config, shorten_factor, unit, rngs=rngs)
-        self.block = Block(config, unit, cross=True, query_slots=shorten_factor, rngs=rngs)
+        self.by_event = config.ends_by_events(unit)
+        unit, slots = (unit * shorten_factor, 1) if self.by_event else (unit, shorten_factor)
+        self.block = Block(config, unit, cross=True, query_slots=slots, rngs=rngs)
 
     def __call__(self, x: jax.Array, short: jax.Array, groups: Groups, *, key: jax.Array | None = None) -> jax.Array:
-        return groups.positions(self.block(self.queries(x, short, groups), short[:, :, None], key=key))
+        queries = self.queries(x, short, groups)
+        if self.by_event:
+            return self.block.attend_from(queries, short, groups.served, key=key)[0]
+        return groups.positions(self.block(queries, short[:, :, None], key=key))
 
     def queries(self, x: jax.Array, short: jax.Array, groups: Groups) -> jax.Array:
-        """[B, G, k, D]."""
+        """[B, G, k, D], with groups of any length [B, L, D]."""
+        if self.by_event:
+            return x if self.base is None else x + self.base(x, short, groups)
         slots = groups.slots(x)
         return slots if self.base is None else slots + groups.slots(self.base(x, short, groups))
 
@@ -181,9 +219,14 @@ class AttentionUpsampling(Upsampling):
     def prefill(
         self, x: jax.Array, short: jax.Array, groups: Groups, cache: dict[str, Any], start: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
-        queries, memory = self.queries(x, short, groups), short[:, :, None]
-        up, attention = self.block.prefill(queries, memory, cache=cache["attention"], start=start)
-        return groups.positions(up), cache | {"attention": attention}
+        queries, attention = self.queries(x, short, groups), cache["attention"]
+        base = None if self.base is None else self.base.prefill(x, short, groups, cache["base"], start)[1]
+        if self.by_event:
+            up, attention = self.block.attend_from(queries, short, groups.served, cache=attention)
+        else:
+            up, attention = self.block.prefill(queries, short[:, :, None], cache=attention, start=start)
+            up = groups.positions(up)
+        return up, {"base": base, "attention": attention}
 
     def receive(self, short: jax.Array, cache: dict[str, Any], clock: Clock) -> dict[str, Any]:
         base = None if self.base is None else self.base.receive(short, cache["base"], clock)
@@ -193,7 +236,7 @@ class AttentionUpsampling(Upsampling):
 
     def step(self, x: jax.Array, groups: Groups, cache: dict[str, Any], clock: Clock) -> jax.Array:
         queries = x if self.base is None else x + self.base.step(x, groups, cache["base"], clock)
-        return self.block.step(queries, cache=cache["attention"], clock=clock)[0]
+        return self.block.step(queries, cache=cache["attention"], clock=groups.query_clock(clock))[0]
 
 
 SHORTENINGS |= {

@@ -12,6 +12,7 @@ with `unit` the total factor of the finer of the two sequences: token units at e
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,12 @@ from jax import lax
 
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.nn.attention.choice import attend
-from hourglass_jax.nn.attention.pattern import Inputs, Pattern
+from hourglass_jax.nn.attention.pattern import Inputs, Pattern, float32_at_least
 from hourglass_jax.nn.cache import Clock, KeyValueCache
-from hourglass_jax.nn.layers import Dropout, kernel_init, linear
+from hourglass_jax.nn.layers import Dropout, dropped, kernel_init, linear
 from hourglass_jax.nn.positions import align_each, align_newest, rotate, sinusoids, slot_distances
+
+HIDDEN = -1e30  # a score of no weight, and with a derivative
 
 
 class Attention(nnx.Module):
@@ -91,6 +94,33 @@ class Attention(nnx.Module):
         pattern = Pattern(self.query_slots, self.key_slots, self.dropout.rate, self.window)
         out = attend(self.implementation, pattern, inputs, first, self.dropout.used(key))
         return out.swapaxes(1, 2).reshape(q.shape)
+
+    def attend_from(
+        self, queries: jax.Array, keys: jax.Array, places: jax.Array, first: Any = 0, *, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, N, D], [B, M, D] -> [B, N, D], and the keys and values [B, M, H, K] for a cache.
+
+        A query at `places`, int [B, N], sees the keys `first` [B or 1] .. its place; -1 sees nothing, which gives zero.
+        For events, which are anywhere: the formula as it stands, one slot a group.
+        """
+        q, k, v = (self.split_heads(f(x)) for f, x in ((self.query, queries), (self.key, keys), (self.value, keys)))
+        rows = jnp.arange(keys.shape[1])
+        content = q
+        if self.positions == "rotary":
+            content, k = rotate(q, self.unit * places), rotate(k, self.unit * rows)
+        elif self.positions == "relative":
+            content, position = self.content_and_position(q)
+        scores = jnp.einsum("bnhk,bmhk->bhnm", content, k)
+        if self.positions == "relative":
+            by_lag = jnp.einsum("bnhk,mhk->bhnm", position, self.relative_keys(self.unit * rows))
+            lags = jnp.maximum(places[:, None, :, None] - rows, 0)
+            scores += jnp.take_along_axis(by_lag, lags, axis=-1)
+        visible = (rows <= places[..., None]) & (rows >= jnp.reshape(first, (-1, 1, 1)))
+        scores = float32_at_least(scores) * self.head_dim**-0.5
+        weights = jax.nn.softmax(jnp.where(visible[:, None], scores, HIDDEN)) * visible[:, None]
+        if (dropout_key := self.dropout.used(key)) is not None:
+            weights = dropped(weights, self.dropout.rate, dropout_key)
+        return self.merge_heads(jnp.einsum("bhnm,bmhk->bnhk", weights.astype(v.dtype), v)), k, v
 
     def init_cache(self, batch: int, max_length: int) -> KeyValueCache:
         """For `max_length` tokens, a multiple of the total factor, or for the window."""
@@ -173,4 +203,4 @@ def heads_first(x: jax.Array) -> jax.Array:
 def masked_softmax(scores: jax.Array, visible: jax.Array, axis: int) -> jax.Array:
     """Softmax where `visible`, exactly zero elsewhere; float32 at least."""
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=axis)
+    return jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=axis), 0)
