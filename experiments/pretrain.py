@@ -57,8 +57,8 @@ def pretrain(signals: Signals) -> None:
 
     if model is None:
         model = nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed))
+    groups = pretraining.describe_groups(model, *source.batches(train.seed)(0))
     check_causality(model)
-    groups = pretraining.describe_groups(model, source.validation()[0][0])
     millions = n_parameters(model) / 1e6
     print(f"{config.hierarchy}, {millions:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes{groups}")
     print(f"{source.size} -> {run.directory}")

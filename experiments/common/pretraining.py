@@ -123,16 +123,16 @@ def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:
     )
 
 
-def describe_groups(model: HourglassLM, tokens: np.ndarray) -> str:
-    """How long the groups are that `tokens` [B, L] make, where the text decides it; empty otherwise.
+def describe_groups(model: HourglassLM, tokens: np.ndarray, weights: np.ndarray) -> str:
+    """How long the groups are that a batch's whole rows make, where the text decides it; empty otherwise.
 
     Warns where more than one event in a hundred has to wait; raises UsageError where the text has none.
     """
-    config = model.config
-    if not config.event_levels:
+    config, rows = model.config, tokens[weights.all(axis=1), :-1]
+    if not config.event_levels or not len(rows):
         return ""
-    counts = count_groups(model, tokens)
-    if counts.groups <= len(tokens):  # the first token of each row always ends one
+    counts = count_groups(model, rows)
+    if counts.groups <= len(rows):  # the first token of each row always ends one
         raise UsageError(
             f"boundaries={config.boundaries!r} end no group in {counts.tokens} tokens of the text; choose others, or "
             "fixed"
