@@ -42,7 +42,7 @@ def pretrain(signals: Signals) -> None:
         if data.dataset == "text":
             data = dataclasses.replace(data, tokenizer=tokenizer.kind)
     source = open_source(data, pretraining.VOCAB_PATH.value, tokenizer, allow_unknown=flags.FLAGS.allow_unknown)
-    config = pretraining.read_model(source.tokenizer.vocab_size, model.config if model else None)
+    config = pretraining.read_model(source.tokenizer, model.config if model else None)
     model = model.reconfigured(config) if model else None
     if source.n_positions > config.position_limit:
         raise UsageError(
@@ -57,9 +57,10 @@ def pretrain(signals: Signals) -> None:
 
     if model is None:
         model = nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed))
+    groups = pretraining.describe_groups(model, *source.batches(train.seed)(0))
     check_causality(model)
     millions = n_parameters(model) / 1e6
-    print(f"{config.hierarchy}, {millions:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes")
+    print(f"{config.hierarchy}, {millions:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes{groups}")
     print(f"{source.size} -> {run.directory}")
     heading, sample = source.sampler(config.position_limit, train.seed, run.directory, signals)
     result = fit(

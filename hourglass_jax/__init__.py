@@ -5,7 +5,7 @@
     logits = model(tokens)  # int [B, L] -> [B, L, V]; logits[:, t] predicts token t + 1
 
 Models      HourglassConfig, HourglassLM, Hourglass, Hierarchy, summary, check_causality, influence,
-            at_shorten_factor
+            at_shorten_factor, boundaries
 Sequences   CharTokenizer, ByteTokenizer, ImageTokenizer, generate, init_cache
 Figures     evaluate, evaluate_sliding, score, Evaluation
 Runs        load, Run, DataConfig, OptimizerConfig, TrainConfig, RuntimeConfig
@@ -18,6 +18,7 @@ Shapes: B batch, L length in tokens, V vocabulary, D d_model. Losses are in nats
 
 from hourglass_jax.causality import CausalityError, check_causality, influence
 from hourglass_jax.config import DataConfig, HourglassConfig, OptimizerConfig, RuntimeConfig, TrainConfig
+from hourglass_jax.cuts import boundaries
 from hourglass_jax.decoding import generate, init_cache
 from hourglass_jax.errors import UsageError
 from hourglass_jax.evaluation import Evaluation, evaluate, evaluate_sliding, score
@@ -47,6 +48,7 @@ __all__ = [
     "TrainConfig",
     "UsageError",
     "at_shorten_factor",
+    "boundaries",
     "check_causality",
     "evaluate",
     "evaluate_sliding",

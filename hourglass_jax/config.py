@@ -12,9 +12,10 @@ import numpy as np
 
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Hierarchy
-from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
+from hourglass_jax.registry import BOUNDARIES, SHORTENINGS, UPSAMPLINGS
 
 MAX_SEED = 2**63 - 1  # what a key of JAX is made of fits 64 bits with a sign
+OF_TOKENS = ("whitespace", "spacelike", "tokens")  # boundaries that are read off the tokens
 IMAGE_SIZES = {"cifar10": 32, "imagenet32": 32, "imagenet64": 64}  # side of a data set's images, in pixels
 FOLDER = "folder"  # the data set of one's own images
 
@@ -54,8 +55,13 @@ class HourglassConfig:
     d_model, d_ff: numbers in a position's vector, and in a feed-forward's hidden one.
     n_heads: of attention; divides d_model, unless d_head is given.
     d_head: numbers in a head; 0: d_model / n_heads.
-    shortening: average | linear | attention_average | attention_linear, or another of `registry.SHORTENINGS`.
+    shortening: average | select | linear | attention_average | attention_linear, or another of `registry.SHORTENINGS`.
     upsampling: repeat | linear | attention | attention_repeat | attention_linear, or another of `registry.UPSAMPLINGS`.
+    boundaries: where groups end. fixed (every k positions) | whitespace | spacelike (at the first of each run of such
+        tokens) | tokens (at every one of `boundary_tokens`), or another of `registry.BOUNDARIES`. Where a text decides,
+        k is the expected length. For the first shortening; the others are fixed, unless each has a name of its own.
+    boundary_tokens: those at which a group ends. None: a vocabulary of 256 or more is read as bytes.
+    boundary_slack: groups there is room for, for each that is expected; what comes too early waits.
     positions: relative (Transformer-XL) | rotary | learned (absolute, added to the tokens).
     dropout: probability, of the embedding, attention and both residuals of a block.
     max_length: tokens; bounds learned positions and default caches.
@@ -87,6 +93,9 @@ class HourglassConfig:
     d_head: int = 0
     shortening: str = "attention_average"
     upsampling: str = "attention_linear"
+    boundaries: str = "fixed"
+    boundary_tokens: tuple[int, ...] = ()
+    boundary_slack: float = 1.5
     positions: str = "relative"
     dropout: float = 0.0
     max_length: int = 2048
@@ -131,6 +140,62 @@ class HourglassConfig:
         check_choice("remat", self.remat, ("auto", "none", "dots", "full"))
         if self.positions == "rotary" and self.head_dim % 2:
             raise UsageError(f"positions='rotary' needs an even head size, not {self.head_dim}")
+        self.check_boundaries()
+
+    def check_boundaries(self) -> None:
+        """Raises UsageError where boundaries do not fit the hierarchy, the vocabulary or the resampling methods."""
+        object.__setattr__(self, "boundary_tokens", tuple(int(token) for token in self.boundary_tokens))
+        check_range("boundary_slack", self.boundary_slack, 1.0)
+        names, n_shortenings = self.boundaries.split(), len(self.parsed_hierarchy.levels) - 1
+        for name in names:
+            check_choice("boundaries", name, BOUNDARIES)
+        if len(names) not in (1, n_shortenings):
+            raise UsageError(
+                f"boundaries={self.boundaries!r} names {len(names)}, but hierarchy='{self.hierarchy}' shortens "
+                f"{n_shortenings} times; name one, or one for each"
+            )
+        for token in self.boundary_tokens:
+            check_range("boundary_tokens", token, 0, self.vocab_size - 1)
+        if not self.event_levels:
+            return
+        for name in names[1:]:
+            if name in OF_TOKENS:
+                raise UsageError(f"boundaries={self.boundaries!r}: {name} reads tokens; only the first shortening can")
+        if names[0] in OF_TOKENS and not self.boundary_tokens and (names[0] == "tokens" or self.vocab_size < 256):
+            raise UsageError(
+                f"boundaries={names[0]!r} needs boundary_tokens, those at which a group ends, with a vocabulary of "
+                f"{self.vocab_size} tokens; only whitespace and spacelike of 256 or more are read as bytes"
+            )
+        for option, value in (("shortening", self.shortening), ("upsampling", self.upsampling)):
+            if "linear" in value:
+                raise UsageError(
+                    f"{option}={value!r} takes groups of one length, not those of boundaries={self.boundaries!r}; "
+                    f"choose {'average' if option == 'shortening' else 'repeat'}, or that with attention"
+                )
+
+    @property
+    def boundaries_by_level(self) -> tuple[str, ...]:
+        """A name for each shortening, outermost first; what is fixed below events is `every` k-th of them."""
+        n_shortenings = len(self.parsed_hierarchy.levels) - 1
+        names = [*self.boundaries.split(), *["fixed"] * n_shortenings][:n_shortenings]
+        n_fixed = next((i for i, name in enumerate(names) if name != "fixed"), n_shortenings)
+        return (*names[:n_fixed], *("every" if name == "fixed" else name for name in names[n_fixed:]))
+
+    def ends_by_events(self, factor: int) -> bool:
+        """Whether the level of this total factor is shortened in each row's own time."""
+        factors = [level.factor for level in self.parsed_hierarchy.levels]
+        return self.boundaries_by_level[factors.index(factor)] != "fixed"
+
+    @property
+    def event_levels(self) -> int:
+        """How many of the shortenings, the innermost ones, make groups in each row's own time."""
+        return sum(name != "fixed" for name in self.boundaries_by_level)
+
+    @property
+    def shared_factor(self) -> int:
+        """K, by which all rows of a batch are shortened at the same time: the total factor, of what is fixed."""
+        levels = self.parsed_hierarchy.levels
+        return levels[len(levels) - 1 - self.event_levels].factor
 
     @property
     def head_dim(self) -> int:

@@ -15,6 +15,7 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.hierarchy import Level
 from hourglass_jax.model import HourglassLM, n_parameters
+from hourglass_jax.nn.groups import FixedGroups
 from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS, AttentionShortening, AttentionUpsampling
 from hourglass_jax.nn.transformer import is_unrolled
 
@@ -73,13 +74,15 @@ def resampling_of(
             return 0
         graph, params = nnx.split(module)
         inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-        return product_flops(jax.make_jaxpr(lambda params, *x: nnx.merge(graph, params)(*x))(params, *inputs).jaxpr)
+        groups = FixedGroups(k, k)
+        call = jax.make_jaxpr(lambda params, *x: nnx.merge(graph, params)(*x, groups))
+        return product_flops(call(params, *inputs).jaxpr)
 
     d = config.d_model
     down, up = build(shortening), build(upsampling)
     pool = down.pool if isinstance(down, AttentionShortening) else down
     base = up.base if isinstance(up, AttentionUpsampling) else up
-    mixing = flops(pool, (1, 1, k, d)) + flops(base, (1, 1, k, d), (1, 1, d))
+    mixing = flops(pool, (1, k, d)) + flops(base, (1, k, d), (1, 1, d))
     return Resampling(k, pool is not down, base is not up, mixing / (2 * d**2))
 
 

@@ -42,7 +42,7 @@ def init_cache(model: HourglassLM, batch: int, max_length: int) -> Cache:
     """
     check_range("batch", batch, 1)
     check_range("max_length", max_length, 1, model.config.position_limit)
-    return model.init_cache(batch, round_up(max_length, model.config.parsed_hierarchy.total_factor))
+    return model.init_cache(batch, round_up(max_length, model.config.shared_factor))
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -219,7 +219,7 @@ def generate(
         return []
     context = config.max_length if max_context is None else max_context
     check_range("max_context", context, 1)
-    factor = config.parsed_hierarchy.total_factor
+    factor = config.shared_factor
     stopped = threading.Event()
     graph, params = _unstacked(*nnx.split(model))
     row_texts = partial(

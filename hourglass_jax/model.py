@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,9 +16,11 @@ from hourglass_jax.checks import check_key, check_tokens, check_x64
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Level
-from hourglass_jax.nn.cache import Cache, Clock
+from hourglass_jax.nn.boundaries import BOUNDARIES, Turn
+from hourglass_jax.nn.cache import Cache, Clock, in_own_time
+from hourglass_jax.nn.groups import Groups
 from hourglass_jax.nn.layers import Dropout, layer_norm, linear, split_key
-from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS, to_groups
+from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS
 from hourglass_jax.nn.transformer import Stack
 
 
@@ -35,31 +38,36 @@ class Hourglass(nnx.Module):
 
     def __init__(self, config: HourglassConfig, levels: Sequence[Level], *, rngs: nnx.Rngs):
         level, *inner = levels
-        self.unit = level.factor
-        self.d_model, self.dtype = config.d_model, config.dtype
+        self.unit, self.d_model = level.factor, config.d_model
         self.pre = Stack(config, level.pre_layers, level.factor, rngs=rngs)
         self.inner = Hourglass(config, inner, rngs=rngs) if inner else None
         if inner:
             k = level.shorten_factor
-            self.shorten_factor = k
-            self.shift = k if config.shift == "original" else k - 1
+            self.boundaries = BOUNDARIES[config.boundaries_by_level[-len(inner)]](config, level, rngs=rngs)
             self.shorten = SHORTENINGS[config.shortening](config, k, level.factor, rngs=rngs)
             self.upsample = UPSAMPLINGS[config.upsampling](config, k, level.factor, rngs=rngs)
             self.upsample_norm = layer_norm(config, rngs=rngs) if config.norm == "stack" else None
             self.post = Stack(config, level.post_layers, level.factor, rngs=rngs)
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """[B, L, D] -> [B, L, D], for any L; `key` turns dropout on."""
+    def __call__(self, x: jax.Array, key: jax.Array | None = None, tokens: jax.Array | None = None) -> jax.Array:
+        """[B, L, D] -> [B, L, D], for any L; `key` turns dropout on, `tokens` are for boundaries that ask for them."""
         keys = split_key(key, 5)
         x = self.pre(x, keys[0])
         if self.inner is None:
             return x
-        # The shift by k-1 is the smallest that leaks nothing: a group's vector serves all k positions of the
-        # group, so it may hold nothing newer than the group's first position.
-        short = self.shorten(to_groups(x, self.shorten_factor, self.shift), key=keys[1])
+        groups = self.boundaries(x, tokens)
+        short = self.shorten(groups.shift_right(x), groups, key=keys[1])
         short = self.inner(short, keys[2])
-        up = self.upsample(to_groups(x, self.shorten_factor), short, key=keys[3])
-        return self.post(self.add_upsampled(x, up.reshape(x.shape[0], -1, x.shape[2])), keys[4])
+        up = self.upsample(x, short, groups, key=keys[3])
+        return self.post(self.add_upsampled(x, up), keys[4])
+
+    def groups(self, x: jax.Array, tokens: jax.Array | None = None) -> list[Groups]:
+        """Those that each shortening makes of a sequence [B, L, D], outermost first."""
+        if self.inner is None:
+            return []
+        x = self.pre(x)
+        groups = self.boundaries(x, tokens)
+        return [groups, *self.inner.groups(self.shorten(groups.shift_right(x), groups))]
 
     def __repr__(self) -> str:
         return f"Hourglass({self.notation!r}, d_model={self.d_model}): {n_parameters(self):,} parameters"
@@ -74,59 +82,65 @@ class Hourglass(nnx.Module):
 
     def add_upsampled(self, x: jax.Array, up: jax.Array) -> jax.Array:
         """The residual across the bottleneck."""
-        up = up[:, : x.shape[1]] if x.ndim == 3 else up
         return x + (up if self.upsample_norm is None else self.upsample_norm(up))
 
-    def init_cache(self, batch: int, max_length: int) -> dict[str, Any]:
-        """What decoding remembers at this level and below; `max_length` in tokens."""
+    def init_cache(self, batch: int, max_length: int, context: int) -> dict[str, Any]:
+        """What decoding remembers at this level and below; `max_length` and the `context` a row may see in tokens."""
         cache: dict[str, Any] = {"pre": self.pre.init_cache(batch, max_length)}
         if self.inner is not None:
+            reach = self.boundaries.reach(max_length, context)
+            below = {
+                "inner": self.inner.init_cache(batch, *reach),
+                "upsample": self.upsample.init_cache(batch, reach[0]),
+            }
+            cache |= in_own_time(below) if self.boundaries.own_time else below
             cache |= {
-                # The outputs of the pre stack that the next group is made of.
-                "window": jnp.zeros((batch, self.shift + 1, self.d_model), self.dtype),
-                "shorten": self.shorten.init_cache(batch, max_length),
-                "inner": self.inner.init_cache(batch, max_length),
-                "upsample": self.upsample.init_cache(batch, max_length),
+                "boundaries": self.boundaries.init_cache(batch, max_length, context),
+                "shorten": self.shorten.init_cache(*self.boundaries.example(batch), max_length),
                 "post": self.post.init_cache(batch, max_length),
             }
         return cache
 
-    def prefill(self, x: jax.Array, cache: dict[str, Any], start: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """A call on rows [B, L, D] that begin at `start` [B] tokens, with L whole groups, which fills the cache."""
-        x, pre = self.pre.prefill(x, cache["pre"], start)
+    def prefill(
+        self, x: jax.Array, cache: dict[str, Any], clock: Clock, tokens: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """A call on rows [B, L, D] from `clock.start` to `clock.time`, with L whole groups, which fills the cache."""
+        x, pre = self.pre.prefill(x, cache["pre"], clock.start)
         if self.inner is None:
             return x, {"pre": pre}
-        begun = jnp.arange(x.shape[1]) >= start[:, None] // self.unit
-        known = jnp.where(begun[..., None], x, 0)  # the shift brings in zeros, not padding
-        window = jnp.concatenate([cache["window"], known], axis=1)[:, -self.shift - 1 :]
-        short = to_groups(known, self.shorten_factor, self.shift)
-        short, shorten = self.shorten.prefill(short, cache["shorten"], start)
-        short, inner = self.inner.prefill(short, cache["inner"], start)
-        groups = to_groups(x, self.shorten_factor)
-        up, upsample = self.upsample.prefill(groups, short, cache["upsample"], start)
-        x, post = self.post.prefill(self.add_upsampled(x, up.reshape(x.shape)), cache["post"], start)
-        cache = {"pre": pre, "window": window, "shorten": shorten, "inner": inner, "upsample": upsample, "post": post}
-        return x, cache
+        known, groups, below, boundaries = self.boundaries.prefill(x, tokens, cache["boundaries"], clock)
+        short, shorten = self.shorten.prefill(groups.shift_right(known), groups, cache["shorten"], clock.start)
+        short, inner = self.inner.prefill(short, cache["inner"], below)
+        up, upsample = self.upsample.prefill(x, short, groups, cache["upsample"], clock.start)
+        x, post = self.post.prefill(self.add_upsampled(x, up), cache["post"], clock.start)
+        parts = (pre, boundaries, shorten, inner, upsample, post)
+        return x, dict(zip(("pre", "boundaries", "shorten", "inner", "upsample", "post"), parts, strict=True))
 
-    def step(self, x: jax.Array, cache: dict[str, Any], clock: Clock) -> tuple[jax.Array, dict[str, Any]]:
-        """One position, [B, D] -> [B, D]; the first position of a group lets the levels below run once."""
+    def step(
+        self, x: jax.Array, cache: dict[str, Any], clock: Clock, token: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """One position, [B, D] -> [B, D]; where its group gets its vector the levels below run once."""
         x, pre = self.pre.step(x, cache["pre"], clock)
         if self.inner is None:
             return x, {"pre": pre}
-        window = jnp.concatenate([cache["window"][:, 1:], x[:, None]], axis=1)
-        begins_group = clock.time // self.unit % self.shorten_factor == 0
+        turn, boundaries = self.boundaries.step(x, token, cache["boundaries"], clock)
         below = {name: cache[name] for name in ("shorten", "inner", "upsample")}
-        below = lax.cond(begins_group, self.step_below, lambda window, below, clock: below, window, below, clock)
-        up = self.upsample.step(x, below["upsample"], clock)
+        if turn.gathers:
+            short, below["shorten"] = self.shorten.step(turn.x, turn.groups, below["shorten"], clock)
+            turn = turn._replace(x=short)
+        below = lax.cond(turn.due.any(), partial(self.step_below, turn), lambda below: below, below)
+        up = self.upsample.step(x, turn.groups, below["upsample"], clock)
         x, post = self.post.step(self.add_upsampled(x, up), cache["post"], clock)
-        return x, {"pre": pre, "window": window, "post": post} | below
+        return x, {"pre": pre, "boundaries": boundaries, "post": post} | below
 
-    def step_below(self, window: jax.Array, cache: dict[str, Any], clock: Clock) -> dict[str, Any]:
-        """Shortens the group whose first position is the newest of the window, and runs the inner Hourglass."""
+    def step_below(self, turn: Turn, cache: dict[str, Any]) -> dict[str, Any]:
+        """Shortens the group whose turn it is, and runs the inner Hourglass."""
         assert self.inner is not None
-        short, shorten = self.shorten.step(window[:, : self.shorten_factor], cache["shorten"], clock)
-        short, inner = self.inner.step(short, cache["inner"], clock)
-        upsample = self.upsample.receive(short, cache["upsample"], clock)
+        short, shorten = turn.x, cache["shorten"]
+        if not turn.gathers:
+            short, shorten = self.shorten.step(turn.x, turn.groups, shorten, turn.clock)
+        short, inner = self.inner.step(short, cache["inner"], turn.clock)
+        upsample = self.upsample.receive(short, cache["upsample"], turn.clock)
         return {"shorten": shorten, "inner": inner, "upsample": upsample}
 
 
@@ -160,7 +174,7 @@ class HourglassLM(nnx.Module):
     def __call__(self, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
         if key is not None:
             check_key(key)
-        return self.from_embeddings(self.embed(tokens), key)
+        return self.from_embeddings(self.embed(tokens), key, tokens)
 
     def __repr__(self) -> str:
         c = self.config
@@ -207,10 +221,10 @@ class HourglassLM(nnx.Module):
             return x
         return x + self.positions[jnp.clip(positions, 0, self.config.max_length - 1)].astype(x.dtype)
 
-    def from_embeddings(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """[B, L, D] -> logits [B, L, V], float32 at least."""
+    def from_embeddings(self, x: jax.Array, key: jax.Array | None = None, tokens: jax.Array | None = None) -> jax.Array:
+        """[B, L, D] -> logits [B, L, V], float32 at least; `tokens` [B, L] where boundaries are read off them."""
         embedding_key, body_key = split_key(key, 2)
-        return self.logits(self.hourglass(self.dropout(x, embedding_key), body_key))
+        return self.logits(self.hourglass(self.dropout(x, embedding_key), body_key, tokens))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """The Hourglass's output [..., D] -> logits [..., V], float32 at least."""
@@ -220,12 +234,12 @@ class HourglassLM(nnx.Module):
     def init_cache(self, batch: int, max_length: int, context: int | None = None) -> Cache:
         """Room for `max_length` tokens a row, of which it may see `context` (default: all); multiples of K."""
         check_x64(self.config)
-        factor = self.config.parsed_hierarchy.total_factor
+        factor = self.config.shared_factor
         context = max_length if context is None else context
         origin, start = jnp.zeros((2, batch), jnp.int32)  # two buffers, so that a loop may be given both to reuse
         return Cache(
             clock=Clock(jnp.zeros((), jnp.int32), origin, start),
-            levels=self.hourglass.init_cache(batch, max_length),
+            levels=self.hourglass.init_cache(batch, max_length, context),
             max_length=max_length,
             context=context,
             factor=factor,
@@ -242,7 +256,7 @@ class HourglassLM(nnx.Module):
             return jnp.zeros((*tokens.shape, self.config.vocab_size)), cache
         clock = Clock(jnp.asarray(tokens.shape[1], jnp.int32), start if origin is None else origin, start)
         x = self.embed_at(tokens, jnp.arange(tokens.shape[1]) - clock.origin[:, None])
-        x, levels = self.hourglass.prefill(x, cache.levels, start)
+        x, levels = self.hourglass.prefill(x, cache.levels, clock, tokens)
         return self.logits(x), replace(cache, clock=clock, levels=levels)
 
     def step(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -250,5 +264,5 @@ class HourglassLM(nnx.Module):
         tokens = jnp.asarray(check_tokens("tokens", tokens, self.config.vocab_size, "B"))
         cache.check_room(len(tokens))
         clock = cache.now()
-        x, levels = self.hourglass.step(self.embed_at(tokens, clock.time - clock.origin), cache.levels, clock)
+        x, levels = self.hourglass.step(self.embed_at(tokens, clock.time - clock.origin), cache.levels, clock, tokens)
         return self.logits(x), replace(cache, clock=replace(clock, time=clock.time + 1), levels=levels)

@@ -1,7 +1,7 @@
-"""The resampling methods by name: `HourglassConfig(shortening=..., upsampling=...)` chooses among them.
+"""The resampling methods by name: `HourglassConfig(shortening=..., upsampling=..., boundaries=...)` chooses among them.
 
-`nn.resampling` has the interface and fills both. A new method is one class and one entry, from anywhere:
-`SHORTENINGS["gated"] = GatedShortening`.
+`nn.resampling` and `nn.boundaries` have the interfaces and fill them. A new method is one class and one entry, from
+anywhere: `SHORTENINGS["gated"] = GatedShortening`.
 """
 
 from collections.abc import Callable
@@ -9,3 +9,4 @@ from typing import Any
 
 SHORTENINGS: dict[str, Callable[..., Any]] = {}
 UPSAMPLINGS: dict[str, Callable[..., Any]] = {}
+BOUNDARIES: dict[str, Callable[..., Any]] = {}

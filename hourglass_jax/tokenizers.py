@@ -208,3 +208,18 @@ class ImageTokenizer:
 
 TextTokenizer = CharTokenizer | ByteTokenizer
 Tokenizer = TextTokenizer | ImageTokenizer
+
+
+def boundary_tokens(tokenizer: Tokenizer, boundaries: str) -> tuple[int, ...]:
+    """The tokens at which `boundaries` of a configuration end a group; none where they read bytes, or no tokens.
+
+    Raises UsageError for images, in which nothing is whitespace.
+    """
+    [name, *_] = [*boundaries.split(), "fixed"]
+    if name not in ("whitespace", "spacelike") or isinstance(tokenizer, ByteTokenizer):
+        return ()
+    if isinstance(tokenizer, ImageTokenizer):
+        raise UsageError(f"boundaries={boundaries!r} are read off a text; images have none, so choose fixed")
+    ends_group = str.isspace if name == "whitespace" else lambda c: not c.isalnum()
+    listed = (i for i, c in enumerate(tokenizer.characters, len(tokenizer.SPECIALS)) if ends_group(c))
+    return (tokenizer.eos_id, tokenizer.bos_id, *listed)

@@ -90,6 +90,8 @@ def pool(p, method, shifted, k):
     groups = shifted.reshape(-1, k, shifted.shape[1])
     if method == "average":
         return np.stack([sum(group) / k for group in groups])
+    if method == "select":
+        return groups[:, -1]
     return np.stack([project(p["project"], np.concatenate(list(group))) for group in groups])
 
 

@@ -42,7 +42,7 @@ def test_the_future_stays_hidden_on_the_whole_grid(length, hierarchy, shortening
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
 def test_a_shift_of_k_minus_2_leaks_and_is_found(shortening, upsampling, positions):
     model = grid_model("0@1 1@3 0@1", shortening, upsampling, positions)
-    model.hourglass.shift = model.hourglass.shorten_factor - 2
+    model.hourglass.boundaries.shift = model.hourglass.boundaries.k - 2
     with pytest.raises(CausalityError, match="depends on token"):
         check_causality(model)
 
@@ -53,7 +53,7 @@ def test_a_shift_of_k_minus_2_leaks_and_is_found(shortening, upsampling, positio
 def test_a_leak_at_any_level_is_found(level):
     model = make_model(small_config(hierarchy="1@1 1@3 1@9 1@3 1@1"))
     leaky = model.hourglass.inner if level else model.hourglass
-    leaky.shift -= 1
+    leaky.boundaries.shift -= 1
     with pytest.raises(CausalityError):
         check_causality(model)
 

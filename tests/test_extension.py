@@ -84,8 +84,8 @@ class MixingShortening(AverageShortening):
     def __init__(self, config, shorten_factor, unit, *, rngs):
         self.mix = nnx.Linear(config.d_model, config.d_model, rngs=rngs)
 
-    def __call__(self, x, *, key=None):
-        return super().__call__(jax.checkpoint(lambda x: self.mix(x))(x))
+    def __call__(self, x, groups, *, key=None):
+        return super().__call__(jax.checkpoint(lambda x: self.mix(x))(x), groups)
 
 
 @pytest.mark.parametrize("shortening", ["gated", "attention_gated", "mixing"])

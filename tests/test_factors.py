@@ -16,7 +16,14 @@ from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 from hourglass_jax.training.metrics import read_curves
 from hourglass_jax.training.trainer import fit
 
-FREE = {"average", "attention_average", "repeat", "attention", "attention_repeat"}  # of parameters of the factor's size
+FREE = {
+    "average",
+    "select",
+    "attention_average",
+    "repeat",
+    "attention",
+    "attention_repeat",
+}  # of parameters of the factor's size
 
 
 @pytest.mark.parametrize("shortening, upsampling", itertools.product(SHORTENINGS, UPSAMPLINGS))

@@ -24,6 +24,7 @@ NAMES = [
     ),
     *(
         "at_shorten_factor",
+        "boundaries",
         "check_causality",
         "evaluate",
         "evaluate_sliding",
@@ -90,6 +91,7 @@ def test_configurations_explain_every_field(name):
         ("summary", ["length", "millions", "UsageError"]),
         ("check_causality", ["length", "CausalityError"]),
         ("at_shorten_factor", ["same parameters", "UsageError"]),
+        ("boundaries", ["[L]", "[S, L]", "UsageError"]),
         ("init_cache", ["batch", "max_length", "UsageError"]),
     ],
 )

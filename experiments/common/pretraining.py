@@ -6,7 +6,8 @@ import dataclasses
 import os
 from pathlib import Path
 
-from absl import flags
+import numpy as np
+from absl import flags, logging
 
 from experiments.common import launcher
 from hourglass_jax import (
@@ -15,12 +16,15 @@ from hourglass_jax import (
     DataConfig,
     Hierarchy,
     HourglassConfig,
+    HourglassLM,
     ImageTokenizer,
     OptimizerConfig,
     TrainConfig,
     UsageError,
 )
+from hourglass_jax.cuts import count_groups
 from hourglass_jax.data.corpora import load_tokens
+from hourglass_jax.tokenizers import Tokenizer, boundary_tokens
 
 # Sized so that the built-in corpus trains in about two minutes on two CPU cores.
 MODEL = HourglassConfig(
@@ -66,7 +70,7 @@ def parse_betas(text: str) -> tuple[float, float]:
     return beta1, beta2
 
 
-for _name in ("hierarchy", "shortening", "upsampling", "positions", "activation", "norm"):
+for _name in ("hierarchy", "shortening", "upsampling", "boundaries", "positions", "activation", "norm"):
     launcher.define_alias(_name, f"model.{_name}", str)
 for _name in ("d_model", "n_heads", "d_ff", "window"):
     launcher.define_alias(_name, f"model.{_name}", int)
@@ -88,9 +92,14 @@ launcher.define_alias("shorten_factors", "train.shorten_factors", parse_numbers)
 BETAS = flags.DEFINE_string("betas", None, "Short for --optimizer.beta1 and --optimizer.beta2, e.g. 0.9,0.98.")
 
 
-def read_model(vocab_size: int, base: HourglassConfig | None = None) -> HourglassConfig:
-    """From its flags; where there is a `base`, that one with the options that differ from the defaults."""
-    asked = launcher.read_config("model", HourglassConfig, vocab_size=vocab_size)
+def read_model(tokenizer: Tokenizer, base: HourglassConfig | None = None) -> HourglassConfig:
+    """From its flags; where there is a `base`, that one with the options that differ from the defaults.
+
+    Boundaries that the text decides are told the tokenizer's characters, unless they are given tokens of their own.
+    """
+    options = launcher.read_config("model", dict, vocab_size=tokenizer.vocab_size)
+    options["boundary_tokens"] = options["boundary_tokens"] or boundary_tokens(tokenizer, options["boundaries"])
+    asked = HourglassConfig(**options)
     if base is None:
         return asked
     given = {name: value for name, value in dataclasses.asdict(asked).items() if value != getattr(MODEL, name)}
@@ -112,6 +121,31 @@ def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:
         launcher.read_config("optimizer", OptimizerConfig, **betas),
         launcher.read_config("train", TrainConfig, **schedule),
     )
+
+
+def describe_groups(model: HourglassLM, tokens: np.ndarray, weights: np.ndarray) -> str:
+    """How long the groups are that a batch's whole rows make, where the text decides it; empty otherwise.
+
+    Warns where more than one event in a hundred has to wait; raises UsageError where the text has none.
+    """
+    config, rows = model.config, tokens[weights.all(axis=1), :-1]
+    if not config.event_levels or not len(rows):
+        return ""
+    counts = count_groups(model, rows)
+    if counts.groups <= len(rows):  # the first token of each row always ends one
+        raise UsageError(
+            f"boundaries={config.boundaries!r} end no group in {counts.tokens} tokens of the text; choose others, or "
+            "fixed"
+        )
+    if counts.suppressed > 0.01:
+        logging.warning(
+            "%.1f %% of the groups' ends find no room and wait for the next; groups have %.1f tokens, so choose a "
+            "smaller factor than that of hierarchy='%s', or a larger boundary_slack",
+            100 * counts.suppressed,
+            counts.length,
+            config.hierarchy,
+        )
+    return f", groups of {counts.length:.1f} tokens"
 
 
 def vocabulary_size(data: DataConfig, vocab_path: str) -> int:

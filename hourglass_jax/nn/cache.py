@@ -17,6 +17,8 @@ from jax import lax
 from hourglass_jax.errors import UsageError
 from hourglass_jax.nn.positions import rotate
 
+NEVER = -(2**30)  # a time before all others
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -26,11 +28,22 @@ class Clock:
     time: int32 [], tokens before the current one, the same for all rows.
     origin: int32 [B], when each row's first token came; negative once that is dropped.
     start: int32 [B], when the oldest token came that the row still sees; a multiple of K, as is `origin`.
+
+    Below a level whose groups end where the text says, every row has a time of its own: `time` is int32 [B], and only
+    the rows that are `live`, bool [B], take the step. Times there count k tokens for each group, and no padding.
     """
 
     time: jax.Array
     origin: jax.Array
     start: jax.Array
+    live: jax.Array | None = None
+
+
+def where_live(live: jax.Array | None, new: Any, old: Any) -> Any:
+    """`new` of the rows that take the step, `old` of the others."""
+    if live is None:
+        return new
+    return jax.tree.map(lambda a, b: jnp.where(live.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
 
 
 def forgotten(length: Any, context: int, factor: int) -> Any:
@@ -55,6 +68,7 @@ class KeyValueCache:
     relative: [P, H, R, K], W_r R of the Transformer-XL formula for query slot p; row e is for the key R - 1 - e rows
         before the newest.
     stride: tokens a row.
+    own_time: see `in_own_time`.
     """
 
     keys: jax.Array
@@ -62,10 +76,23 @@ class KeyValueCache:
     relative: jax.Array | None
     stride: int = field(metadata={"static": True})
     rotary: bool = field(metadata={"static": True})
+    own_time: bool = field(default=False, metadata={"static": True})
 
-    def write(self, keys: jax.Array, values: jax.Array, row: jax.Array | int) -> KeyValueCache:
-        """Puts keys and values [B, n, H, K] at the places row .. row + n - 1; more than R only from row 0 on."""
+    def write(
+        self, keys: jax.Array, values: jax.Array, row: jax.Array | int, live: jax.Array | None = None
+    ) -> KeyValueCache:
+        """Puts keys and values [B, n, H, K] at the places row .. row + n - 1; more than R only from row 0 on.
+
+        Where each row of the batch has a place of its own, `row` [B], n is 1; those that are not `live` are left alone.
+        """
         n_rows, n = self.keys.shape[2], keys.shape[1]
+        if live is not None:
+            row = jnp.where(live, row % n_rows, n_rows)
+
+            def put_each(rows: jax.Array, new: jax.Array) -> jax.Array:
+                return rows.at[jnp.arange(len(row)), :, row].set(new[:, 0].astype(rows.dtype), mode="drop")
+
+            return replace(self, keys=put_each(self.keys, keys), values=put_each(self.values, values))
 
         def put(rows: jax.Array, new: jax.Array) -> jax.Array:
             new = new.swapaxes(1, 2).astype(rows.dtype)
@@ -76,9 +103,12 @@ class KeyValueCache:
         return replace(self, keys=put(self.keys, keys), values=put(self.values, values))
 
     def lags(self, newest: jax.Array) -> jax.Array:
-        """int [R]: how long before the newest key that of each row comes; of a row yet to be filled, more than all."""
+        """int [R]: how long before the newest key that of each row comes; of a row yet to be filled, more than all.
+
+        [B, R] where each row of the batch has a newest key of its own, `newest` [B].
+        """
         n_rows = self.keys.shape[2]
-        lags = newest % n_rows - jnp.arange(n_rows)
+        lags = newest[..., None] % n_rows - jnp.arange(n_rows)
         return jnp.where(lags < 0, lags + n_rows, lags)
 
     def filled_from(self, smaller: KeyValueCache) -> KeyValueCache:
@@ -89,10 +119,38 @@ class KeyValueCache:
 
     def drop(self, tokens: jax.Array) -> KeyValueCache:
         """Forgets the oldest tokens; the others move to the front, with positions counted from there."""
+        if self.own_time:
+            return self
         keys, values = (jnp.roll(rows, -(tokens // self.stride), axis=2) for rows in (self.keys, self.values))
         if self.rotary:
             keys = rotate(keys, -tokens)
         return replace(self, keys=keys, values=values)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EventCache:
+    """The events of a level, and the position before the next.
+
+    when: int32 [B, R], the time at which each fired, a ring: that of event n is in row n mod R.
+    count: int32 [B], events so far.
+    newest: the newest position, x [B, D] and its token int32 [B].
+    fresh: bool [B], whether an event fired there.
+    own_time: see `in_own_time`.
+    """
+
+    when: jax.Array
+    count: jax.Array
+    newest: tuple[jax.Array, jax.Array]
+    fresh: jax.Array
+    own_time: bool = field(default=False, metadata={"static": True})
+
+    def filled_from(self, smaller: EventCache) -> EventCache:
+        when = lax.dynamic_update_slice(self.when, smaller.when, (0, 0))
+        return replace(smaller, when=when)
+
+    def drop(self, tokens: jax.Array) -> EventCache:
+        return self if self.own_time else replace(self, when=self.when - tokens)
 
 
 @jax.tree_util.register_dataclass
@@ -127,22 +185,30 @@ class Cache:
 
     def filled_from(self, smaller: Cache) -> Cache:
         """This cache, larger and empty, with what the smaller one holds."""
-
-        def fill(ours: Any, theirs: Any) -> Any:
-            return ours.filled_from(theirs) if isinstance(ours, KeyValueCache) else theirs
-
-        return replace(self, clock=smaller.clock, levels=map_levels(fill, self.levels, smaller.levels))
+        return replace(self, clock=smaller.clock, levels=map_levels(filled, self.levels, smaller.levels))
 
     def drop(self, tokens: jax.Array) -> Cache:
         """Makes room: removes the oldest `tokens`, a multiple of K which no row still sees, at every level."""
         clock = jax.tree.map(lambda times: times - tokens, self.clock)
-
-        def drop(leaf: Any) -> Any:
-            return leaf.drop(tokens) if isinstance(leaf, KeyValueCache) else leaf
-
-        return replace(self, clock=clock, levels=map_levels(drop, self.levels))
+        return replace(self, clock=clock, levels=map_levels(lambda leaf: dropped_from(leaf, tokens), self.levels))
 
 
-def map_levels(function: Callable[..., Any], *levels: dict[str, Any]) -> dict[str, Any]:
-    """`jax.tree.map` with every KeyValueCache as one leaf."""
-    return jax.tree.map(function, *levels, is_leaf=lambda leaf: isinstance(leaf, KeyValueCache))
+PARTS = (KeyValueCache, EventCache)
+
+
+def filled(ours: Any, theirs: Any) -> Any:
+    return ours.filled_from(theirs) if isinstance(ours, PARTS) else theirs
+
+
+def dropped_from(part: Any, tokens: jax.Array) -> Any:
+    return part.drop(tokens) if isinstance(part, PARTS) else part
+
+
+def map_levels(function: Callable[..., Any], *levels: Any) -> Any:
+    """`jax.tree.map` with every part that has a way of its own to grow and to forget as one leaf."""
+    return jax.tree.map(function, *levels, is_leaf=lambda leaf: isinstance(leaf, PARTS))
+
+
+def in_own_time(levels: Any) -> Any:
+    """What the levels below events remember: their time counts events, which dropping tokens does not move."""
+    return map_levels(lambda part: replace(part, own_time=True) if isinstance(part, PARTS) else part, levels)

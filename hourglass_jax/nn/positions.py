@@ -49,3 +49,8 @@ def align_newest(x: jax.Array, newest: jax.Array) -> jax.Array:
     """
     n = x.shape[-1]
     return jax.lax.dynamic_slice_in_dim(jnp.concatenate([x, x], axis=-1), n - 1 - newest, n, axis=-1)
+
+
+def align_each(x: jax.Array, lags: jax.Array) -> jax.Array:
+    """`align_newest` for queries of different rows, from the lag of each key, int [B, n]: [B, H, n] -> [B, H, n]."""
+    return jnp.take_along_axis(x, x.shape[-1] - 1 - lags[:, None], axis=-1)

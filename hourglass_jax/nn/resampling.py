@@ -1,7 +1,8 @@
 """Shortening and upsampling (section 2 of the paper): one interface each, chosen by name.
 
-A shortening maps groups of token vectors [B, G, k, D], already shifted right, to one vector each [B, G, D].
-An upsampling maps the unshifted token vectors [B, G, k, D] and the shortened ones [B, G, D] to [B, G, k, D].
+A shortening maps token vectors [B, L, D], already shifted right, to one vector for each group [B, G, D]. An upsampling
+maps the unshifted token vectors [B, L, D] and the shortened ones [B, G, D] to [B, L, D]. What a group is, `groups`
+says: see the verbs of `nn.groups.Groups`.
 Both are built as `Method(config, shorten_factor, unit, rngs=rngs)`, where `unit` is the total factor of the
 longer sequence, and called with `key=` for dropout. A new method is one class and one entry in the registry; where
 a group needs nothing but itself, the base class knows how to decode it.
@@ -15,20 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from hourglass_jax.config import HourglassConfig
-from hourglass_jax.nn.cache import Clock, KeyValueCache
+from hourglass_jax.nn.cache import Clock, where_live
+from hourglass_jax.nn.groups import Groups
 from hourglass_jax.nn.layers import linear
 from hourglass_jax.nn.transformer import Block
 from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
-
-
-def to_groups(x: jax.Array, k: int, shift: int = 0) -> jax.Array:
-    """[B, L, D] -> [B, ceil(L / k), k, D], moved right by `shift` positions with zeros entering on the left."""
-    batch, length, d_model = x.shape
-    groups = -(-length // k)
-    x = jnp.pad(x, ((0, 0), (shift, k), (0, 0)))[:, : groups * k]
-    return x.reshape(batch, groups, k, d_model)
 
 
 class Shortening(nnx.Module):
@@ -37,28 +32,37 @@ class Shortening(nnx.Module):
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, rngs: nnx.Rngs):
         pass
 
-    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """Shifted groups [B, G, k, D] -> [B, G, D]; `key` turns dropout on."""
+    def __call__(self, x: jax.Array, groups: Groups, *, key: jax.Array | None = None) -> jax.Array:
+        """Shifted vectors [B, L, D] -> [B, G, D]; `key` turns dropout on."""
         raise NotImplementedError
 
-    def init_cache(self, batch: int, max_length: int) -> Any:
-        """What it remembers of a batch of rows of up to `max_length` tokens."""
-        return None
+    def init_cache(self, x: jax.Array, groups: Groups, max_length: int) -> Any:
+        """What it remembers of a batch of rows of up to `max_length` tokens; x and groups are such as `step` has."""
+        self(x, groups)
+        return [jnp.zeros_like(total) for total in groups.rest]
 
-    def prefill(self, x: jax.Array, cache: Any, start: jax.Array) -> tuple[jax.Array, Any]:
+    def prefill(self, x: jax.Array, groups: Groups, cache: Any, start: jax.Array) -> tuple[jax.Array, Any]:
         """A call on rows that begin at `start` [B] tokens, which fills the cache."""
-        return self(x), cache
+        return self(x, groups), groups.rest
 
-    def step(self, slots: jax.Array, cache: Any, clock: Clock) -> tuple[jax.Array, Any]:
-        """One group's shifted vectors [B, k, D] -> [B, D]."""
-        return self(slots[:, None])[:, 0], cache
+    def step(self, x: jax.Array, groups: Groups, cache: Any, clock: Clock) -> tuple[jax.Array, Any]:
+        """One group's vectors [B, k, D], or the newest of a group in progress [B, 1, D] -> [B, D]."""
+        groups = groups.after(cache)
+        return self(x, groups)[:, 0], where_live(clock.live, groups.rest, cache)
 
 
 class AverageShortening(Shortening):
     """The mean of each group."""
 
-    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        return x.mean(axis=2)
+    def __call__(self, x: jax.Array, groups: Groups, *, key: jax.Array | None = None) -> jax.Array:
+        return groups.mean(x)
+
+
+class SelectShortening(Shortening):
+    """The vector at which each group ends: what came before it, the layers before have put there."""
+
+    def __call__(self, x: jax.Array, groups: Groups, *, key: jax.Array | None = None) -> jax.Array:
+        return groups.select(x)
 
 
 class LinearShortening(Shortening):
@@ -67,29 +71,60 @@ class LinearShortening(Shortening):
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, rngs: nnx.Rngs):
         self.project = linear(config, shorten_factor * config.d_model, config.d_model, rngs=rngs)
 
-    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        return self.project(x.reshape(*x.shape[:2], -1))
+    def __call__(self, x: jax.Array, groups: Groups, *, key: jax.Array | None = None) -> jax.Array:
+        slots = groups.slots(x)
+        return self.project(slots.reshape(*slots.shape[:2], -1))
 
 
 class AttentionShortening(Shortening):
-    """x' = S(x) + Attention(Q=S(x), K=V=x), then a feed-forward: a block whose queries are pooled groups."""
+    """x' = S(x) + Attention(Q=S(x), K=V=x), then a feed-forward: a block whose queries are pooled groups.
+
+    A query sees its own group and those before it; with groups of any length it stands where its event fires.
+    """
 
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, pool: type, rngs: nnx.Rngs):
         self.pool = pool(config, shorten_factor, unit, rngs=rngs)
-        self.block = Block(config, unit, cross=True, key_slots=shorten_factor, rngs=rngs)
+        self.by_event = config.ends_by_events(unit)
+        self.block = Block(config, unit, cross=True, key_slots=1 if self.by_event else shorten_factor, rngs=rngs)
+        self.block.attention.window = 0
 
-    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        return self.block(self.pool(x)[:, :, None], x, key=key)[:, :, 0]
+    def __call__(self, x: jax.Array, groups: Groups, *, key: jax.Array | None = None) -> jax.Array:
+        pooled = self.pool(x, groups)
+        if self.by_event:
+            return self.block.attend_from(pooled, x, groups.when, key=key)[0]
+        return self.block(pooled[:, :, None], groups.slots(x), key=key)[:, :, 0]
 
-    def init_cache(self, batch: int, max_length: int) -> KeyValueCache:
-        return self.block.attention.init_cache(batch, max_length)
+    def init_cache(self, x: jax.Array, groups: Groups, max_length: int) -> dict[str, Any]:
+        pool = self.pool.init_cache(x, groups, max_length)
+        return {"pool": pool, "attention": self.block.attention.init_cache(len(x), max_length)}
 
-    def prefill(self, x: jax.Array, cache: KeyValueCache, start: jax.Array) -> tuple[jax.Array, KeyValueCache]:
-        short, cache = self.block.prefill(self.pool(x)[:, :, None], x, cache=cache, start=start)
-        return short[:, :, 0], cache
+    def prefill(
+        self, x: jax.Array, groups: Groups, cache: dict[str, Any], start: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        pooled, pool = self.pool.prefill(x, groups, cache["pool"], start)
+        if self.by_event:
+            first = start // self.block.attention.unit
+            short, attention = self.block.attend_from(pooled, x, groups.when, first, cache=cache["attention"])
+            return short, {"pool": pool, "attention": attention}
+        slots = groups.slots(x)
+        short, attention = self.block.prefill(pooled[:, :, None], slots, cache=cache["attention"], start=start)
+        return short[:, :, 0], {"pool": pool, "attention": attention}
 
-    def step(self, slots: jax.Array, cache: KeyValueCache, clock: Clock) -> tuple[jax.Array, KeyValueCache]:
-        return self.block.step(self.pool(slots[:, None])[:, 0], slots, cache=cache, clock=clock)
+    def step(
+        self, x: jax.Array, groups: Groups, cache: dict[str, Any], clock: Clock
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        pooled, pool = self.pool.step(x, groups, cache["pool"], clock)
+        if not self.by_event:
+            short, attention = self.block.step(pooled, x, cache=cache["attention"], clock=clock)
+            return short, {"pool": pool, "attention": attention}
+        assert self.block.memory_norm is not None
+        attention = self.block.attention.write(self.block.memory_norm(x), cache["attention"], clock)
+
+        def attend() -> jax.Array:
+            return self.block.step(pooled, cache=attention, clock=clock)[0]
+
+        short = lax.cond(groups.due.any(), attend, lambda: pooled)
+        return short, {"pool": pool, "attention": attention}
 
 
 class Upsampling(nnx.Module):
@@ -99,42 +134,39 @@ class Upsampling(nnx.Module):
     """
 
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, rngs: nnx.Rngs):
-        self.shorten_factor = shorten_factor
         self.unit = unit
         self.cache_shape: tuple[int, ...] = (config.d_model,)
         self.cache_dtype = config.dtype
 
-    def __call__(self, x: jax.Array, short: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """Unshifted groups [B, G, k, D] and shortened vectors [B, G, D] -> [B, G, k, D]; `key` turns dropout on."""
+    def __call__(self, x: jax.Array, short: jax.Array, groups: Groups, *, key: jax.Array | None = None) -> jax.Array:
+        """Unshifted vectors [B, L, D] and shortened ones [B, G, D] -> [B, L, D]; `key` turns dropout on."""
         raise NotImplementedError
 
     def init_cache(self, batch: int, max_length: int) -> Any:
         """What it remembers of a batch of rows of up to `max_length` tokens: here the newest shortened vectors."""
         return jnp.zeros((batch, *self.cache_shape), self.cache_dtype)
 
-    def prefill(self, x: jax.Array, short: jax.Array, cache: Any, start: jax.Array) -> tuple[jax.Array, Any]:
-        """A call on rows that begin at `start` [B] tokens and end with a group, which fills the cache."""
-        return self(x, short), cache
+    def prefill(
+        self, x: jax.Array, short: jax.Array, groups: Groups, cache: Any, start: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """A call on rows that begin at `start` [B] tokens, which fills the cache."""
+        return self(x, short, groups), groups.last(short, cache)
 
     def receive(self, short: jax.Array, cache: Any, clock: Clock) -> Any:
         """The cache with a new group's shortened vector [B, D]."""
-        return short
+        return where_live(clock.live, short, cache)
 
-    def step(self, x: jax.Array, cache: Any, clock: Clock) -> jax.Array:
+    def step(self, x: jax.Array, groups: Groups, cache: Any, clock: Clock) -> jax.Array:
         """One token's vector [B, D] -> [B, D]; calls the method anew for each, so `receive` is for what is costly."""
-        slots = jnp.broadcast_to(x[:, None, None], (x.shape[0], 1, self.shorten_factor, x.shape[1]))
-        return self(slots, cache[:, None])[:, 0, self.slot(clock)]
-
-    def slot(self, clock: Clock) -> jax.Array:
-        """The token's place in its group."""
-        return clock.time // self.unit % self.shorten_factor
+        x = jnp.broadcast_to(x[:, None], (x.shape[0], groups.length, x.shape[1]))
+        return groups.newest(self(x, cache[:, None], groups), clock.time // self.unit)
 
 
 class RepeatUpsampling(Upsampling):
-    """Each shortened vector, k times."""
+    """Each shortened vector at all positions of its group."""
 
-    def __call__(self, x: jax.Array, short: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        return jnp.broadcast_to(short[:, :, None], x.shape)
+    def __call__(self, x: jax.Array, short: jax.Array, groups: Groups, *, key: jax.Array | None = None) -> jax.Array:
+        return groups.spread(short)
 
 
 class LinearUpsampling(Upsampling):
@@ -145,39 +177,56 @@ class LinearUpsampling(Upsampling):
         self.cache_shape = (shorten_factor, config.d_model)
         self.project = linear(config, config.d_model, shorten_factor * config.d_model, rngs=rngs)
 
-    def __call__(self, x: jax.Array, short: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        return self.project(short).reshape(x.shape)
+    def __call__(self, x: jax.Array, short: jax.Array, groups: Groups, *, key: jax.Array | None = None) -> jax.Array:
+        return groups.positions(self.project(short).reshape(*short.shape[:2], *self.cache_shape))
 
     def receive(self, short: jax.Array, cache: jax.Array, clock: Clock) -> jax.Array:
         return self.project(short).reshape(cache.shape)
 
-    def step(self, x: jax.Array, cache: jax.Array, clock: Clock) -> jax.Array:
-        return cache[:, self.slot(clock)]
+    def step(self, x: jax.Array, groups: Groups, cache: jax.Array, clock: Clock) -> jax.Array:
+        return groups.newest(cache, clock.time // self.unit)
 
 
 class AttentionUpsampling(Upsampling):
-    """U + Attention(Q=U, K=V=x'), then a feed-forward, where U = x or x plus another upsampling of x'."""
+    """U + Attention(Q=U, K=V=x'), then a feed-forward, where U = x or x plus another upsampling of x'.
+
+    With groups of any length distances count whole groups, each as the tokens that it is expected to have.
+    """
 
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, base: type | None, rngs: nnx.Rngs):
         self.base: Upsampling | None = None if base is None else base(config, shorten_factor, unit, rngs=rngs)
-        self.block = Block(config, unit, cross=True, query_slots=shorten_factor, rngs=rngs)
+        self.by_event = config.ends_by_events(unit)
+        unit, slots = (unit * shorten_factor, 1) if self.by_event else (unit, shorten_factor)
+        self.block = Block(config, unit, cross=True, query_slots=slots, rngs=rngs)
 
-    def __call__(self, x: jax.Array, short: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        return self.block(self.queries(x, short), short[:, :, None], key=key)
+    def __call__(self, x: jax.Array, short: jax.Array, groups: Groups, *, key: jax.Array | None = None) -> jax.Array:
+        queries = self.queries(x, short, groups)
+        if self.by_event:
+            return self.block.attend_from(queries, short, groups.served, key=key)[0]
+        return groups.positions(self.block(queries, short[:, :, None], key=key))
 
-    def queries(self, x: jax.Array, short: jax.Array) -> jax.Array:
-        return x if self.base is None else x + self.base(x, short)
+    def queries(self, x: jax.Array, short: jax.Array, groups: Groups) -> jax.Array:
+        """[B, G, k, D], with groups of any length [B, L, D]."""
+        if self.by_event:
+            return x if self.base is None else x + self.base(x, short, groups)
+        slots = groups.slots(x)
+        return slots if self.base is None else slots + groups.slots(self.base(x, short, groups))
 
     def init_cache(self, batch: int, max_length: int) -> dict[str, Any]:
         base = None if self.base is None else self.base.init_cache(batch, max_length)
         return {"base": base, "attention": self.block.attention.init_cache(batch, max_length)}
 
     def prefill(
-        self, x: jax.Array, short: jax.Array, cache: dict[str, Any], start: jax.Array
+        self, x: jax.Array, short: jax.Array, groups: Groups, cache: dict[str, Any], start: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
-        queries, memory = self.queries(x, short), short[:, :, None]
-        up, attention = self.block.prefill(queries, memory, cache=cache["attention"], start=start)
-        return up, cache | {"attention": attention}
+        queries, attention = self.queries(x, short, groups), cache["attention"]
+        base = None if self.base is None else self.base.prefill(x, short, groups, cache["base"], start)[1]
+        if self.by_event:
+            up, attention = self.block.attend_from(queries, short, groups.served, cache=attention)
+        else:
+            up, attention = self.block.prefill(queries, short[:, :, None], cache=attention, start=start)
+            up = groups.positions(up)
+        return up, {"base": base, "attention": attention}
 
     def receive(self, short: jax.Array, cache: dict[str, Any], clock: Clock) -> dict[str, Any]:
         base = None if self.base is None else self.base.receive(short, cache["base"], clock)
@@ -185,9 +234,9 @@ class AttentionUpsampling(Upsampling):
         keys = self.block.memory_norm(short[:, None])
         return {"base": base, "attention": self.block.attention.write(keys, cache["attention"], clock)}
 
-    def step(self, x: jax.Array, cache: dict[str, Any], clock: Clock) -> jax.Array:
-        queries = x if self.base is None else x + self.base.step(x, cache["base"], clock)
-        return self.block.step(queries, cache=cache["attention"], clock=clock)[0]
+    def step(self, x: jax.Array, groups: Groups, cache: dict[str, Any], clock: Clock) -> jax.Array:
+        queries = x if self.base is None else x + self.base.step(x, groups, cache["base"], clock)
+        return self.block.step(queries, cache=cache["attention"], clock=groups.query_clock(clock))[0]
 
 
 SHORTENINGS |= {
@@ -195,6 +244,7 @@ SHORTENINGS |= {
     "linear": LinearShortening,
     "attention_average": partial(AttentionShortening, pool=AverageShortening),
     "attention_linear": partial(AttentionShortening, pool=LinearShortening),
+    "select": SelectShortening,
 }
 
 UPSAMPLINGS |= {

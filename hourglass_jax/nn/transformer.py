@@ -68,6 +68,21 @@ class Block(nnx.Module):
         attention_key, *residual_keys = split_key(key, 3)
         return self.residual(x, self.attention(*self.normalize(x, memory), key=attention_key), *residual_keys)
 
+    def attend_from(
+        self,
+        x: jax.Array,
+        memory: jax.Array,
+        places: jax.Array,
+        first: Any = 0,
+        *,
+        cache: KeyValueCache | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """x [B, N, D] at `places` [B, N] of the memory [B, M, D] -> [B, N, D]; see `Attention`. Fills the cache."""
+        attention_key, *residual_keys = split_key(key, 3)
+        y, k, v = self.attention.attend_from(*self.normalize(x, memory), places, first, key=attention_key)
+        return self.residual(x, y, *residual_keys), None if cache is None else cache.write(k, v, row=0)
+
     def prefill(
         self, x: jax.Array, memory: jax.Array | None = None, *, cache: KeyValueCache, start: jax.Array
     ) -> tuple[jax.Array, KeyValueCache]:

@@ -12,6 +12,7 @@ with `unit` the total factor of the finer of the two sequences: token units at e
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,12 @@ from jax import lax
 
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.nn.attention.choice import attend
-from hourglass_jax.nn.attention.pattern import Inputs, Pattern
+from hourglass_jax.nn.attention.pattern import Inputs, Pattern, float32_at_least
 from hourglass_jax.nn.cache import Clock, KeyValueCache
-from hourglass_jax.nn.layers import Dropout, kernel_init, linear
-from hourglass_jax.nn.positions import align_newest, rotate, sinusoids, slot_distances
+from hourglass_jax.nn.layers import Dropout, dropped, kernel_init, linear
+from hourglass_jax.nn.positions import align_each, align_newest, rotate, sinusoids, slot_distances
+
+HIDDEN = -1e30  # a score of no weight, and with a derivative
 
 
 class Attention(nnx.Module):
@@ -92,6 +95,33 @@ class Attention(nnx.Module):
         out = attend(self.implementation, pattern, inputs, first, self.dropout.used(key))
         return out.swapaxes(1, 2).reshape(q.shape)
 
+    def attend_from(
+        self, queries: jax.Array, keys: jax.Array, places: jax.Array, first: Any = 0, *, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, N, D], [B, M, D] -> [B, N, D], and the keys and values [B, M, H, K] for a cache.
+
+        A query at `places`, int [B, N], sees the keys `first` [B or 1] .. its place; -1 sees nothing, which gives zero.
+        For events, which are anywhere: the formula as it stands, one slot a group.
+        """
+        q, k, v = (self.split_heads(f(x)) for f, x in ((self.query, queries), (self.key, keys), (self.value, keys)))
+        rows = jnp.arange(keys.shape[1])
+        content = q
+        if self.positions == "rotary":
+            content, k = rotate(q, self.unit * places), rotate(k, self.unit * rows)
+        elif self.positions == "relative":
+            content, position = self.content_and_position(q)
+        scores = jnp.einsum("bnhk,bmhk->bhnm", content, k)
+        if self.positions == "relative":
+            by_lag = jnp.einsum("bnhk,mhk->bhnm", position, self.relative_keys(self.unit * rows))
+            lags = jnp.maximum(places[:, None, :, None] - rows, 0)
+            scores += jnp.take_along_axis(by_lag, lags, axis=-1)
+        visible = (rows <= places[..., None]) & (rows >= jnp.reshape(first, (-1, 1, 1)))
+        scores = float32_at_least(scores) * self.head_dim**-0.5
+        weights = jax.nn.softmax(jnp.where(visible[:, None], scores, HIDDEN)) * visible[:, None]
+        if (dropout_key := self.dropout.used(key)) is not None:
+            weights = dropped(weights, self.dropout.rate, dropout_key)
+        return self.merge_heads(jnp.einsum("bhnm,bmhk->bnhk", weights.astype(v.dtype), v)), k, v
+
     def init_cache(self, batch: int, max_length: int) -> KeyValueCache:
         """For `max_length` tokens, a multiple of the total factor, or for the window."""
         stride = self.unit * self.query_slots
@@ -115,7 +145,10 @@ class Attention(nnx.Module):
     def step(
         self, query: jax.Array, keys: jax.Array | None, cache: KeyValueCache, clock: Clock
     ) -> tuple[jax.Array, KeyValueCache]:
-        """One query [B, D] at `clock.time` -> [B, D]; `keys` [B, S, D] or [B, D], where new, are its group's."""
+        """One query [B, D] at `clock.time` -> [B, D]; `keys` [B, S, D] or [B, D], where new, are its group's.
+
+        Where each row has a time of its own, only those that are live are told what is new.
+        """
         if keys is not None:
             cache = self.write(keys, cache, clock)
         q = self.split_heads(self.query(query))
@@ -125,7 +158,7 @@ class Attention(nnx.Module):
         newest = self.group_row(clock) + self.key_slots - 1
         arguments = (q, cache, newest, clock.start // cache.stride, slot)
         # On a CPU in a branch of its own: fused with the write before it, it would take seven times as long.
-        in_branch = partial(lax.cond, newest >= 0, self.attend_to_cache, lambda q, *_: q)
+        in_branch = partial(lax.cond, jnp.all(newest >= 0), self.attend_to_cache, lambda q, *_: q)
         out = lax.platform_dependent(*arguments, cpu=in_branch, default=self.attend_to_cache)
         return self.merge_heads(out), cache
 
@@ -139,8 +172,8 @@ class Attention(nnx.Module):
         keys = keys.reshape(keys.shape[0], self.key_slots, -1)
         k, v = self.split_heads(self.key(keys)), self.split_heads(self.value(keys))
         if cache.rotary:
-            k = rotate(k, (row + jnp.arange(self.key_slots)) * cache.stride)
-        return cache.write(k, v, row)
+            k = rotate(k, (row[..., None] + jnp.arange(self.key_slots)) * cache.stride)
+        return cache.write(k, v, row, clock.live)
 
     def attend_to_cache(
         self, q: jax.Array, cache: KeyValueCache, newest: jax.Array, first: jax.Array, slot: jax.Array
@@ -150,10 +183,14 @@ class Attention(nnx.Module):
             scores = jnp.einsum("bhk,bhnk->bhn", q, cache.keys)
         else:
             content, position = self.content_and_position(q)
-            r = lax.dynamic_index_in_dim(cache.relative, slot, keepdims=False)
+            r = cache.relative[0] if newest.ndim else lax.dynamic_index_in_dim(cache.relative, slot, keepdims=False)
             scores = jnp.einsum("bhk,bhnk->bhn", content, cache.keys)
-            scores += align_newest(jnp.einsum("bhk,hnk->bhn", position, r), newest % r.shape[1])
-        visible = cache.lags(newest) <= newest - first[:, None]
+            by_lag = jnp.einsum("bhk,hnk->bhn", position, r)
+            if newest.ndim:
+                scores += align_each(by_lag, cache.lags(newest))
+            else:
+                scores += align_newest(by_lag, newest % r.shape[1])
+        visible = cache.lags(newest) <= (newest - first)[:, None]
         probabilities = masked_softmax(scores * q.shape[-1] ** -0.5, visible[:, None], axis=-1)
         return jnp.einsum("bhn,bhnk->bhk", probabilities.astype(q.dtype), cache.values)
 
@@ -166,4 +203,4 @@ def heads_first(x: jax.Array) -> jax.Array:
 def masked_softmax(scores: jax.Array, visible: jax.Array, axis: int) -> jax.Array:
     """Softmax where `visible`, exactly zero elsewhere; float32 at least."""
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=axis)
+    return jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=axis), 0)

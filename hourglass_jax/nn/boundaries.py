@@ -1,0 +1,239 @@
+"""Who decides where a group ends: by position, by the token, or by a rule of your own.
+
+A rule is built as `Rule(config, level, rngs=rngs)`; it is asked at each position whether an event fires there, and sees
+that position and the one before it. So it is causal, and decodes, without more. A new rule is one class with `fires`
+and one entry in `registry.BOUNDARIES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hourglass_jax.config import HourglassConfig
+from hourglass_jax.errors import UsageError
+from hourglass_jax.hierarchy import Level
+from hourglass_jax.nn.cache import NEVER, Clock, EventCache, where_live
+from hourglass_jax.nn.groups import EventGroups, FixedGroups, Groups, OpenGroup, limit
+from hourglass_jax.registry import BOUNDARIES
+
+SPARE = 4  # events beyond the rate limit, so that a row may begin with a few at once
+SPECIAL = (256, 257)  # the byte tokenizer's, which begin and end examples
+WHITESPACE = (*range(9, 14), 32, *SPECIAL)  # of bytes
+# SpaceByte's: neither letter nor digit of ASCII, nor inside of a character of several bytes.
+SPACELIKE = (*(b for b in range(256) if b >= 0xC0 or (b < 0x80 and not chr(b).isalnum())), *SPECIAL)
+
+
+class Position(NamedTuple):
+    """What a rule sees of a position: the vector x [B, L, D], the token int [B, L], its place in the row int [B, L].
+
+    The token is None where the sequence is none of tokens: below the first shortening.
+    """
+
+    x: jax.Array
+    token: jax.Array | None
+    place: jax.Array
+
+
+class Turn(NamedTuple):
+    """What one step of decoding means for the deeper level.
+
+    due: bool [] or [B], whether it takes a step.
+    clock: its clock.
+    x, groups: of what its vector is made, if `gathers` at every position, otherwise when it is due.
+    """
+
+    due: jax.Array
+    clock: Clock
+    x: jax.Array
+    groups: Groups
+    gathers: bool
+
+
+class FixedBoundaries(nnx.Module):
+    """A group every k positions, of all rows at once."""
+
+    own_time = False  # of each row, below
+
+    def __init__(self, config: HourglassConfig, level: Level, *, rngs: nnx.Rngs):
+        self.k, self.unit = level.shorten_factor, level.factor
+        # The shift by k-1 is the smallest that leaks nothing: a group's vector serves all k positions of the group, so
+        # it may hold nothing newer than the group's first position.
+        self.shift = self.k if config.shift == "original" else self.k - 1
+        self.d_model, self.dtype = config.d_model, config.dtype
+
+    def __call__(self, x: jax.Array, tokens: jax.Array | None = None) -> FixedGroups:
+        """Of a sequence [B, L, D]."""
+        return FixedGroups(self.k, x.shape[1], self.shift)
+
+    def reach(self, max_length: int, context: int) -> tuple[int, int]:
+        """The deeper level's `max_length` and `context`, in tokens that its groups stand for."""
+        return max_length, context
+
+    def init_cache(self, batch: int, max_length: int, context: int) -> jax.Array:
+        """The newest positions, of which the next group is made."""
+        return jnp.zeros((batch, self.shift + 1, self.d_model), self.dtype)
+
+    def example(self, batch: int) -> tuple[jax.Array, FixedGroups]:
+        """What a step shortens."""
+        return jnp.zeros((batch, self.k, self.d_model), self.dtype), FixedGroups(self.k, self.k)
+
+    def prefill(
+        self, x: jax.Array, tokens: jax.Array | None, cache: jax.Array, clock: Clock
+    ) -> tuple[jax.Array, FixedGroups, Clock, jax.Array]:
+        """x [B, L, D], with L whole groups -> what is shortened, its groups, the deeper level's clock, the cache."""
+        begun = jnp.arange(x.shape[1]) >= clock.start[:, None] // self.unit
+        known = jnp.where(begun[..., None], x, 0)  # the shift brings in zeros, not padding
+        return known, self(x), clock, jnp.concatenate([cache, known], axis=1)[:, -self.shift - 1 :]
+
+    def step(self, x: jax.Array, token: jax.Array | None, cache: jax.Array, clock: Clock) -> tuple[Turn, jax.Array]:
+        """One position [B, D]; the first one of a group lets the deeper level run."""
+        window = jnp.concatenate([cache[:, 1:], x[:, None]], axis=1)
+        due = clock.time // self.unit % self.k == 0
+        return Turn(due, clock, window[:, : self.k], FixedGroups(self.k, self.k), gathers=False), window
+
+
+class Boundaries(nnx.Module):
+    """Events where `fires` says so, at each row's first position, and no more than the rate limit grants.
+
+    slack: events granted, for each expected one (a position in k).
+    """
+
+    own_time = True
+
+    def __init__(self, config: HourglassConfig, level: Level, *, rngs: nnx.Rngs):
+        self.k, self.unit = level.shorten_factor, level.factor
+        self.d_model, self.dtype = config.d_model, config.dtype
+        self.slack = config.boundary_slack
+
+    def fires(self, here: Position, before: Position) -> jax.Array:
+        """bool [B, L]: whether a group ends at `here`; at a row's first position nothing is `before`."""
+        raise NotImplementedError
+
+    def room(self, length: Any) -> Any:
+        """The most events among a row's first `length` positions; integers or arrays of them."""
+        return length * round(100 * self.slack) // (100 * self.k) + SPARE
+
+    def __call__(self, x: jax.Array, tokens: jax.Array | None = None) -> EventGroups:
+        """Of a sequence [B, L, D] with its tokens int [B, L], if any."""
+        return self.events(x, tokens, jnp.zeros(1, jnp.int32), x.shape[1])
+
+    def events(self, x: jax.Array, tokens: jax.Array | None, start: jax.Array, stop: jax.Array | int) -> EventGroups:
+        """Of rows that are padding before position `start` [B or 1] and from `stop` on."""
+        places = jnp.arange(x.shape[1]) - start[:, None]
+        here = Position(x, tokens, jnp.broadcast_to(places, x.shape[:2]))
+        before = jax.tree.map(lambda values: jnp.roll(values, 1, axis=1).at[:, 0].set(0), here)
+        valid = (places >= 0) & (places < jnp.reshape(stop - start, (-1, 1)))
+        wants = (self.fires(here, before) | (places == 0)) & valid
+        n_groups = min(self.room(x.shape[1]), x.shape[1])
+        return EventGroups(limit(wants, self.room(jnp.maximum(places + 1, 0))), n_groups, valid, wants)
+
+    def reach(self, max_length: int, context: int) -> tuple[int, int]:
+        """The deeper level's `max_length` and `context`, in tokens that its groups stand for."""
+        seen = min(max_length, context) // self.unit
+        length = min(self.room(seen), seen) * self.unit * self.k
+        return length, length
+
+    def init_cache(self, batch: int, max_length: int, context: int) -> EventCache:
+        length, _ = self.reach(max_length, context)
+        return EventCache(
+            when=jnp.full((batch, length // (self.unit * self.k)), NEVER, jnp.int32),
+            count=jnp.zeros(batch, jnp.int32),
+            newest=self.no_position(batch),
+            fresh=jnp.ones(batch, bool),
+        )
+
+    def no_position(self, batch: int) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros((batch, self.d_model), self.dtype), jnp.zeros(batch, jnp.int32)
+
+    def example(self, batch: int) -> tuple[jax.Array, OpenGroup]:
+        """What a step shortens."""
+        return self.no_position(batch)[0][:, None], OpenGroup(jnp.ones(batch, bool), jnp.ones(batch, bool))
+
+    def prefill(
+        self, x: jax.Array, tokens: jax.Array | None, cache: EventCache, clock: Clock
+    ) -> tuple[jax.Array, EventGroups, Clock, EventCache]:
+        """x [B, L, D] -> what is shortened, its groups, the deeper level's clock, the cache."""
+        stop = jnp.broadcast_to(clock.time // self.unit, x.shape[:1])
+        groups = self.events(x, tokens, clock.start // self.unit, stop)
+        fired = jnp.arange(groups.n_groups) < groups.count[:, None]
+        when = jnp.where(fired, groups.when * self.unit, NEVER)
+        last = jnp.maximum(stop - 1, 0)
+        rows = jnp.arange(len(x))
+        newest = x[rows, last], cache.newest[1] if tokens is None else tokens[rows, last].astype(jnp.int32)
+        fresh = groups.when[rows, jnp.maximum(groups.count - 1, 0)] == last
+        when = cache.when.at[:, : groups.n_groups].set(when)
+        cache = replace(cache, when=when, count=groups.count, newest=newest, fresh=fresh)
+        zero = jnp.zeros_like(groups.count)
+        return x, groups, Clock(groups.count * self.unit * self.k, zero, zero), cache
+
+    def step(self, x: jax.Array, token: jax.Array | None, cache: EventCache, clock: Clock) -> tuple[Turn, EventCache]:
+        """One position [B, D]; the deeper level runs in the rows in which an event fires."""
+        place = jnp.broadcast_to(clock.time - clock.start, x.shape[:1]) // self.unit
+        token = cache.newest[1] if token is None else token.astype(jnp.int32)
+        here = Position(x[:, None], token[:, None], place[:, None])
+        before = Position(*(values[:, None] for values in (*cache.newest, place - 1)))
+        seen = (cache.when >= clock.start[:, None]).sum(axis=1, dtype=jnp.int32)
+        fires = (self.fires(here, before)[:, 0] | (place == 0)) & (seen < self.room(place + 1))
+        if clock.live is not None:
+            fires &= clock.live
+        unit = self.unit * self.k
+        below = Clock(cache.count * unit, jnp.zeros_like(place), (cache.count - seen) * unit, fires)
+        serving = replace(below, time=(cache.count + fires - 1) * unit, live=None)
+        groups = OpenGroup(cache.fresh, fires, serving)
+        row = jnp.where(fires, cache.count % cache.when.shape[1], cache.when.shape[1])
+        when = cache.when.at[jnp.arange(len(row)), row].set(clock.time, mode="drop")
+        newest = where_live(clock.live, (x, token), cache.newest)
+        fresh = where_live(clock.live, fires, cache.fresh)
+        cache = replace(cache, when=when, count=cache.count + fires, newest=newest, fresh=fresh)
+        return Turn(fires, below, x[:, None], groups, gathers=True), cache
+
+
+class EveryKth(Boundaries):
+    """Events at positions 0, k, 2k ... of each row: a fixed factor, where every row has a time of its own."""
+
+    def __init__(self, config: HourglassConfig, level: Level, *, rngs: nnx.Rngs):
+        super().__init__(config, level, rngs=rngs)
+        self.slack = 1.0
+
+    def fires(self, here: Position, before: Position) -> jax.Array:
+        return here.place % self.k == 0
+
+
+class TokenBoundaries(Boundaries):
+    """An event at every token of `boundary_tokens`, or at the first of each run of such (`first_of_run`)."""
+
+    def __init__(
+        self,
+        config: HourglassConfig,
+        level: Level,
+        *,
+        of_bytes: tuple[int, ...] = (),
+        first_of_run: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(config, level, rngs=rngs)
+        self.tokens = config.boundary_tokens or of_bytes
+        self.vocab_size, self.first_of_run = config.vocab_size, first_of_run
+
+    def fires(self, here: Position, before: Position) -> jax.Array:
+        if here.token is None or before.token is None:
+            raise UsageError("boundaries from the text need its tokens; give `tokens`, int [B, L], beside the vectors")
+        listed = jnp.asarray(np.isin(np.arange(self.vocab_size), self.tokens))
+        fires = listed[here.token]
+        return fires & ~listed[before.token] if self.first_of_run else fires
+
+
+BOUNDARIES |= {
+    "fixed": FixedBoundaries,
+    "whitespace": partial(TokenBoundaries, of_bytes=WHITESPACE, first_of_run=True),
+    "spacelike": partial(TokenBoundaries, of_bytes=SPACELIKE, first_of_run=True),
+    "tokens": TokenBoundaries,
+    "every": EveryKth,
+}
