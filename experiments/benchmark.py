@@ -29,7 +29,7 @@ from hourglass_jax import UsageError
 SUITE = flags.DEFINE_enum("suite", "decoding", ["decoding", "training", "accelerator"], "What to time.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Each figure is a median of so many.", lower_bound=1)
 PEER = flags.DEFINE_boolean("peer", True, "Measure the peer too (needs the extra [bench]).")
-REPORT = flags.DEFINE_string("report", "", "Write PATH.json, PATH.md and, for decoding, PATH.png.")
+REPORT = launcher.define_path("report", "", "Write PATH.json, PATH.md and, for decoding, PATH.png.")
 LENGTHS = flags.DEFINE_list("lengths", ["128", "512", "1024", "2048", "4096"], "Decoding: characters to generate.")
 BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Decoding: texts at a time; the first at every length.")
 SLICE_MINUTES = flags.DEFINE_float("slice_minutes", 8.5, "Accelerator: begin no part that would end later than this.")

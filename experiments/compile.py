@@ -21,7 +21,7 @@ from absl import flags
 from experiments.accelerators import pages, report
 from experiments.accelerators.advice import cheapest_changes
 from experiments.accelerators.roofline import Roofline, total
-from experiments.accelerators.step import Compiled, Run, compile_step
+from experiments.accelerators.step import Compiled, Pretraining, compile_step
 from experiments.accelerators.targets import find_target, known_targets
 from experiments.common import launcher, pretraining
 from hourglass_jax import HourglassConfig, RuntimeConfig, UsageError
@@ -32,29 +32,29 @@ TARGET = flags.DEFINE_string(
 CHARACTERS = flags.DEFINE_float("characters", None, "To say how many days they take; default: those of the run.")
 ADVICE = flags.DEFINE_boolean("advice", True, "Where it does not fit, compile changes until two are found that do.")
 NAME = flags.DEFINE_string("name", None, "What reports call the row; default: the positions.")
-REPORT = flags.DEFINE_string("report", "", "Add the row to PATH.json, and draw PATH.md and PATH.png anew.")
-PROGRAM = flags.DEFINE_string("program", "", "Write the compiled program's text here.")
+REPORT = launcher.define_path("report", "", "Add the row to PATH.json, and draw PATH.md and PATH.png anew.")
+PROGRAM = launcher.define_path("program", "", "Write the compiled program's text here.")
 flags.adopt_module_key_flags(pretraining)  # so that --help shows them
 
 
-def read_run() -> Run:
+def read_pretraining() -> Pretraining:
     data, optimizer, train = pretraining.read_configs()
     if train.shorten_factors:
         raise UsageError("--shorten_factors draws between several programs; leave it out, and give --hierarchy of one")
     vocab_size = pretraining.vocabulary_size(data, pretraining.VOCAB_PATH.value)
     model = launcher.read_config("model", HourglassConfig, vocab_size=vocab_size)
-    return Run(model, data, optimizer, train, launcher.read_config("runtime", RuntimeConfig))
+    return Pretraining(model, data, optimizer, train, launcher.read_config("runtime", RuntimeConfig))
 
 
 def main(_: list[str]) -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or its compiler looks for a TPU in the network
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # seconds are of compiling, not of reading
-    target, run = find_target(TARGET.value), read_run()
+    target, run = find_target(TARGET.value), read_pretraining()
     devices = target.devices()
     compiled = compile_step(run, target, devices)
 
-    def attempt(changed: Run) -> tuple[Compiled, float]:
+    def attempt(changed: Pretraining) -> tuple[Compiled, float]:
         print(f"trying remat {changed.model.remat}, {changed.runtime}", file=sys.stderr, flush=True)
         result = compile_step(changed, target, devices)
         return result, total(Roofline(result.text, target).kernels).seconds if result.text else float("inf")

@@ -71,7 +71,8 @@ class HourglassConfig:
     norm: stack (after every stack and every upsampling, as Trax) | final (before the head only).
     shift: paper (k-1) | original (k, the original project's, one character staler).
     dtype: of the computation, float32 | bfloat16 | float64 (with JAX_ENABLE_X64); parameters stay float32.
-    max_unrolled_layers: deeper stacks are one scanned body, so that compile time stays flat.
+    max_unrolled_layers: deeper stacks are one scanned body, so that compile time stays flat; on GPUs those of more than
+        twice as many.
     attention: how it is computed; the result is the same. auto (the best that platform, dtype, head size, positions and
         dropout allow) | blocked (jnp, in memory linear in length) | fused (cuDNN's kernel on GPUs, splash attention on
         TPUs; blocked with relative positions or dropout, which they do not know) | kernel (ours in Pallas, with both;
@@ -105,7 +106,7 @@ class HourglassConfig:
     shift: str = "paper"
     dtype: str = "float32"
     max_unrolled_layers: int = 4
-    attention: str = "blocked"
+    attention: str = "auto"
     window: int = 0
     remat: str = "auto"
 
@@ -206,14 +207,14 @@ class HourglassConfig:
         """Longest sequence in tokens: learned positions end at `max_length`, the others never."""
         return self.max_length if self.positions == "learned" else math.inf
 
-    def remat_of(self, n_layers: int) -> str:
+    def remat_of(self, *, unrolled: bool) -> str:
         """What `remat` means for a stack: 'auto' recomputes the layers of scanned stacks alone.
 
         On a CPU the gradient through a plain scan takes longer than that through a rematerialised one.
         """
         if self.remat != "auto":
             return self.remat
-        return "none" if n_layers <= self.max_unrolled_layers else "full"
+        return "none" if unrolled else "full"
 
     @property
     def parsed_hierarchy(self) -> Hierarchy:

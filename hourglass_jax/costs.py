@@ -17,6 +17,7 @@ from hourglass_jax.hierarchy import Level
 from hourglass_jax.model import HourglassLM, n_parameters
 from hourglass_jax.nn.groups import FixedGroups
 from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS, AttentionShortening, AttentionUpsampling
+from hourglass_jax.nn.transformer import is_unrolled
 
 
 class Work(NamedTuple):
@@ -217,7 +218,7 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
         block = intermediates(layer, key_norms=0)  # keys share the queries' norm; resampling has one for them
         kept += intermediates(resampling, key_norms=1) + positions * batch * 3 * d
         for n_layers in (level.pre_layers, level.post_layers):
-            if config.remat_of(n_layers) != "full":
+            if config.remat_of(unrolled=is_unrolled(config, n_layers)) != "full":
                 kept += n_layers * block
             else:
                 kept += n_layers * positions * batch * d

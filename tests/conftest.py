@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +37,20 @@ QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_configure(config):
-    """Sets QUICK_FLAGS for all workers and launchers, unless this release of XLA no longer knows them."""
-    if "XLA_FLAGS" not in os.environ and not hasattr(config, "workerinput"):
+    """Sets what workers and launchers inherit: QUICK_FLAGS, if this release of XLA knows them, and one place for
+    compiled programs, which many tests have in common."""
+    if hasattr(config, "workerinput"):
+        return
+    if "XLA_FLAGS" not in os.environ:
         environment = os.environ | {"XLA_FLAGS": QUICK_FLAGS}
         probe = [sys.executable, "-c", "import jax; jax.devices()"]
         if subprocess.run(probe, env=environment, capture_output=True).returncode == 0:
             os.environ["XLA_FLAGS"] = QUICK_FLAGS
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        compiled = tempfile.TemporaryDirectory(prefix="compiled-")
+        config.add_cleanup(compiled.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 TESTS_A_CACHE = 50

@@ -7,6 +7,9 @@ import pytest
 from conftest import make_model, small_config
 from flax import nnx
 
+from hourglass_jax.nn.attention.choice import choose
+from hourglass_jax.nn.platform import n_devices, on_one_cpu, platform
+
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 11, (3, 9)))
@@ -67,6 +70,17 @@ def test_gradients_of_each_example_are_those_of_it_alone(attention):
     for i, tokens in enumerate(TOKENS):
         for batched, single in zip(*map(jax.tree.leaves, (of_each, alone(params, tokens))), strict=True):
             np.testing.assert_allclose(batched[i], single, rtol=1e-3, atol=1e-5)
+
+
+def test_the_platform_is_that_of_the_mesh_in_use():
+    assert platform() == "cpu"
+    device = jax.sharding.AbstractDevice("some GPU", None, "gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",), abstract_device=device)):
+        assert (platform(), n_devices(), on_one_cpu()) == ("gpu", 2, False)
+        assert choose("auto", "bfloat16", 64)[0] == "fused"
+        with jax.default_device("cpu"):
+            assert platform() == "gpu"
+    assert choose("auto", "bfloat16", 64)[0] == "blocked"
 
 
 def test_blocked_attention_has_no_forward_derivative():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import make_model, small_config
 from flax import nnx
-from launching import ENVIRONMENT, run, run_forked
+from launching import run, run_forked
 from layouts import planes, write_binary
 from PIL import Image
 
@@ -42,7 +42,6 @@ def succeed(script, *flags, cwd):
 def home(tmp_path_factory):
     """A directory with images, a tiny model trained on them, and what the launchers printed, as script.log."""
     home = tmp_path_factory.mktemp("images")
-    ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
     stdout = succeed("pretrain", *small_source(home / "small"), *TINY, cwd=home)
     (home / "pretrain.log").write_text(stdout)
     [line] = [line for line in stdout.splitlines() if line.startswith("next: ")]

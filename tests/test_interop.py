@@ -15,7 +15,7 @@ from hourglass_jax.interop.parameters import build_model, named_parameters
 torch = pytest.importorskip("torch")
 from original_torch import HourglassLM as OriginalLM  # noqa: E402
 
-TOKENS = ["<EOS>", "<UNK>", "<BOS>", *"abcdefgh"]
+TOKENS = ["<EOS>", "<UNK>", "<BOS>", *"abcdefg\n"]
 LENGTH = 24  # of the longest sequence, a multiple of all total factors
 TEXT = np.random.default_rng(0).integers(0, len(TOKENS), (2, LENGTH))
 TWO_LEVELS, THREE_LEVELS = [2, 1, 1, 3], [1, 1, 2, 2, 1, 3]
@@ -156,7 +156,7 @@ def test_every_form_of_the_vocabulary_and_one_without_bos(tmp_path):
     for form in (TOKENS, *forms):
         assert convert(tmp_path, state, form)[1].characters == list("abcdefgh")
     early = original([1, 1], vocab_size=10)
-    model, tokenizer = convert(tmp_path, early.state_dict(), ["<EOS>", "<UNK>", *"abcdefgh"])
+    model, tokenizer = convert(tmp_path, early.state_dict(), ["<EOS>", "<UNK>", *"abcdefg\n"])
     assert tokenizer.encode("a").tolist() == [3] and model.config.vocab_size == 11
     text = np.where(TEXT >= 2, TEXT + 1, TEXT) % 11
     ours = np.asarray(forward(model, np.where(text == 2, 0, text)))

@@ -47,7 +47,6 @@ def stop(home, number):
 def stopped(tmp_path_factory):
     """What became of a run: of each signal the process and the newest whole step after it, then the last process."""
     home, outcomes = tmp_path_factory.mktemp("stopped"), {}
-    ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
     (home / "text.txt").write_text("the → quick brown 狐 jumps over a → lazy dog. " * 300)
     for number in (signal.SIGTERM, signal.SIGINT):
         process = stop(home, number)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from launching import ENVIRONMENT, EXPERIMENTS, README, run, run_forked
+from launching import EXPERIMENTS, README, run, run_forked
 
 WORDS = "the quick brown fox jumps over a lazy dog while five wizards mix jugs of quartz pink vow"
 TINY = ["--hierarchy=1@1 1@2 1@1", "--d_model=32", "--n_heads=2", "--d_ff=64", "--block_size=32"]
@@ -47,7 +47,6 @@ def printed_command(stdout):
 def home(tmp_path_factory):
     """A directory with a text, haiku, a tiny model pretrained on the text and two fine-tuned from it."""
     home = tmp_path_factory.mktemp("launchers")
-    ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
     (home / "text.txt").write_text(sentences(20_000))
     rng = random.Random(1)
     poems = ["\n".join(" ".join(rng.choices(WORDS.split(), k=4)) for _ in range(3)) for _ in range(40)]

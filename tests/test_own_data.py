@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import make_model, small_config
 from flax import nnx
-from launching import ENVIRONMENT, run_forked
+from launching import run_forked
 from PIL import Image
 
 import hourglass_jax as hg
@@ -43,7 +43,6 @@ def write_model(directory, path, **options):
 def home(tmp_path_factory):
     """A directory with texts, haiku and models of some of the texts."""
     home = tmp_path_factory.mktemp("own")
-    ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
     texts = {
         "text": TEXT,
         "moved": TEXT,

@@ -1,5 +1,6 @@
 """A run directory is one object: what it is, who trains in it, and how it goes on."""
 
+import dataclasses
 import io
 import json
 import socket
@@ -223,6 +224,14 @@ def test_identity_reaches_the_settings_of_what_a_run_was_pretrained_on():
     assert not differences(identity(settings), identity(other))
     other["pretrained_settings"]["data"]["block_size"] = 3
     assert differences(identity(settings), identity(other)) == {"pretrained_settings.data.block_size": (16, 3)}
+
+
+def test_a_run_goes_on_by_other_means(tmp_path):
+    hg.Run(tmp_path).start(CONFIG, TOKENIZER)
+    hg.Run(tmp_path).start(dataclasses.replace(CONFIG, attention="plain", remat="full"))
+    assert hg.Run(tmp_path).read().config.attention == "plain"
+    with pytest.raises(hg.UsageError, match=r"model.dropout: 0.0 -> 0.1"):
+        hg.Run(tmp_path).start(dataclasses.replace(CONFIG, dropout=0.1))
 
 
 def test_another_vocabulary_is_another_run(tmp_path):

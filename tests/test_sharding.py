@@ -7,13 +7,18 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from conftest import forward
+from conftest import forward, make_model, small_config
+from flax import nnx
 from launching import ENVIRONMENT, run, run_forked
 
 import hourglass_jax as hg
+from hourglass_jax import RuntimeConfig
+from hourglass_jax.training.sharding import batch_sharding, gather, make_mesh, state_shardings
 
 FLAGS = ["--hierarchy=1@1 1@2 1@1", "--d_model=32", "--n_heads=2", "--d_ff=64", "--block_size=32", "--batch_size=16"]
 FLAGS += [
@@ -44,7 +49,6 @@ def curve(home, out, name):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("sharding")
-    ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
     (home / "text.txt").write_text(TEXT)
     pretrain(home, "one")
     return home
@@ -62,6 +66,35 @@ def assert_same_curves(home, out, reference="one"):
 def test_eight_devices_learn_as_one(home, fsdp):
     pretrain(home, f"eight{fsdp}", f"--fsdp={fsdp}", n_devices=8)
     assert_same_curves(home, f"eight{fsdp}")
+
+
+def differentiate_on_eight_devices():
+    """The loss with dropout and its gradient, by the interpreted kernels on 4 x 2 devices and by the formula on one."""
+    mesh = make_mesh(RuntimeConfig(fsdp=2))
+    tokens = jax.random.randint(jax.random.key(0), (8, 12), 0, 11)
+    results = []
+    for attention in ("kernel", "plain"):
+        graph, params = nnx.split(make_model(small_config(attention=attention, window=5, dropout=0.3), scale=1))
+        if attention == "kernel":
+            tokens = jax.device_put(tokens, batch_sharding(mesh))
+            params = jax.device_put(params, state_shardings(mesh, params))
+        else:
+            tokens = jax.device_put(tokens, jax.devices()[0])
+
+        def loss(params, tokens, graph=graph):
+            return (nnx.merge(graph, params)(tokens, jax.random.key(1)) ** 2).mean()
+
+        program = jax.jit(jax.value_and_grad(loss)).lower(params, tokens).compile()
+        results.append(gather(program(params, tokens)))
+    for ours, expected in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_kernels_on_eight_devices_equal_one():
+    command = [sys.executable, "-c", "import test_sharding; test_sharding.differentiate_on_eight_devices()"]
+    environment = os.environ | ENVIRONMENT | devices(8)
+    result = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, encoding="utf-8")
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow
@@ -130,3 +163,31 @@ def test_parameters_are_divided_over_fsdp():
     environment = os.environ | devices(8)
     result = subprocess.run([sys.executable, "-c", PLACES], env=environment, capture_output=True, encoding="utf-8")
     assert float(result.stdout) == 1 / 4, result.stderr
+
+
+SENT = """
+import sys
+
+from jax import devices
+
+from experiments.accelerators.roofline import Roofline, total
+from experiments.accelerators.step import Run, compile_step
+from experiments.accelerators.targets import find_target
+from hourglass_jax import DataConfig, HourglassConfig, OptimizerConfig, RuntimeConfig, TrainConfig
+
+config = HourglassConfig(vocab_size=64, hierarchy="1@1 1@2 1@1", d_model=32, n_heads=2, d_ff=64, positions="rotary")
+target = find_target("8xh100")
+for length in (16, 48):
+    data = DataConfig(block_size=length, batch_size=8)
+    run = Run(config, data, OptimizerConfig(), TrainConfig(), RuntimeConfig(fsdp=8))
+    compiled = compile_step(run, target, devices())
+    print(total(Roofline(compiled.text, target).kernels).link_bytes, compiled.memory.parameters * 8)
+"""
+
+
+def test_divided_devices_exchange_parameters_and_gradients_alone():
+    """Whatever the length: activations stay where they are."""
+    environment = os.environ | devices(8) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    result = subprocess.run([sys.executable, "-c", SENT], env=environment, capture_output=True, encoding="utf-8")
+    (short, parameters), (long, _) = (map(float, line.split()) for line in result.stdout.splitlines())
+    assert short == long and parameters < short < 4 * parameters, result.stderr

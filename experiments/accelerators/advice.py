@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from experiments.accelerators.step import Compiled, Run
+from experiments.accelerators.step import Compiled, Pretraining
 
 WANTED = 2
 FLAGS = {"remat": "--model.remat", "accumulate": "--runtime.accumulate", "fsdp": "--runtime.fsdp"}
@@ -23,7 +23,7 @@ class Change(NamedTuple):
         return " ".join(f"{FLAGS[name]}={value}" for name, value in self.options.items())
 
 
-def families(run: Run, chips: int) -> Iterator[list[dict[str, Any]]]:
+def families(run: Pretraining, chips: int) -> Iterator[list[dict[str, Any]]]:
     """Changes of one kind each, the mildest first; then all kinds together."""
     rows = run.data.batch_size // chips
     remat = {"dots": ["full"], "full": []}.get(run.model.remat, ["dots", "full"])
@@ -40,7 +40,10 @@ def families(run: Run, chips: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def cheapest_changes(
-    run: Run, chips: int, fits: Callable[[Compiled], bool], attempt: Callable[[Run], tuple[Compiled, float]]
+    run: Pretraining,
+    chips: int,
+    fits: Callable[[Compiled], bool],
+    attempt: Callable[[Pretraining], tuple[Compiled, float]],
 ) -> list[Change]:
     """At most two, by the time a step would take. `attempt` compiles a run and estimates its seconds.
 

@@ -19,7 +19,7 @@ COLUMNS = (
     "batch",
     "fits",
     "peak GiB a chip",
-    "compile s",
+    "compile s (processor)",
     "ms a step",
     "MFU",
     "Mchar/s",
@@ -35,7 +35,7 @@ def add_row(path: Path, row: dict[str, Any]) -> None:
     row = {"name": row["name"], "command": made["command"]} | row | {"versions": made["versions"]}
     key = (row["name"], row["target"])
     rows = [other for other in record["rows"] if (other["name"], other["target"]) != key] + [row]
-    write(path, made, sorted(rows, key=lambda row: (row["name"], row["machine"])))
+    write(path, made, sorted(rows, key=lambda row: (row["name"], title(row), chips(row))))
 
 
 def write(path: Path, made: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
@@ -57,7 +57,7 @@ def overview(rows: Sequence[dict[str, Any]]) -> str:
         batch, length = row["batch"]
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / report.GIB:.1f}"
         line = [row["name"], row["target"], f"{batch} x {length:,}", "yes" if row["fits"] else "no", peak]
-        line.append(f"{row['compile_seconds']:.0f}")
+        line.append("{compile:.0f} ({compile_processor:.0f})".format(**row["seconds_to"]))
         if row["compiles"]:
             estimate = row["estimate"]
             line += [
@@ -98,6 +98,13 @@ def parts(row: dict[str, Any]) -> dict[str, Any]:
 
 def chip_seconds(row: dict[str, Any], source: str) -> float:
     """Of a source, for a million characters."""
-    chips = int(row["machine"].partition(" ")[0])
     batch, length = row["batch"]
-    return parts(row).get(source, {"seconds": 0.0})["seconds"] * chips * 1e6 / (batch * length)
+    return parts(row).get(source, {"seconds": 0.0})["seconds"] * chips(row) * 1e6 / (batch * length)
+
+
+def chips(row: dict[str, Any]) -> int:
+    return int(row["machine"].partition(" x ")[0])
+
+
+def title(row: dict[str, Any]) -> str:
+    return row["machine"].partition(" x ")[2]

@@ -33,7 +33,7 @@ LENGTHS = {"enwik8": 4096}  # as the paper's test has them
 
 TARGETS = flags.DEFINE_list("targets", ["h100", "8xh100", "v5e-16", "v5e-256"], "See experiments/compile.py.")
 DATASETS = flags.DEFINE_list("datasets", list(TABLES), "Whose main model.")
-OUT = flags.DEFINE_string("results", "experiments/results/accelerators", "Directory of the records.")
+OUT = launcher.define_path("results", "experiments/results/accelerators", "Directory of the records.")
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the commands.")
 
 
@@ -44,7 +44,12 @@ def options(dataset: str, positions: str, n_chips: int) -> dict[str, Any]:
     [row] = (row for row in table.rows if row.options is not None)
     length = LENGTHS.get(dataset, setup.data.block_size)
     model = dataclasses.replace(
-        row_config(row, setup), positions=positions, dtype="bfloat16", max_length=length, dropout=0.0
+        row_config(row, setup),
+        positions=positions,
+        attention="auto",
+        dtype="bfloat16",
+        max_length=length,
+        dropout=0.0,
     )
     data = dataclasses.replace(setup.data, path="", block_size=length, batch_size=ROWS[dataset] * n_chips)
     found: dict[str, Any] = {}

@@ -14,6 +14,7 @@ INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\
 COMPUTATION = re.compile(r"(ENTRY )?%([\w.-]+) .*\{$")
 MEMORY_SPACE = re.compile(r"S\((\d+)\)")
 NAMES = re.compile(r"%([\w.-]+)")
+LINES_INSIDE = re.compile(r"kernel_metadata=\{\n.*?\n\}", re.DOTALL)  # all else of an instruction stands in one line
 TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
 
@@ -108,7 +109,7 @@ class Program:
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         self._tables: dict[str, dict[int, str]] = {name: {} for name in TABLES}
-        self._read(text.splitlines())
+        self._read(LINES_INSIDE.sub("", text).splitlines())
 
     def _read(self, lines: Sequence[str]) -> None:
         table: dict[int, str] | None = None

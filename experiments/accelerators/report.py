@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.accelerators.roofline import ATTENTION, PRODUCTS, Roofline, Total, total
 from experiments.accelerators.sources import COLLECTIVES
-from experiments.accelerators.step import Compiled, Run
+from experiments.accelerators.step import Compiled, Pretraining
 from experiments.accelerators.targets import Target
 from experiments.common.reports import markdown_table
 from hourglass_jax.costs import training_flops
@@ -21,7 +21,7 @@ METHOD = (
 )
 
 
-def summarise(run: Run, target: Target, compiled: Compiled, characters: float) -> dict[str, Any]:
+def summarise(run: Pretraining, target: Target, compiled: Compiled, characters: float) -> dict[str, Any]:
     """A row of a record; without an estimate where nothing was compiled."""
     row = {
         "target": target.name,
@@ -32,8 +32,7 @@ def summarise(run: Run, target: Target, compiled: Compiled, characters: float) -
         "compiles": bool(compiled.text),
         "failure": first_line(compiled.failure),
         "fits": compiled.fits(target),
-        "trace_seconds": compiled.trace_seconds,
-        "compile_seconds": compiled.compile_seconds,
+        "seconds_to": compiled.seconds._asdict(),
         "peak_bytes": compiled.peak,
         "memory_bytes": target.memory,
         "memory": compiled.memory and dataclasses.asdict(compiled.memory),
@@ -45,7 +44,7 @@ def summarise(run: Run, target: Target, compiled: Compiled, characters: float) -
     return row
 
 
-def estimate(run: Run, target: Target, roofline: Roofline, characters: float) -> dict[str, Any]:
+def estimate(run: Pretraining, target: Target, roofline: Roofline, characters: float) -> dict[str, Any]:
     """Times and rates of a step, which all chips take together; FLOPs, bytes and launches are those of one chip."""
     whole, kernels = total(roofline.kernels), roofline.kernels
     batch, length = run.data.batch_size, run.data.block_size
@@ -94,9 +93,11 @@ def describe(row: dict[str, Any]) -> str:
 
 def verdict(row: dict[str, Any]) -> str:
     again = row["rematerialised_by_the_compiler"]
+    seconds = row["seconds_to"]
     fits = f"fits into {row['memory_bytes'] / GIB:.1f} GiB" if row["fits"] else "DOES NOT FIT"
     text = (
-        f"Compiles in {row['compile_seconds']:.0f} s ({row['trace_seconds']:.0f} s to trace); {fits}: "
+        f"Compiles in {seconds['compile']:.0f} s, {seconds['compile_processor']:.0f} s of processor time ("
+        f"{seconds['trace']:.0f} s to trace); {fits}: "
         f"{row['peak_bytes'] / GIB:.2f} GiB a chip at the peak."
     )
     return text + (f" The compiler computes {again} instructions again to save memory." if again else "")

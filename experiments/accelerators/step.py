@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,12 @@ from hourglass_jax.training.sharding import abstract, batch_sharding, check_batc
 from hourglass_jax.training.step import TrainState, first_state, make_train_step
 
 GPU_SHARE = 0.95  # of a GPU's memory that a program may have: the driver and the libraries take some
-HOLDS = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")  # in a TPU compiler's refusal
+WANTED = re.compile(r"(?:Used |total memory required for HLO temporaries \()([\d.]+)([KMG])")  # as a TPU's refuses
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Pretraining:
     """The options of a pretraining run."""
 
     model: HourglassConfig
@@ -37,7 +38,7 @@ class Run:
     train: TrainConfig
     runtime: RuntimeConfig
 
-    def changed(self, **options: Any) -> Run:
+    def changed(self, **options: Any) -> Pretraining:
         """With other options of its model or of its runtime."""
         of_model = {name: value for name, value in options.items() if hasattr(self.model, name)}
         of_runtime = {name: value for name, value in options.items() if name not in of_model}
@@ -64,6 +65,14 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
+class Seconds(NamedTuple):
+    """What tracing and compiling took by the clock, and compiling of the processor's time, all threads together."""
+
+    trace: float
+    compile: float
+    compile_processor: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """What the compiler made of a step: `text` is empty where it refused, and `failure` says why.
@@ -74,8 +83,7 @@ class Compiled:
 
     text: str
     failure: str
-    trace_seconds: float
-    compile_seconds: float
+    seconds: Seconds
     memory: Memory | None
     peak: float | None
     analysis: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -90,7 +98,7 @@ class Compiled:
         return len(set(re.findall(r"%([\w.-]*\.remat[\w.-]*) =", self.text)))
 
 
-def compile_step(run: Run, target: Target, devices: Sequence[jax.Device]) -> Compiled:
+def compile_step(run: Pretraining, target: Target, devices: Sequence[jax.Device]) -> Compiled:
     """Raises UsageError where the devices do not divide the batch."""
     mesh = make_mesh(run.runtime, devices)
     check_batch(mesh, run.data.batch_size, run.runtime.accumulate)
@@ -107,34 +115,36 @@ def compile_step(run: Run, target: Target, devices: Sequence[jax.Device]) -> Com
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells what is traced which platform it is for
         lowered = step.lower(state, *batch)
         kept = activation_bytes(graph, params, run, mesh)
-    traced = time.perf_counter()
+    traced, processor = time.perf_counter(), processor_seconds()
     try:
-        compiled, seconds = timed_compile(lowered)
+        compiled, failure = compile_lowered(lowered), ""
     except jax.errors.JaxRuntimeError as error:
-        seconds = time.perf_counter() - traced
-        return Compiled("", str(error), traced - started, seconds, None, asked_bytes(str(error)))
+        compiled, failure = None, str(error)
+    seconds = Seconds(traced - started, time.perf_counter() - traced, processor_seconds() - processor)
+    if compiled is None:
+        return Compiled("", failure, seconds, None, asked_bytes(failure))
     analysis = {
         name: getattr(compiled.memory_analysis(), f"{name}_in_bytes")
         for name in ("argument_size", "output_size", "alias_size", "temp_size")
     }
     held = analysis["argument_size"] + analysis["output_size"] - analysis["alias_size"] + analysis["temp_size"]
     memory = divide(held, state, batch, kept)
-    return Compiled(compiled.as_text(), "", traced - started, seconds, memory, memory.peak, analysis)
+    return Compiled(compiled.as_text(), "", seconds, memory, memory.peak, analysis)
 
 
-def timed_compile(lowered: Any) -> tuple[Any, float]:
-    """The compiled program and the seconds it took.
+def processor_seconds() -> float:
+    """Of this process so far, and of those that it started and that have ended: assemblers, for one."""
+    return sum(os.times()[:4])
 
-    Where XLA finds no tiles for a product of its own, for want of a device to try them on, libraries' products do.
-    """
-    for options in ({}, {"xla_gpu_enable_triton_gemm": False}):
-        started = time.perf_counter()
-        try:
-            return lowered.compile(compiler_options=options), time.perf_counter() - started
-        except jax.errors.JaxRuntimeError as error:
-            if options or "tile sizes" not in str(error):
-                raise
-    raise AssertionError
+
+def compile_lowered(lowered: Any) -> Any:
+    """Where XLA finds no tiles for a product of its own, for want of a device to try them on, a library's will do."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "tile sizes" not in str(error):
+            raise
+    return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
 
 
 def batch_shapes(data: DataConfig) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -143,7 +153,7 @@ def batch_shapes(data: DataConfig) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtype
     return jax.ShapeDtypeStruct((size[0], size[1] + 1), jnp.int32), jax.ShapeDtypeStruct(size, jnp.float32)
 
 
-def activation_bytes(graph: nnx.GraphDef, params: nnx.State, run: Run, mesh: Mesh) -> float:
+def activation_bytes(graph: nnx.GraphDef, params: nnx.State, run: Pretraining, mesh: Mesh) -> float:
     """Of a chip: what a gradient keeps of its forward pass for each row of the part of a batch taken at once."""
 
     def kept(n_rows: int) -> int:
@@ -157,7 +167,8 @@ def activation_bytes(graph: nnx.GraphDef, params: nnx.State, run: Run, mesh: Mes
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
     rows = run.data.batch_size / mesh.size / run.runtime.accumulate
-    return rows * (kept(2) - kept(1))  # weights, which are kept too, do not grow with the rows
+    # Weights, which are kept too, do not grow with the rows.
+    return rows * (kept(2 * mesh.size) - kept(mesh.size)) / mesh.size
 
 
 def divide(peak: float, state: TrainState, batch: Any, activations: float) -> Memory:
@@ -172,5 +183,5 @@ def divide(peak: float, state: TrainState, batch: Any, activations: float) -> Me
 
 def asked_bytes(failure: str) -> float | None:
     """How much a TPU's compiler wanted, where it refused for want of memory."""
-    found = HOLDS.search(failure)
+    found = WANTED.search(failure)
     return float(found.group(1)) * UNITS[found.group(2)] if found else None

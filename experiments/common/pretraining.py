@@ -153,6 +153,6 @@ def vocabulary_size(data: DataConfig, vocab_path: str) -> int:
     if data.dataset != "text":
         return ImageTokenizer.vocab_size
     if data.tokenizer == "byte":
-        return ByteTokenizer.vocab_size
+        return ByteTokenizer().vocab_size
     vocabulary = CharTokenizer.load(Path(vocab_path)) if vocab_path else None
     return (vocabulary or load_tokens(data, None)[1]).vocab_size

@@ -14,6 +14,7 @@ from hourglass_jax.config import HourglassConfig
 from hourglass_jax.nn.attention import Attention
 from hourglass_jax.nn.cache import Clock, KeyValueCache
 from hourglass_jax.nn.layers import Dropout, layer_norm, linear, on_matrix, split_key
+from hourglass_jax.nn.platform import platform
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=True),
@@ -111,13 +112,19 @@ class Block(nnx.Module):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)), key)
 
 
+def is_unrolled(config: HourglassConfig, n_layers: int) -> bool:
+    """Whether a stack's layers are compiled one by one.
+
+    On a GPU of twice as many: a scan copies all that the backward pass needs, and kernels compile fast there.
+    """
+    return n_layers <= config.max_unrolled_layers * (2 if platform() == "gpu" else 1)
+
+
 class Stack(nnx.Module):
     """`n_layers` blocks at one level, then (norm='stack') a norm, also where there is no layer."""
 
     def __init__(self, config: HourglassConfig, n_layers: int, unit: int, *, rngs: nnx.Rngs):
-        self.n_layers = n_layers
-        self.unrolled = n_layers <= config.max_unrolled_layers
-        self.remat = config.remat_of(n_layers)
+        self.config, self.n_layers = config, n_layers
         make_layers = nnx.vmap(lambda rngs: Block(config, unit, rngs=rngs))
         self.layers: Any = make_layers(rngs.fork(split=n_layers)) if n_layers else None
         self.norm = layer_norm(config, rngs=rngs) if config.norm == "stack" else None
@@ -139,9 +146,11 @@ class Stack(nnx.Module):
             state, key = inputs
             return nnx.merge(graph, state)(x, key=key), None
 
-        if self.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat])
-        if self.unrolled:
+        unrolled = is_unrolled(self.config, self.n_layers)
+        remat = self.config.remat_of(unrolled=unrolled)
+        if remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
+        if unrolled:
             for i in range(self.n_layers):
                 x, _ = layer(x, jax.tree.map(lambda leaf, i=i: leaf[i], (state, keys)))
             return x

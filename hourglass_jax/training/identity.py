@@ -1,4 +1,4 @@
-"""What makes two trainings the same run: settings, and fingerprints of what they read; never where it lies."""
+"""What makes two trainings the same run: settings, and fingerprints of what they read; never where, never how fast."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from hourglass_jax.config import DataConfig, HourglassConfig, OptimizerConfig, TrainConfig
 
 PATHS = ("path", "valid_path", "data_path", "pretrained")  # names of settings that say where something lies
+MEANS = ("attention", "remat", "max_unrolled_layers")  # how a model is computed, which leaves what is computed alone
 DEFAULTS = {"model": HourglassConfig, "data": DataConfig, "optimizer": OptimizerConfig, "train": TrainConfig}
 N_PIECES, PIECE = 64, 65_536  # of a long text's fingerprint; PIECE in tokens
 
@@ -33,7 +34,10 @@ def fingerprint(tokens: np.ndarray) -> int:
 
 
 def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's settings says which run it is: all but paths, options that it is older than at their defaults."""
+    """What of a run's settings says which run it is: all but PATHS and MEANS.
+
+    Options that it is older than have their defaults.
+    """
     known = json.loads(json.dumps(settings))
     for name, cls in DEFAULTS.items():
         if isinstance(known.get(name), dict):
@@ -43,7 +47,7 @@ def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: identity(value) if isinstance(value, dict) else value
         for name, value in known.items()
-        if name not in PATHS
+        if name not in PATHS + MEANS
     }
 
 

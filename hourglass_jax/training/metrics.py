@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from tensorboardX import SummaryWriter
 
 from hourglass_jax.files import write_whole
+from hourglass_jax.nn.platform import platform
 
 CURVES = "metrics.jsonl"
 
@@ -78,7 +79,7 @@ def plot_curves(directory: Path) -> Path:
 @functools.cache
 def matmul_ceiling(dtype: str) -> float:
     """Floating-point operations a second that one device reaches on a large square matrix product, measured."""
-    n = 1024 if jax.default_backend() == "cpu" else 8192
+    n = 1024 if platform() == "cpu" else 8192
     x = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
     multiply = jax.jit(jnp.matmul)
     seconds = []

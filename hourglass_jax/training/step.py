@@ -48,9 +48,12 @@ def make_train_step(
     """
 
     def weighted_loss(params: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array) -> jax.Array:
-        if shardings is not None:  # whole, as the step's number is; or XLA may divide activations as parameters are
-            params = jax.lax.with_sharding_constraint(params, shardings.step)
-        return -(score(nnx.merge(graph, params), tokens, key) * weights).sum()
+        if shardings is None:
+            return -(score(nnx.merge(graph, params), tokens, key) * weights).sum()
+        # Parameters whole, as the step's number is, or XLA may divide activations as it divides them.
+        params = jax.lax.with_sharding_constraint(params, shardings.step)
+        with jax.sharding.use_abstract_mesh(jax.tree.leaves(shardings)[0].mesh.abstract_mesh):
+            return -(score(nnx.merge(graph, params), tokens, key) * weights).sum()
 
     def accumulated(params: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
         def add_part(total, part):

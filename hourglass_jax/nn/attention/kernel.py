@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import tpu as mosaic
 from jax.experimental.pallas import triton
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern
 from hourglass_jax.nn.attention.tiles import Arrays, Plan, Tile, forward_tile, key_tile, lag_tile, query_tile
@@ -27,6 +28,8 @@ from hourglass_jax.nn.platform import n_devices, platform
 
 BLOCKS = {"gpu": 64, "tpu": 128, "cpu": 16}  # query rows of a block, and keys
 SMALLEST = 16  # rows of a product on a GPU
+LANES = 128  # of a TPU: its arrays are as wide, or a multiple
+ROOM = 16 * 2**20  # bytes of a TPU's memory for what a program computes
 # For each kernel the products of a tile with blocks of keys or values, and with slabs of relative keys.
 PRODUCTS: dict[Callable[..., Any], tuple[int, int]] = {
     forward_tile: (2, 1),
@@ -71,7 +74,7 @@ def make_plan(pattern: Pattern, heads: int, groups: int, size: int) -> Plan:
     block = BLOCKS[name]
     parts: tuple[int, ...] = (size,)
     if name != "tpu":  # whose products are always that large
-        size += -size % SMALLEST
+        size = round_up(size, SMALLEST)
         parts = tuple(1 << bit for bit in reversed(range(size.bit_length())) if size & (1 << bit))
         block //= pl.next_power_of_2(pattern.key_slots)  # the slab has a row for every key of the block's groups
         block = max(SMALLEST, min(block, pl.next_power_of_2(groups)))
@@ -174,7 +177,7 @@ def call(
             in_specs=[whole(x) for x in flat],
             out_specs=[part(x) for x in written],
             out_shape=written,
-            compiler_params=compiler_parameters(plan, simple=simple),
+            compiler_params=compiler_parameters(plan, flat, simple=simple),
             interpret=plan.platform == "cpu",
             name=kernel.__name__,
             cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved),
@@ -185,34 +188,55 @@ def call(
 
 
 def divided_by_rows(run: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Callable[..., Any]:
-    """`run` on each device's rows of the batch; XLA alone would let every device compute all of them."""
+    """`run` on each device's rows of the batch; XLA alone would let every device compute all of them.
+
+    Where a mesh is in use, by its axes; elsewhere XLA asks for a rule, which no TPU's does (jax-ml/jax#38196).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def of_rows(x: Any) -> bool:
+        return x.ndim != 3 and x.shape != (2,)  # r and seeds belong to all of them
+
+    if not mesh.empty:
+        rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+        specs = tuple(rows if of_rows(x) else whole for x in inputs)
+        return jax.shard_map(run, in_specs=specs, out_specs=rows, check_vma=False)
+    numbers = itertools.count()
+
+    if not mesh.empty:
+        rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+        specs = tuple(rows if of_rows(x) else whole for x in inputs)
+        return jax.shard_map(run, in_specs=specs, out_specs=rows, check_vma=False)
     numbers = itertools.count()
 
     def axes(x: Any) -> str:
-        first = ["b"] if x.ndim != 3 and x.shape != (2,) else []  # r and seeds belong to all rows
-        return " ".join([*first, *(f"a{next(numbers)}" for _ in range(x.ndim - len(first)))])
+        return " ".join(["b"] * of_rows(x) + [f"a{next(numbers)}" for _ in range(x.ndim - of_rows(x))])
 
-    rule = ", ".join(map(axes, inputs)) + " -> " + ", ".join(axes(x) for x in outputs)
+    def partition(mesh: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+        rows = inputs[0].sharding.spec[:1]
+        whole, divided = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((), rows))
+        return mesh, run, *(tuple(divided if of_rows(x) else whole for x in arrays) for arrays in (outputs, inputs))
+
+    rule = ", ".join(map(axes, inputs)) + " -> " + ", ".join(map(axes, outputs))
+    alone = tuple(f"a{i}" for i in range(next(numbers)))
     divided = custom_partitioning(run)
-    divided.def_partition(
-        partition=lambda mesh, inputs, outputs: (
-            mesh,
-            run,
-            *jax.tree.map(lambda x: x.sharding, (outputs, inputs)),
-        ),
-        sharding_rule=rule,
-        need_replication_factors=tuple(f"a{i}" for i in range(next(numbers))),
-    )
+    divided.def_partition(partition=partition, sharding_rule=rule, need_replication_factors=alone)
     return jax.custom_batching.sequential_vmap(divided)
 
 
-def compiler_parameters(plan: Plan, *, simple: bool) -> Any:
-    """On a GPU a kernel has two tiles at a time in its shared memory where they fit."""
+def compiler_parameters(plan: Plan, inputs: Sequence[Any], *, simple: bool) -> Any:
+    """On a GPU a kernel has two tiles at a time in its shared memory where they fit; on a TPU two heads' arrays."""
     if plan.platform == "gpu":
         return triton.CompilerParams(num_warps=4, num_stages=2 if simple else 1)
     if plan.platform == "tpu":
-        return mosaic.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+        of_head = sum(x.shape[-2] * round_up(x.shape[-1], LANES) * x.dtype.itemsize for x in inputs if x.ndim > 2)
+        limit = 2 * of_head + ROOM
+        return mosaic.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=limit)
     return None
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def pad_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
