@@ -36,9 +36,14 @@ def align_lags(x: jax.Array) -> jax.Array:
     Row i belongs to query group N - b + i. Its entry e comes in for lag N - 1 - e and goes out at key group m,
     lag N - b + i - m; what lies beyond the diagonal is left undefined for the causal mask to cover.
     """
-    *lead, b, n, s = x.shape
-    padded = jnp.pad(x, [(0, 0)] * len(lead) + [(0, 0), (0, 1), (0, 0)])
-    flat = padded.reshape(*lead, b * (n + 1), s)
+    return align_padded_lags(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)]))
+
+
+def align_padded_lags(x: jax.Array) -> jax.Array:
+    """`align_lags` of rows with one more entry at their end, whatever it is: [..., b, N + 1, S] -> [..., b, N, S]."""
+    *lead, b, n_padded, s = x.shape
+    n = n_padded - 1
+    flat = x.reshape(*lead, b * n_padded, s)
     return flat[..., b - 1 : b - 1 + b * n, :].reshape(*lead, b, n, s)
 
 

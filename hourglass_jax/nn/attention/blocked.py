@@ -18,7 +18,7 @@ from jax import lax
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern, float32_at_least
 from hourglass_jax.nn.layers import dropped
 from hourglass_jax.nn.platform import on_one_cpu, platform
-from hourglass_jax.nn.positions import align_lags
+from hourglass_jax.nn.positions import align_padded_lags
 
 QUERY_ROWS = 64  # of a block on a CPU; on accelerators eight times as many
 HEADS_IN_CACHE = 16  # of a few rows of the batch together, on a CPU
@@ -64,33 +64,51 @@ class Segment(NamedTuple):
         return x.reshape(*x.shape[:2], -1, x.shape[4])[:, :, : (self.end - self.start) * slots]
 
     def seen(self, inputs: Inputs, slots: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """The keys, values and relative keys that the segment's queries meet."""
-        n, r = self.end * slots, inputs.nearest(self.met * slots)
+        """The keys, values and relative keys, as columns, that the segment's queries meet."""
+        k, v, r, n = inputs.k, inputs.v, inputs.r, self.met * slots
+        if r is not None:  # lags that are hidden: of groups that do not exist in front, behind one for `align_padded_lags`
+            r = pad_columns(r[..., -n:], max(n - r.shape[-1], 0), slots)
         if self.reach is not None:
-            padding = [(0, 0), (0, 0), (self.reach * slots, self.missing * slots), (0, 0)]
-            return jnp.pad(inputs.k, padding), jnp.pad(inputs.v, padding), r
-        if r is not None:  # in front the lags of groups that do not exist, behind those of keys yet to come
-            padding = [(0, 0), (0, 0), (self.missing * slots, self.n_blocks * self.block * slots), (0, 0)]
-            r = jnp.pad(r, padding)
-        return inputs.k[:, :, :n], inputs.v[:, :, :n], r
+            k, v = (pad_columns(x, self.reach * slots, self.missing * slots) for x in (k, v))
+            return k, v, r
+        if r is not None:  # behind, also those of keys yet to come
+            r = pad_columns(r, self.missing * slots, (self.n_blocks * self.block - 1) * slots)
+        return k[..., :n], v[..., :n], r
 
     def near(self, i: jax.Array, seen: jax.Array, slots: int) -> jax.Array:
         """Of the keys or values that the segment's queries meet, those that block i does."""
         if self.reach is None:
             return seen
-        return lax.dynamic_slice_in_dim(seen, i * self.block * slots, self.met * slots, axis=2)
+        return lax.dynamic_slice_in_dim(seen, i * self.block * slots, self.met * slots, axis=3)
 
     def add_near(self, i: jax.Array, total: jax.Array, near: jax.Array, slots: int) -> jax.Array:
         """Adds to all keys what comes from those that block i meets."""
         if self.reach is None:
             return total + near
         near += self.near(i, total, slots)
-        return lax.dynamic_update_slice_in_dim(total, near, i * self.block * slots, axis=2)
+        return lax.dynamic_update_slice_in_dim(total, near, i * self.block * slots, axis=3)
 
     def loop(self, body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, blocks: Any) -> tuple[Any, Any]:
         """`lax.scan` of body(carry, (block's number, block))."""
         numbered = (jnp.arange(self.n_blocks), blocks)
         return lax.scan(body, carry, numbered, unroll=self.n_blocks == 1)
+
+
+def with_columns(inputs: Inputs) -> Inputs:
+    """k and v as [B, H, K, G S], r as [B, H, P, K, N S].
+
+    So no product of the backward pass transposes a block's weights, nor one for the batch together a block's scores by
+    lag, which on a CPU takes as long as the product.
+    """
+    k, v, r = inputs.k.swapaxes(2, 3), inputs.v.swapaxes(2, 3), inputs.r
+    if r is not None:
+        r = r.transpose(1, 0, 3, 2)
+        r = jnp.broadcast_to(r, (len(k), *r.shape))
+    return inputs._replace(k=k, v=v, r=r)
+
+
+def pad_columns(x: jax.Array, before: int, after: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(before, after)])
 
 
 def segments(pattern: Pattern, groups: int) -> list[Segment]:
@@ -112,20 +130,17 @@ def segments(pattern: Pattern, groups: int) -> list[Segment]:
 def block_scores(
     pattern: Pattern, segment: Segment, i: jax.Array, q: jax.Array, q_position: Any, k: jax.Array, r: Any
 ) -> jax.Array:
-    """q [B, H, block P, K], k [B, H, N S, K] -> [B, H, block P, N S], float32 at least."""
-    scores = jnp.einsum("bhqk,bhmk->bhqm", q, k)
+    """q [B, H, block P, K], k [B, H, K, N S] -> [B, H, block P, N S], float32 at least."""
+    scores = jnp.einsum("bhqk,bhkm->bhqm", q, k)
     if r is not None:
-        groups, slots = segment.met, pattern.key_slots
+        groups, slots = segment.met + 1, pattern.key_slots
         if segment.reach is None:
             groups += segment.missing
-            r = lax.dynamic_slice_in_dim(r, (segment.n_blocks - 1 - i) * segment.block * slots, groups * slots, axis=2)
+            r = lax.dynamic_slice_in_dim(r, (segment.n_blocks - 1 - i) * segment.block * slots, groups * slots, axis=4)
         batch, heads, _, size = q.shape
         q_position = q_position.reshape(batch, heads, segment.block, pattern.query_slots, size)
-        if platform() == "cpu":
-            by_lag = jnp.einsum("bhgpk,phnk->bhpgn", q_position, r)
-        else:  # for the batch together, a product on an accelerator would transpose all scores
-            by_lag = jnp.einsum("bhgpk,bphnk->bhpgn", q_position, jnp.broadcast_to(r, (batch, *r.shape)))
-        by_key = align_lags(by_lag.reshape(*by_lag.shape[:-1], groups, slots))[..., : segment.met, :]
+        by_lag = jnp.einsum("bhpgk,bhpkn->bhpgn", q_position.swapaxes(2, 3), r)
+        by_key = align_padded_lags(by_lag.reshape(*by_lag.shape[:-1], groups, slots))[..., : segment.met, :]
         by_key = by_key.reshape(*by_key.shape[:-2], -1)
         scores += by_key.swapaxes(2, 3).reshape(scores.shape)
     return float32_at_least(scores)
@@ -155,19 +170,16 @@ def blocked_attention(
     On one CPU it takes a few rows of the batch at a time, whose scores fit into its cache.
     """
     batch, heads = inputs.q.shape[:2]
+    inputs = with_columns(inputs)
     rows = max(1, HEADS_IN_CACHE // heads)
     if not on_one_cpu() or batch <= rows or batch % rows:
         return _attention(pattern, inputs, first, None if key is None else (key, 0))
 
     def some_rows(part: Any) -> jax.Array:
-        rows_before, q, k, v, q_position, first = part
-        part_key = None if key is None else (key, rows_before)
-        return _attention(pattern, Inputs(q, k, v, q_position, inputs.r), first, part_key)
+        rows_before, inputs, first = part
+        return _attention(pattern, inputs, first, None if key is None else (key, rows_before))
 
-    parts = [
-        None if x is None else x.reshape(-1, rows, *x.shape[1:])
-        for x in (inputs.q, inputs.k, inputs.v, inputs.q_position, first)
-    ]
+    parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), (inputs, first))
     return lax.map(some_rows, (jnp.arange(0, batch, rows), *parts)).reshape(inputs.q.shape)
 
 
@@ -190,7 +202,7 @@ def _forward(pattern: Pattern, inputs: Inputs, first: Any, key: DropoutKey) -> t
             weights = jnp.exp(scores - largest)
             total = weights.sum(-1, keepdims=True)
             weights = drop(pattern, weights / total, key, segment, i).astype(v.dtype)
-            return None, (jnp.einsum("bhqm,bhmk->bhqk", weights, v), largest + jnp.log(total))
+            return None, (jnp.einsum("bhqm,bhkm->bhqk", weights, v), largest + jnp.log(total))
 
         blocks = [segment.blocks_of(x, pattern.query_slots) for x in (inputs.q, inputs.q_position)]
         _, results = segment.loop(one_block, None, blocks)
@@ -212,8 +224,8 @@ def _backward(pattern: Pattern, residuals: tuple[Any, ...], d_out: jax.Array) ->
             k, v = (segment.near(i, x, pattern.key_slots) for x in (k, v))
             scores, of_scores = jax.vjp(partial(block_scores, pattern, segment, i), q, q_position, k, r)
             weights = jnp.exp(jnp.where(block_visible(pattern, segment, i, first), scores - log_total, -jnp.inf))
-            d_v = jnp.einsum("bhqm,bhqk->bhmk", drop(pattern, weights, key, segment, i).astype(v.dtype), d_out)
-            d_weights = jnp.einsum("bhqk,bhmk->bhqm", d_out, v).astype(weights.dtype)
+            d_v = jnp.einsum("bhqk,bhqm->bhkm", d_out, drop(pattern, weights, key, segment, i).astype(v.dtype))
+            d_weights = jnp.einsum("bhqk,bhkm->bhqm", d_out, v).astype(weights.dtype)
             d_weights = drop(pattern, d_weights, key, segment, i)
             d_q, d_q_position, d_k, d_r = of_scores(weights * (d_weights - correction))
             d_keys, d_values, d_relative = d_seen
