@@ -164,7 +164,7 @@ def test_a_row_that_does_not_fit_or_compile_says_so(row):
 def test_pages_keep_one_row_for_each_name_and_target(row, tmp_path):
     path = tmp_path / "deep" / "mine"
     pages.add_row(path, row)
-    pages.add_row(path, row | {"target": "8xh100", "machine": "8 x NVIDIA H100"})
+    pages.add_row(path, row | {"target": "8xh100", "machine": "8 x NVIDIA H100 SXM 80 GB"})
     pages.add_row(path, row | {"fits": False})
     record = json.loads(path.with_suffix(".json").read_text())
     assert [each["target"] for each in record["rows"]] == ["h100", "8xh100"]
