@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,27 +11,14 @@ import numpy as np
 
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Hierarchy
+from hourglass_jax.ranges import check_choice as check_choice
+from hourglass_jax.ranges import check_range as check_range
 from hourglass_jax.registry import BOUNDARIES, SHORTENINGS, UPSAMPLINGS
 
 MAX_SEED = 2**63 - 1  # what a key of JAX is made of fits 64 bits with a sign
 OF_TOKENS = ("whitespace", "spacelike", "tokens")  # boundaries that are read off the tokens
 IMAGE_SIZES = {"cifar10": 32, "imagenet32": 32, "imagenet64": 64}  # side of a data set's images, in pixels
 FOLDER = "folder"  # the data set of one's own images
-
-
-def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
-
-
-def check_range(name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    """Raises unless low <= value <= high (low < value with `open_low`), and `value` is whole where `low` is an int."""
-    kind, wanted = (numbers.Integral, "a whole number of ") if isinstance(low, int) else (numbers.Real, "")
-    number = isinstance(value, kind) and not isinstance(value, bool)
-    if not number or not low <= value <= high or (open_low and value == low):
-        bounds = f"{'more than' if open_low else 'at least'} {low:g}"
-        bounds += "" if high == float("inf") else f" and at most {high:g}"
-        raise UsageError(f"{name}={value!r} is out of range; it must be {wanted}{bounds}")
 
 
 def check_image_size(dataset: str, image_size: int) -> None:
@@ -150,17 +136,14 @@ class HourglassConfig:
         for name in names:
             check_choice("boundaries", name, BOUNDARIES)
         if len(names) not in (1, n_shortenings):
-            raise UsageError(
-                f"boundaries={self.boundaries!r} names {len(names)}, but hierarchy='{self.hierarchy}' shortens "
-                f"{n_shortenings} times; name one, or one for each"
-            )
+            given = f"boundaries={self.boundaries!r} names {len(names)}, but hierarchy='{self.hierarchy}' shortens"
+            raise UsageError(f"{given} {n_shortenings} times; name one, or one for each")
         for token in self.boundary_tokens:
             check_range("boundary_tokens", token, 0, self.vocab_size - 1)
         if not self.event_levels:
             return
-        for name in names[1:]:
-            if name in OF_TOKENS:
-                raise UsageError(f"boundaries={self.boundaries!r}: {name} reads tokens; only the first shortening can")
+        if set(names[1:]) & set(OF_TOKENS):
+            raise UsageError(f"boundaries={self.boundaries!r}: only the first shortening can read tokens")
         if names[0] in OF_TOKENS and not self.boundary_tokens and (names[0] == "tokens" or self.vocab_size < 256):
             raise UsageError(
                 f"boundaries={names[0]!r} needs boundary_tokens, those at which a group ends, with a vocabulary of "
@@ -183,8 +166,7 @@ class HourglassConfig:
 
     def ends_by_events(self, factor: int) -> bool:
         """Whether the level of this total factor is shortened in each row's own time."""
-        factors = [level.factor for level in self.parsed_hierarchy.levels]
-        return self.boundaries_by_level[factors.index(factor)] != "fixed"
+        return factor >= self.shared_factor and self.event_levels > 0
 
     @property
     def event_levels(self) -> int:
