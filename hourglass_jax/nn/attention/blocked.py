@@ -66,12 +66,12 @@ class Segment(NamedTuple):
     def seen(self, inputs: Inputs, slots: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """The keys, values and relative keys, as columns, that the segment's queries meet."""
         k, v, r, n = inputs.k, inputs.v, inputs.r, self.met * slots
-        if r is not None:  # lags that are hidden: of groups that do not exist in front, behind one for `align_padded_lags`
+        if r is not None:  # in front, lags beyond the largest, all hidden; behind, one for `align_padded_lags`
             r = pad_columns(r[..., -n:], max(n - r.shape[-1], 0), slots)
         if self.reach is not None:
             k, v = (pad_columns(x, self.reach * slots, self.missing * slots) for x in (k, v))
             return k, v, r
-        if r is not None:  # behind, also those of keys yet to come
+        if r is not None:  # in front the lags of groups that do not exist, behind those of keys yet to come
             r = pad_columns(r, self.missing * slots, (self.n_blocks * self.block - 1) * slots)
         return k[..., :n], v[..., :n], r
 
@@ -97,8 +97,8 @@ class Segment(NamedTuple):
 def with_columns(inputs: Inputs) -> Inputs:
     """k and v as [B, H, K, G S], r as [B, H, P, K, N S].
 
-    So no product of the backward pass transposes a block's weights, nor one for the batch together a block's scores by
-    lag, which on a CPU takes as long as the product.
+    So no product of the backward pass transposes a block's weights, nor one for the whole batch its scores by lag: on a
+    CPU that takes longer than the product.
     """
     k, v, r = inputs.k.swapaxes(2, 3), inputs.v.swapaxes(2, 3), inputs.r
     if r is not None:
