@@ -169,7 +169,7 @@ def test_a_group_in_progress_has_the_sums_of_the_whole_sequence(cut):
         pool(part, slice(0, cut))
         fresh, sums = jnp.asarray(FIRES[:, cut - 1]), part.rest
     for t in range(cut, L):
-        group = OpenGroup(fresh, sums=sums)
+        group = OpenGroup(fresh, jnp.asarray(FIRES[:, t]), sums=sums)
         now = np.asarray(pool(group, slice(t, t + 1)))[:, 0]
         for b in np.flatnonzero(FIRES[:, t]):
             np.testing.assert_allclose(now[b], z[b, FIRES[b, :t].sum()], atol=1e-13)
