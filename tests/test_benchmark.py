@@ -64,6 +64,7 @@ def test_every_attention_is_checked_before_anything_is_timed():
         assert f"check {attention} relative" in names and f"train 1@1 1@2 1@1, rotary, {attention}" in names
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
 def test_rows_of_each_kind_are_measured_and_shown(monkeypatch):
     monkeypatch.setattr(accelerator, "WINDOWS", (0,))

@@ -343,7 +343,7 @@ def test_launchers_train_and_generate_with_them(tmp_path):
 @pytest.mark.parametrize(
     "text, options, line",
     [
-        ("abcdefg" * 99, ["--boundaries=whitespace"], "end no group in"),
+        pytest.param("abcdefg" * 99, ["--boundaries=whitespace"], "end no group in", marks=pytest.mark.slow),
         ("a b c d " * 99, ["--boundaries=whitespace", "--shortening=linear"], "takes groups of one length"),
         ("a b c d " * 99, ["--boundaries=tokens"], "boundaries='tokens' needs boundary_tokens"),
     ],

@@ -154,7 +154,7 @@ def test_every_form_of_the_vocabulary_and_one_without_bos(tmp_path):
         {"clean": True, "vocabulary": dict(zip(TOKENS, range(11), strict=True))},
     ]
     for form in (TOKENS, *forms):
-        assert convert(tmp_path, state, form)[1].characters == list("abcdefgh")
+        assert convert(tmp_path, state, form)[1].characters == TOKENS[3:]
     early = original([1, 1], vocab_size=10)
     model, tokenizer = convert(tmp_path, early.state_dict(), ["<EOS>", "<UNK>", *"abcdefg\n"])
     assert tokenizer.encode("a").tolist() == [3] and model.config.vocab_size == 11

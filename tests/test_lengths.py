@@ -33,6 +33,7 @@ def test_models_are_of_equal_depth_and_equal_flops(scale):
         assert abs(shares[own] - 1) < tolerance
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_kept_and_drawn(tmp_path, monkeypatch, quick_compile):
     setup = find_setup("enwik8", "micro")
     model = setup.model | {"d_model": 16, "n_heads": 2, "d_ff": 32}

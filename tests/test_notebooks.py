@@ -56,7 +56,12 @@ def test_what_is_committed_is_whole_and_clean(path):
     assert not PRIVATE.search("".join(cell.source for cell in notebook.cells))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+LONG = ("03_generation", "05_images")
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in LONG), id=p.stem) for p in NOTEBOOKS]
+)
 def test_runs_from_top_to_bottom(path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the kernel starts in an empty directory
     check_outputs(runpy.run_path(str(ROOT / "notebooks" / "execute.py"))["execute"](path))

@@ -189,6 +189,7 @@ def test_bytes_and_characters_are_told_apart(home, results):
     assert f"bits/byte {found['bits_per_byte']:.4f} | BPC {found['bpc']:.4f}" in results("bytes").stdout
 
 
+@pytest.mark.slow
 def test_sixty_haiku_get_a_whole_schedule(home, results):
     assert "57 haiku to train on, 3 held back, 100 steps (112 epochs, warm-up 10 steps)" in results("haiku").stdout
     records = [json.loads(line) for line in (home / "haiku" / "metrics.jsonl").read_text().splitlines()]
@@ -211,6 +212,7 @@ def test_a_vocabulary_is_extended_by_the_text(home, results):
     assert record["format"] == "text" and record["data"]["block_size"] == 32  # as in pretraining
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_is_learned_evaluated_and_completed(home, results):
     assert "18 images to train on, 2 for validation" in results("photos").stdout
     found = figures(results("own_photos"))

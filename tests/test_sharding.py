@@ -171,7 +171,7 @@ import sys
 from jax import devices
 
 from experiments.accelerators.roofline import Roofline, total
-from experiments.accelerators.step import Run, compile_step
+from experiments.accelerators.step import Pretraining, compile_step
 from experiments.accelerators.targets import find_target
 from hourglass_jax import DataConfig, HourglassConfig, OptimizerConfig, RuntimeConfig, TrainConfig
 
@@ -179,7 +179,7 @@ config = HourglassConfig(vocab_size=64, hierarchy="1@1 1@2 1@1", d_model=32, n_h
 target = find_target("8xh100")
 for length in (16, 48):
     data = DataConfig(block_size=length, batch_size=8)
-    run = Run(config, data, OptimizerConfig(), TrainConfig(), RuntimeConfig(fsdp=8))
+    run = Pretraining(config, data, OptimizerConfig(), TrainConfig(), RuntimeConfig(fsdp=8))
     compiled = compile_step(run, target, devices())
     print(total(Roofline(compiled.text, target).kernels).link_bytes, compiled.memory.parameters * 8)
 """
