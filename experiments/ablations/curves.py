@@ -3,7 +3,7 @@
 A curve is one training at a constant rate, cut into legs that end at POINTS. From the ends of some, a branch goes off
 in which the rate falls to 0: what a training of that length alone would have reached. Each leg is a run directory that
 starts from the last checkpoint of the one before. A constant rate does not depend on the length of the training, so a
-leg leaves, bit for bit, what one uninterrupted run with its settings would leave.
+leg leaves what one uninterrupted run with its settings would leave, but for how two programs round.
 """
 
 from __future__ import annotations
