@@ -49,7 +49,7 @@ def draw_pair(panels: Any, record: Record, pair: Record) -> None:
     panels[2].set(xscale="log", xlabel="characters", ylabel=f"gap: bits less those of {pair['plain']}")
     for axes in panels:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g}M" if x < 1e9 else f"{x:.0e}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g}M" if x < 1e9 else f"{x / 1e12:g}T"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
 
