@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import hourglass_jax as hg
 from hourglass_jax import HourglassConfig, HourglassLM
 from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 
@@ -66,6 +67,21 @@ def clear_caches():
 
 
 forward = nnx.jit(lambda model, tokens, key=None: model(tokens, key))
+
+
+@nnx.jit
+def run_cached(model, read, start, tokens):
+    """Logits of every row's position, first in one pass, then token by token."""
+    cache = hg.init_cache(model, len(tokens), read.shape[1] + tokens.shape[1])
+    passed, cache = model.prefill(read, start, cache)
+
+    def step(cache, _):
+        length = jnp.minimum(cache.clock.time - cache.clock.origin, tokens.shape[1] - 1)
+        logits, cache = model.step(tokens[jnp.arange(len(tokens)), length], cache)
+        return cache, logits
+
+    _, stepped = jax.lax.scan(step, cache, length=tokens.shape[1])
+    return passed, stepped.swapaxes(0, 1)
 
 
 @pytest.fixture

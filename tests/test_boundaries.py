@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import forward, make_model, small_config
-from flax import nnx
+from conftest import forward, make_model, run_cached, small_config
 from launching import run, run_forked
 
 import hourglass_jax as hg
@@ -145,21 +144,6 @@ def test_predictions_see_nothing_of_the_future(hierarchy, options):
 
 
 # Decoding
-
-
-@nnx.jit
-def run_cached(model, read, start, tokens):
-    """Logits of every row's position, first in one pass, then token by token."""
-    cache = hg.init_cache(model, len(tokens), read.shape[1] + tokens.shape[1])
-    passed, cache = model.prefill(read, start, cache)
-
-    def step(cache, _):
-        length = jnp.minimum(cache.clock.time - cache.clock.origin, tokens.shape[1] - 1)
-        logits, cache = model.step(tokens[jnp.arange(len(tokens)), length], cache)
-        return cache, logits
-
-    _, stepped = jax.lax.scan(step, cache, length=tokens.shape[1])
-    return passed, stepped.swapaxes(0, 1)
 
 
 def largest_difference(model, length=31):

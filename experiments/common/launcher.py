@@ -58,12 +58,6 @@ def define_seed(help_text: str) -> flags.FlagHolder[int]:
     return flags.DEFINE_integer("seed", 0, help_text, lower_bound=0, upper_bound=MAX_SEED)
 
 
-def boolean(value: str) -> bool:
-    if value.lower() not in ("true", "false", "1", "0"):
-        raise ValueError(f"{value!r} is neither true nor false")
-    return value.lower() in ("true", "1")
-
-
 def read_config(name: str, cls: type[Config], **given: Any) -> Config:
     """The dataclass from its flags and aliases; raises UsageError as its constructor does."""
     values = FLAGS[name].value.to_dict()
