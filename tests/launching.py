@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
 import threading
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -23,7 +24,9 @@ ENVIRONMENT = {
     "PYTHONUTF8": "1",
 }
 
-# The imports take three seconds a process; whoever expects an error before any computation shares them.
+os.environ.update(ENVIRONMENT)  # JAX reads it once, when the forkserver imports it
+
+# The imports take three seconds a process; those that need none of their own share them.
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(["hourglass_jax", "ml_collections.config_flags", "matplotlib.pyplot", "tensorboardX"])
 # An exit code can be read once only, and starting a process reads those of all that have ended: one thread at a time.
@@ -41,24 +44,23 @@ def run(script, *flags, cwd, **environment):
 
 def run_forked(script, *flags, cwd, **environment):
     """Like `run`, in a fork of a process that has done the imports."""
-    with (Path(cwd) / "stdout").open("w+") as stdout, (Path(cwd) / "stderr").open("w+") as stderr:
-        process = forkserver.Process(target=_launch, args=(script, flags, cwd, environment))
+    with tempfile.TemporaryDirectory() as directory:
+        outputs = [Path(directory, name) for name in ("stdout", "stderr")]
+        process = forkserver.Process(target=_launch, args=(script, flags, cwd, environment, outputs))
         with exit_codes:
             process.start()
         wait([process.sentinel], timeout=300)
         with exit_codes:
             exit_code = process.exitcode
             process.kill()
-        for file in (stdout, stderr):
-            Path(file.name).unlink()
-        return subprocess.CompletedProcess([script, *flags], exit_code, stdout.read(), stderr.read())
+        return subprocess.CompletedProcess([script, *flags], exit_code, *(path.read_text("utf-8") for path in outputs))
 
 
-def _launch(script, flags, cwd, environment):
+def _launch(script, flags, cwd, environment, outputs):
     os.chdir(cwd)
-    os.environ.update(ENVIRONMENT | environment)
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(name, os.O_WRONLY), descriptor)
+    os.environ.update(environment)
+    for descriptor, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     path = EXPERIMENTS / f"{script}.py"
     sys.argv = [str(path), *flags]
     sys.path[0] = str(EXPERIMENTS)

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from launching import METHOD, run, run_forked
+from launching import METHOD, run_forked
 
 import hourglass_jax as hg
 from experiments.ablations import pictures, reporting, rows
@@ -134,7 +134,7 @@ COMMON = ("--plugin=gated.py", "--plugin=plugin.py", "--table=own", "--data_path
 
 
 def ablate(home, *flags):
-    result = run("ablate", *COMMON, *flags, cwd=home)
+    result = run_forked("ablate", *COMMON, *flags, cwd=home)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -153,7 +153,7 @@ def test_a_row_that_was_trained_otherwise_is_not_done(home):
     whole = path.read_text()
     path.write_text(whole.replace('"steps": 4', '"steps": 5'))
     for flags in ([], ["--report"]):
-        result = run("ablate", *COMMON, *flags, cwd=home)
+        result = run_forked("ablate", *COMMON, *flags, cwd=home)
         assert result.returncode == 2 and "train.steps: 5 -> 4" in result.stderr
     path.write_text(whole)
 
@@ -175,7 +175,7 @@ def test_a_damaged_record_is_one_line(home):
     result = home / "runs/ablations/books-tiny/1@1/seed0/result.json"
     whole = result.read_text()
     result.write_text(whole[:20])
-    found = run("ablate", *COMMON, "--report", cwd=home)
+    found = run_forked("ablate", *COMMON, "--report", cwd=home)
     result.write_text(whole)
     assert found.returncode == 2 and found.stderr.count("\n") == 1 and "seed0/result.json: not JSON" in found.stderr
 
@@ -192,7 +192,7 @@ def test_a_row_s_directory_is_a_run(home):
     plain = home / "runs/ablations/books-tiny/1@1"
     _, tokenizer, config = hg.load(plain / "seed1")
     assert config.hierarchy == "1@1" and config.d_model == 16 and isinstance(tokenizer, hg.ByteTokenizer)
-    result = run("evaluate", "--load_model_path=" + str(plain / "seed1"), "--data_path=books", cwd=home)
+    result = run_forked("evaluate", "--load_model_path=" + str(plain / "seed1"), "--data_path=books", cwd=home)
     assert result.returncode == 0, result.stderr
 
 

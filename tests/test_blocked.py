@@ -64,8 +64,10 @@ def test_it_equals_its_formula(blocks, query_slots, key_slots, relative, window)
             np.testing.assert_allclose(attention(pattern, inputs, padding), expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize(
+    "relative, dropout",
+    [(False, 0.0), (True, 0.3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(False, 0.3), (True, 0.0)])],
+)
 @pytest.mark.parametrize("query_slots, key_slots, window", [*((*s, 0) for s in SLOTS), (1, 1, 2)])
 def test_its_gradients_are_those_of_finite_differences(blocks, query_slots, key_slots, relative, dropout, window):
     inputs = make_inputs(query_slots, key_slots, relative)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import forward, make_model, run_cached, small_config
-from launching import run, run_forked
+from launching import run_forked
 
 import hourglass_jax as hg
 from hourglass_jax import decoding
@@ -317,7 +317,7 @@ TINY += ["--steps=2", "--data_path=text.txt", "--shortening=average", "--upsampl
 
 def test_launchers_train_and_generate_with_them(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 20)
-    result = run("pretrain", *TINY, "--boundaries=whitespace", cwd=tmp_path)
+    result = run_forked("pretrain", *TINY, "--boundaries=whitespace", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "causal: yes, groups of 4." in result.stdout
     result = run_forked("generate", "--load_model_path=runs/pretrain", "--max_tokens=20", cwd=tmp_path)

@@ -55,7 +55,13 @@ def test_cached_logits_on_the_whole_grid(dtype, tolerance, hierarchy, shortening
 
 
 @pytest.mark.parametrize("hierarchy", HIERARCHIES)
-@pytest.mark.parametrize("options", [{}, {"norm": "final", "shift": "original", "positions": "rotary"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"norm": "final", "shift": "original", "positions": "rotary"}, marks=pytest.mark.slow),
+    ],
+)
 def test_cached_logits_of_every_hierarchy_equal_the_full_forward(hierarchy, options):
     assert largest_difference(make_model(small_config(hierarchy=hierarchy, **options))) < 1e-5
 

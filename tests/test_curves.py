@@ -2,22 +2,22 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import ENVIRONMENT, run, run_forked
+from flax import nnx
+from launching import run_forked
 
 import hourglass_jax as hg
 from experiments.ablations import curve_pictures, curve_report, curves, gaps
 from experiments.ablations.costs import step_flops
 from experiments.ablations.scales import SCALES, find_setup
+from experiments.common.sources import TextSource
 from hourglass_jax.training.metrics import read_curves
+from hourglass_jax.training.trainer import fit
 
 RESULTS = Path(__file__).resolve().parents[1] / "experiments" / "results" / "ablations"
 RECORDS = sorted(RESULTS.glob("curves-*.json"))
@@ -40,27 +40,6 @@ SETUPS["text", "micro"] = replace(
 )
 curves.POINTS, curves.BRANCHES, curves.DECAY = (480, 960), (960,), 0.4
 curves.PAIRS = (curves.Pair(curves.plain("1@1"), (curves.light("0@1 1@2 1@1"),)),)
-"""
-# What a leg says of itself, trained in one go.
-UNINTERRUPTED = """
-import sys
-
-from flax import nnx
-
-import hourglass_jax as hg
-from experiments.common.sources import TextSource
-from hourglass_jax.training.trainer import fit
-
-config, tokenizer, settings, _ = hg.Run(sys.argv[1]).read()
-source, train = TextSource(hg.DataConfig(**settings["data"]), tokenizer), hg.TrainConfig(**settings["train"])
-fit(
-    nnx.jit(lambda rngs: hg.HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed)),
-    source.batches(train.seed),
-    source.validation()[: train.eval_batches],
-    sys.argv[2],
-    optimizer_config=hg.OptimizerConfig(**settings["optimizer"]),
-    train_config=train,
-)
 """
 # Kills a process in the second leg, after a checkpoint of its own.
 KILL = """
@@ -86,8 +65,8 @@ COMMON += ["--checkpoint_interval=2"]
 BASE = "runs/ablations/books-micro/curves"
 
 
-def ablate(home, *flags, launch=run):
-    result = launch("ablate", *COMMON, "--results=results", *flags, cwd=home)
+def ablate(home, *flags):
+    result = run_forked("ablate", *COMMON, "--results=results", *flags, cwd=home)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -100,17 +79,31 @@ def home(tmp_path_factory):
     (home / "kill.py").write_text(KILL)
     (home / "books").write_bytes(b"the quick brown fox jumps over the lazy dog. " * 100)
     light = "--rows=0@1 1@2 1@1 light"
-    assert run("ablate", *COMMON, light, "--plugin=kill.py", cwd=home).returncode == -9
-    shown = ablate(home, light, "--dry_run", launch=run_forked)
+    assert run_forked("ablate", *COMMON, light, "--plugin=kill.py", cwd=home).returncode == -9
+    shown = ablate(home, light, "--dry_run")
     assert "| 0@1 1@2 1@1 light | 0 |" in shown and "| 480 | 864 |" in shown  # the first leg is done, 9 steps to go
     assert "6 of 6 legs are done" in ablate(home)
     return home
 
 
-def test_a_branch_is_the_uninterrupted_run_of_its_length(home):
+def train_in_one_go(leg, directory):
+    """What a leg says of itself."""
+    config, tokenizer, settings, _ = hg.Run(leg).read()
+    data, train = hg.DataConfig(**settings["data"]), hg.TrainConfig(**settings["train"])
+    source = TextSource(replace(data, path=str(leg.parents[5] / data.path)), tokenizer)
+    fit(
+        nnx.jit(lambda rngs: hg.HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed)),
+        source.batches(train.seed),
+        source.validation()[: train.eval_batches],
+        directory,
+        optimizer_config=hg.OptimizerConfig(**settings["optimizer"]),
+        train_config=train,
+    )
+
+
+def test_a_branch_is_the_uninterrupted_run_of_its_length(home, quick_compile):
     legs = home / BASE / "0@1_1@2_1@1-average-repeat" / "seed0"
-    command = [sys.executable, "-c", UNINTERRUPTED, legs / "960-decayed", "whole"]
-    subprocess.run(command, cwd=home, env=os.environ | ENVIRONMENT, check=True)
+    train_in_one_go(legs / "960-decayed", home / "whole")
     tokens = np.frombuffer(b"the quick brown fox jumps", np.uint8).astype(np.int32)[None]
     whole, branch, trunk = (
         hg.load(path)[0](tokens) for path in (home / "whole", legs / "960-decayed", legs / "960-constant")
@@ -138,23 +131,23 @@ def test_what_is_stored_of_a_leg_is_what_its_last_parameters_reach(home):
 
 def test_finished_legs_are_not_trained_again(home):
     before = {path: path.stat().st_mtime_ns for path in (home / BASE).rglob("*.npy")}
-    assert "6 of 6 legs are done" in ablate(home, launch=run_forked)
+    assert "6 of 6 legs are done" in ablate(home)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_the_report_comes_from_the_record_alone(home, tmp_path):
-    ablate(home, "--report", "--comment=Said once.", launch=run_forked)
+    ablate(home, "--report", "--comment=Said once.")
     path = home / "results" / "curves-books-micro"
     text, record = path.with_suffix(".md").read_text(), json.loads(path.with_suffix(".json").read_text())
     assert "Said once." in text and "| 1,344 | decayed | 0 |" in text and "All reached." in text
     assert len(record["readings"]) == 6 and len(record["gaps"]) == 3
     shutil.move(home / BASE / "1@1", tmp_path / "1@1")  # a row alone, then all
-    ablate(home, "--report", launch=run_forked)
+    ablate(home, "--report")
     assert json.loads(path.with_suffix(".json").read_text())["readings"] == record["readings"]
     shutil.move(home / "runs", tmp_path / "runs")
     for suffix in (".md", ".png"):
         path.with_suffix(suffix).unlink()
-    ablate(home, "--report", launch=run_forked)
+    ablate(home, "--report")
     shutil.move(tmp_path / "runs", home / "runs")
     shutil.move(tmp_path / "1@1", home / BASE / "1@1")
     assert path.with_suffix(".md").read_text().splitlines()[:-3] == text.splitlines()[:-3]

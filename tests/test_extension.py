@@ -10,7 +10,7 @@ import optax
 import pytest
 from conftest import forward, make_model, small_config
 from flax import nnx
-from launching import METHOD, run, run_forked
+from launching import METHOD, run_forked
 
 import hourglass_jax as hg
 from hourglass_jax.costs import count_parameters, decoding_flops, forward_flops
@@ -110,7 +110,7 @@ TINY += ["--steps=2", "--data_path=text.txt", "--shortening=gated"]
 def test_launchers_take_it_as_a_plugin(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 20)
     (tmp_path / "gated.py").write_text(METHOD)
-    result = run("pretrain", *TINY, "--plugin=gated.py", cwd=tmp_path)
+    result = run_forked("pretrain", *TINY, "--plugin=gated.py", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "causal: yes" in result.stdout
     assert result.stdout.splitlines()[-1].endswith("finetune.py --load_model_path=runs/pretrain --plugin=gated.py")

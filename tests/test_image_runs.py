@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import make_model, small_config
 from flax import nnx
-from launching import run, run_forked
+from launching import run_forked
 from layouts import planes, write_binary
 from PIL import Image
 
@@ -33,7 +33,7 @@ def small_source(directory):
 
 
 def succeed(script, *flags, cwd):
-    result = run(script, *flags, cwd=cwd)
+    result = run_forked(script, *flags, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

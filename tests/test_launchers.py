@@ -17,8 +17,8 @@ TINY = ["--hierarchy=1@1 1@2 1@1", "--d_model=32", "--n_heads=2", "--d_ff=64", "
 TINY += ["--batch_size=4", "--steps=30", "--train.eval_interval=15", "--optimizer.warmup_steps=5"]
 
 
-def succeed(script, *flags, cwd):
-    result = run(script, *flags, cwd=cwd)
+def succeed(script, *flags, cwd, launch=run_forked):
+    result = launch(script, *flags, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -52,7 +52,8 @@ def home(tmp_path_factory):
     poems = ["\n".join(" ".join(rng.choices(WORDS.split(), k=4)) for _ in range(3)) for _ in range(40)]
     poems.append('"it\'s late," says the fox\nfive wizards mix\nquartz jugs')
     (home / "haiku.txt").write_text("\n\n".join(poems) + "\n")
-    (home / "pretrained.log").write_text(succeed("pretrain", *TINY, "--data_path=text.txt", cwd=home).stdout)
+    pretrained = succeed("pretrain", *TINY, "--data_path=text.txt", cwd=home, launch=run)
+    (home / "pretrained.log").write_text(pretrained.stdout)
     with ThreadPoolExecutor(2) as pool:
         for form, result in {form: pool.submit(finetune, home, form) for form in ("haiku", "prompt")}.items():
             (home / f"{form}.log").write_text(result.result().stdout)
@@ -154,7 +155,7 @@ def test_the_same_command_again_keeps_a_finished_run_wherever_its_files_lie_now(
     (tmp_path / "text.txt").rename(tmp_path / "moved.txt")
     before = (out / "metrics.jsonl").read_text()
     flags = ["--data_path=~/moved.txt", "--out=~/runs/pretrain/"]
-    result = run("pretrain", *TINY, *flags, cwd=home, HOME=str(tmp_path))
+    result = run_forked("pretrain", *TINY, *flags, cwd=home, HOME=str(tmp_path))
     assert result.returncode == 0, result.stderr
     stdout = result.stdout
     assert (out / "metrics.jsonl").read_text() == before
@@ -205,7 +206,7 @@ def test_a_run_refuses_a_text_with_other_characters(home, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(text.read_text().replace("z", "Z"))  # as many characters, another vocabulary
     before = contents(out)
-    result = run("pretrain", *TINY, "--data_path=text.txt", cwd=tmp_path)
+    result = run_forked("pretrain", *TINY, "--data_path=text.txt", cwd=tmp_path)
     assert result.returncode != 0 and contents(out) == before
 
 

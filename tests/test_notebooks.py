@@ -56,7 +56,7 @@ def test_what_is_committed_is_whole_and_clean(path):
     assert not PRIVATE.search("".join(cell.source for cell in notebook.cells))
 
 
-LONG = ("02_anatomy", "03_generation", "05_images")
+LONG = ("01_quickstart", "02_anatomy", "03_generation", "05_images")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import forward, make_model, small_config
 from flax import nnx
-from launching import ENVIRONMENT, run, run_forked
+from launching import ENVIRONMENT, run_forked
 
 import hourglass_jax as hg
 from hourglass_jax import RuntimeConfig
@@ -36,7 +36,7 @@ def devices(n):
 
 
 def pretrain(home, out, *flags, n_devices=1, steps=20):
-    result = run("pretrain", *FLAGS, f"--out={out}", f"--steps={steps}", *flags, cwd=home, **devices(n_devices))
+    result = run_forked("pretrain", *FLAGS, f"--out={out}", f"--steps={steps}", *flags, cwd=home, **devices(n_devices))
     assert result.returncode == 0, result.stderr
     return result
 
@@ -90,10 +90,20 @@ def differentiate_on_eight_devices():
         np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-def test_kernels_on_eight_devices_equal_one():
-    command = [sys.executable, "-c", "import test_sharding; test_sharding.differentiate_on_eight_devices()"]
+def check_parts_of_parameters():
+    """A device of four holds a quarter of the parameters."""
+    config = small_config(vocab_size=64, hierarchy="1@1 2@3 1@1", d_model=64, d_ff=128)
+    params = nnx.state(make_model(config), nnx.Param)
+    placed = jax.device_put(params, state_shardings(make_mesh(RuntimeConfig(fsdp=4)), params))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
+    assert 4 * held == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def test_kernels_on_eight_devices_equal_one_and_parameters_are_divided_over_fsdp():
+    code = "import test_sharding as own; own.check_parts_of_parameters(); own.differentiate_on_eight_devices()"
     environment = os.environ | ENVIRONMENT | devices(8)
-    result = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, encoding="utf-8")
+    command, cwd = [sys.executable, "-c", code], Path(__file__).parent
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
 
 
@@ -143,26 +153,6 @@ def test_devices_that_do_not_fit_are_refused(tmp_path):
     ):
         result = run_forked("pretrain", *FLAGS, "--out=refused", *flags, cwd=tmp_path, **devices(8))
         assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr
-
-
-PLACES = """
-import jax
-from flax import nnx
-from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig
-from hourglass_jax.training.sharding import make_mesh, state_shardings
-
-params = nnx.state(HourglassLM(HourglassConfig(vocab_size=64, hierarchy="1@1 2@3 1@1", d_model=64, d_ff=128),
-                               rngs=nnx.Rngs(0)))
-placed = jax.device_put(params, state_shardings(make_mesh(RuntimeConfig(fsdp=4)), params))
-held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
-print(held / sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
-"""
-
-
-def test_parameters_are_divided_over_fsdp():
-    environment = os.environ | devices(8)
-    result = subprocess.run([sys.executable, "-c", PLACES], env=environment, capture_output=True, encoding="utf-8")
-    assert float(result.stdout) == 1 / 4, result.stderr
 
 
 SENT = """

@@ -58,7 +58,7 @@ EAGER = [lambda model: hg.score(model, TEXT[None, :9])]
 
 @pytest.mark.parametrize(
     "readers, n_calls",
-    [(READERS, 25), pytest.param(READERS + EAGER, 200, marks=pytest.mark.slow)],
+    [(READERS, 9), pytest.param(READERS + EAGER, 200, marks=pytest.mark.slow)],
 )
 def test_threads_that_share_a_model_get_what_each_would_alone(two_cores, readers, n_calls):
     options = {"shortening": "average", "upsampling": "attention"}  # one model at several factors, too

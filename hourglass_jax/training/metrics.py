@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tensorboardX import SummaryWriter
 
 from hourglass_jax.files import write_whole
 from hourglass_jax.nn.platform import platform
@@ -41,6 +40,8 @@ class CurveWriter:
         kept = [record for record in read_curves(directory) if record["step"] <= start_step]
         write_whole(directory / CURVES, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = (directory / CURVES).open("a", buffering=1)
+        from tensorboardX import SummaryWriter  # with PyTorch installed it imports that, which takes seconds
+
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, **values: float) -> None:
