@@ -24,6 +24,7 @@ from hourglass_jax import (
 )
 from hourglass_jax.cuts import count_groups
 from hourglass_jax.data.corpora import load_tokens
+from hourglass_jax.nn.learned import LearnedBoundaries
 from hourglass_jax.tokenizers import Tokenizer, boundary_tokens
 
 # Sized so that the built-in corpus trains in about two minutes on two CPU cores.
@@ -126,11 +127,14 @@ def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:
 def describe_groups(model: HourglassLM, tokens: np.ndarray, weights: np.ndarray) -> str:
     """How long the groups are that a batch's whole rows make, where the text decides it; empty otherwise.
 
-    Warns where more than one event in a hundred has to wait; raises UsageError where the text has none.
+    Warns where more than one event in a hundred has to wait; raises UsageError where the text has none. Of learned ones
+    the curves of the training tell, and `fit` warns.
     """
     config, rows = model.config, tokens[weights.all(axis=1), :-1]
     if not config.event_levels or not len(rows):
         return ""
+    if isinstance(model.hourglass.boundaries, LearnedBoundaries):
+        return ""  # they end where training has yet to say
     counts = count_groups(model, rows)
     if counts.groups <= len(rows):  # the first token of each row always ends one
         raise UsageError(
