@@ -192,11 +192,13 @@ class HourglassLM(nnx.Module):
 
         `weights` [B, L]: how much each token counts there (default: 1). See `nn.rates.boundary_terms`.
         """
+        if key is not None:
+            check_key(key)
         embedding_key, body_key = split_key(key, 2)
         x = self.dropout(self.embed(tokens), embedding_key)
         x, groups = self.hourglass.with_groups(x, body_key, tokens)
         logits = self.logits(x)
-        weights = jnp.ones(tokens.shape) if weights is None else weights
+        weights = jnp.ones(x.shape[:2]) if weights is None else weights
         levels = zip(self.hourglass.rules(), groups, strict=True)
         loss, figures = boundary_terms(levels, weights, entropies(logits))
         return logits, self.config.boundary_weight * loss, figures

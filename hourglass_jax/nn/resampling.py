@@ -299,9 +299,9 @@ SHORTENINGS |= {
 
 UPSAMPLINGS |= {
     "repeat": RepeatUpsampling,
-    "smooth": SmoothUpsampling,
     "linear": LinearUpsampling,
     "attention": partial(AttentionUpsampling, base=None),
     "attention_repeat": partial(AttentionUpsampling, base=RepeatUpsampling),
     "attention_linear": partial(AttentionUpsampling, base=LinearUpsampling),
+    "smooth": SmoothUpsampling,
 }
