@@ -1,4 +1,4 @@
-"""Who decides where a group ends: by position, by the token, or by a rule of your own.
+"""Who decides where a group ends: by position, by the token, or by a rule of your own; `nn.learned` has more.
 
 A rule is built as `Rule(config, level, rngs=rngs)`; it is asked at each position whether an event fires there, and sees
 that position and the one before it. So it is causal, and decodes, without more. A new rule is one class with `fires`
