@@ -196,9 +196,8 @@ class HourglassConfig:
 
         On a CPU the gradient through a plain scan takes longer than that through a rematerialised one.
         """
-        if self.remat != "auto":
-            return self.remat
-        return "none" if unrolled else "full"
+        chosen = "none" if unrolled else "full"
+        return chosen if self.remat == "auto" else self.remat
 
     @property
     def parsed_hierarchy(self) -> Hierarchy:
