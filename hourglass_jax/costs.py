@@ -15,8 +15,8 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.hierarchy import Level
 from hourglass_jax.model import HourglassLM, n_parameters
+from hourglass_jax.nn.boundaries import BOUNDARIES
 from hourglass_jax.nn.groups import FixedGroups
-from hourglass_jax.nn.learned import BOUNDARIES
 from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS, AttentionShortening, AttentionUpsampling
 from hourglass_jax.nn.transformer import is_unrolled
 
