@@ -57,7 +57,9 @@ def pretrain(signals: Signals) -> None:
 
     if model is None:
         model = nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed))
-    groups = pretraining.describe_groups(model, *source.batches(train.seed)(0))
+    batch = source.batches(train.seed)(0)
+    pretraining.check_groups(model, *batch)
+    groups = pretraining.describe_groups(model, *batch)
     check_causality(model)
     millions = n_parameters(model) / 1e6
     print(f"{config.hierarchy}, {millions:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes{groups}")
@@ -76,7 +78,9 @@ def pretrain(signals: Signals) -> None:
         signals=signals,
     )
     plot = plot_curves(run.directory)
-    print(f"validation: {result.summary(source.unit)} ({time.perf_counter() - started:.0f} s, curves in {plot})")
+    groups = pretraining.describe_groups(model, *batch)
+    seconds = time.perf_counter() - started
+    print(f"validation: {result.summary(source.unit)} ({seconds:.0f} s, curves in {plot}{groups})")
     print(f"sample: {heading}{sample(model)}")
     script, *options = source.next_command
     print("\n" + launcher.next_command(script, f"--load_model_path={run.directory}", *options))

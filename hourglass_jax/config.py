@@ -42,12 +42,13 @@ class HourglassConfig:
     n_heads: of attention; divides d_model, unless d_head is given.
     d_head: numbers in a head; 0: d_model / n_heads.
     shortening: average | select | linear | attention_average | attention_linear, or another of `registry.SHORTENINGS`.
-    upsampling: repeat | linear | attention | attention_repeat | attention_linear, or another of `registry.UPSAMPLINGS`.
-    boundaries: where groups end. fixed (every k positions) | whitespace | spacelike (at the first of each run of such
-        tokens) | tokens (at every one of `boundary_tokens`), or another of `registry.BOUNDARIES`. Where a text decides,
-        k is the expected length. For the first shortening; the others are fixed, unless each has a name of its own.
+    upsampling: repeat | smooth | linear | attention | attention_repeat | attention_linear (`registry.UPSAMPLINGS`).
+    boundaries: where groups end. fixed (every k positions) | whitespace | spacelike (first of each run of such tokens)
+        | tokens (each of `boundary_tokens`) | router | gumbel | entropy (learned), or another of `registry.BOUNDARIES`.
+        But for fixed, k is the expected length. For the first shortening; the others are fixed, or each has a name too.
     boundary_tokens: those at which a group ends. None: a vocabulary of 256 or more is read as bytes.
     boundary_slack: groups there is room for, for each that is expected; what comes too early waits.
+    boundary_weight: of the losses of learned boundaries, times that of their papers (router 0.03, the others 1).
     positions: relative (Transformer-XL) | rotary | learned (absolute, added to the tokens).
     dropout: probability, of the embedding, attention and both residuals of a block.
     max_length: tokens; bounds learned positions and default caches.
@@ -82,6 +83,7 @@ class HourglassConfig:
     boundaries: str = "fixed"
     boundary_tokens: tuple[int, ...] = ()
     boundary_slack: float = 1.5
+    boundary_weight: float = 1.0
     positions: str = "relative"
     dropout: float = 0.0
     max_length: int = 2048
@@ -104,11 +106,10 @@ class HourglassConfig:
         for name in ("vocab_size", "d_model", "n_heads", "d_ff"):
             check_range(name, getattr(self, name), 1)
         check_range("max_length", self.max_length, 2)
-        check_range("max_unrolled_layers", self.max_unrolled_layers, 0)
+        for name in ("max_unrolled_layers", "d_head", "window"):
+            check_range(name, getattr(self, name), 0)
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout={self.dropout!r} is out of range; it must be at least 0 and below 1")
-        check_range("d_head", self.d_head, 0)
-        check_range("window", self.window, 0)
         if not self.d_head and self.d_model % self.n_heads:
             raise UsageError(
                 f"n_heads={self.n_heads} does not divide d_model={self.d_model}; choose n_heads so that every "
@@ -132,6 +133,7 @@ class HourglassConfig:
         """Raises UsageError where boundaries do not fit the hierarchy, the vocabulary or the resampling methods."""
         object.__setattr__(self, "boundary_tokens", tuple(int(token) for token in self.boundary_tokens))
         check_range("boundary_slack", self.boundary_slack, 1.0)
+        check_range("boundary_weight", self.boundary_weight, 0.0)
         names, n_shortenings = self.boundaries.split(), len(self.parsed_hierarchy.levels) - 1
         for name in names:
             check_choice("boundaries", name, BOUNDARIES)
@@ -194,9 +196,8 @@ class HourglassConfig:
 
         On a CPU the gradient through a plain scan takes longer than that through a rematerialised one.
         """
-        if self.remat != "auto":
-            return self.remat
-        return "none" if unrolled else "full"
+        chosen = "none" if unrolled else "full"
+        return chosen if self.remat == "auto" else self.remat
 
     @property
     def parsed_hierarchy(self) -> Hierarchy:

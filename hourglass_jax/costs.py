@@ -15,6 +15,7 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.hierarchy import Level
 from hourglass_jax.model import HourglassLM, n_parameters
+from hourglass_jax.nn.boundaries import BOUNDARIES
 from hourglass_jax.nn.groups import FixedGroups
 from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS, AttentionShortening, AttentionUpsampling
 from hourglass_jax.nn.transformer import is_unrolled
@@ -45,20 +46,28 @@ def product_flops(jaxpr: Jaxpr) -> int:
 
 
 class Resampling(NamedTuple):
-    """Shortening by k and upsampling: whether each attends, and what else they project for a group; see `Work`."""
+    """Shortening by k and upsampling: whether each attends, and what else they project for a group; see `Work`.
+
+    decided: what boundaries project for each position.
+    """
 
     k: int
     down_attends: bool
     up_attends: bool
     mixed: float
+    decided: float
 
 
-NO_RESAMPLING = Resampling(0, False, False, 0)
+NO_RESAMPLING = Resampling(0, False, False, 0, 0)
 
 
 @functools.cache
 def resampling_of(
-    shortening: Callable[..., Any], upsampling: Callable[..., Any], config: HourglassConfig, k: int
+    shortening: Callable[..., Any],
+    upsampling: Callable[..., Any],
+    boundaries: Callable[..., Any],
+    config: HourglassConfig,
+    level: Level,
 ) -> Resampling:
     """Read off the methods themselves, so that a new one needs no entry here: a call on one group is traced.
 
@@ -66,24 +75,32 @@ def resampling_of(
     `AttentionUpsampling`: it is counted as if it saw its group alone.
     """
 
+    k = level.shorten_factor
+
     def build(method: Callable[..., Any]) -> nnx.Module:
         return nnx.eval_shape(lambda: method(config, k, 1, rngs=nnx.Rngs(0)))
 
     def flops(module: nnx.Module | None, *shapes: tuple[int, ...]) -> int:
-        if module is None:
-            return 0
-        graph, params = nnx.split(module)
-        inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         groups = FixedGroups(k, k)
-        call = jax.make_jaxpr(lambda params, *x: nnx.merge(graph, params)(*x, groups))
-        return product_flops(call(params, *inputs).jaxpr)
+        inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        return 0 if module is None else call_flops(module, lambda module, *x: module(*x, groups), *inputs)
 
     d = config.d_model
     down, up = build(shortening), build(upsampling)
     pool = down.pool if isinstance(down, AttentionShortening) else down
     base = up.base if isinstance(up, AttentionUpsampling) else up
     mixing = flops(pool, (1, k, d)) + flops(base, (1, k, d), (1, 1, d))
-    return Resampling(k, pool is not down, base is not up, mixing / (2 * d**2))
+    rule = nnx.eval_shape(lambda: boundaries(config, level, rngs=nnx.Rngs(0)))
+    x, tokens = jax.ShapeDtypeStruct((1, k, d), jnp.float32), jax.ShapeDtypeStruct((1, k), jnp.int32)
+    deciding = call_flops(rule, lambda rule, *inputs: rule(*inputs).when, x, tokens)
+    return Resampling(k, pool is not down, base is not up, mixing / (2 * d**2), deciding / (2 * d**2 * k))
+
+
+def call_flops(module: nnx.Module, call: Callable[..., Any], *inputs: jax.ShapeDtypeStruct) -> int:
+    """Of call(module, *inputs), which is traced."""
+    graph, params = nnx.split(module)
+    traced = jax.make_jaxpr(lambda params, *inputs: call(nnx.merge(graph, params), *inputs))
+    return product_flops(traced(params, *inputs).jaxpr)
 
 
 class Seen(NamedTuple):
@@ -110,17 +127,18 @@ def work_by_level(config: HourglassConfig, seen: SeenAt) -> Iterator[tuple[Level
     methods = SHORTENINGS[config.shortening], UPSAMPLINGS[config.upsampling]
     levels = config.parsed_hierarchy.levels
     above = NO_RESAMPLING  # nothing feeds the tokens
-    for level, inner in zip(levels, (*levels[1:], None), strict=True):
+    rules = [BOUNDARIES[name] for name in config.boundaries_by_level]
+    for level, inner, rule in zip(levels, (*levels[1:], None), (*rules, None), strict=True):
         layer, rows = seen(level, config.window if level.factor == 1 else 0), seen(level, 0)
         inner_rows = seen(inner, 0) if inner else rows
-        below = resampling_of(*methods, config, level.shorten_factor) if inner else NO_RESAMPLING
+        below = resampling_of(*methods, rule, config, level) if rule else NO_RESAMPLING
         down_keys = above.k * above.down_attends
         resampling = Work(
             queries=above.down_attends + below.up_attends,
             keys=down_keys + above.up_attends,
             pairs=down_keys * rows.positions + below.up_attends * inner_rows.positions,
             distances=down_keys * rows.distances + below.up_attends * inner_rows.distances,
-            mixed=above.mixed,
+            mixed=above.mixed + below.decided,
         )
         yield level, Work(queries=1, keys=1, pairs=layer.positions, distances=layer.distances), resampling
         above = below

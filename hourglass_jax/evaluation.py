@@ -58,8 +58,12 @@ def score(model: HourglassLM, tokens: Array, key: jax.Array | None = None) -> ja
     tokens = jnp.asarray(check_tokens("tokens", tokens, model.config.vocab_size, "B, L + 1"))
     if tokens.shape[1] < 2:
         raise UsageError("tokens has rows of 1 token; score needs at least 2, one to read and one to predict")
-    logits = model(tokens[:, :-1], key)
-    target = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return log_probabilities(model(tokens[:, :-1], key), tokens[:, 1:])
+
+
+def log_probabilities(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Of `tokens` [B, L] by `logits` [B, L, V], in nats."""
+    target = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return target - jax.nn.logsumexp(logits, axis=-1)
 
 

@@ -17,7 +17,7 @@ def at_shorten_factor(model: HourglassLM, shorten_factor: int) -> HourglassLM:
     """The same parameters, shared and not copied, in a model that shortens by `shorten_factor`.
 
     Raises UsageError unless the hierarchy shortens exactly once, by methods without parameters of the factor's size:
-    average | attention_average and repeat | attention | attention_repeat.
+    average | select | attention_average and repeat | smooth | attention | attention_repeat.
     """
     config = model.config
     hierarchy = config.parsed_hierarchy.with_shorten_factor(shorten_factor)
@@ -26,8 +26,8 @@ def at_shorten_factor(model: HourglassLM, shorten_factor: int) -> HourglassLM:
     except UsageError as error:
         raise UsageError(
             f"shortening={config.shortening!r} with upsampling={config.upsampling!r} has parameters that depend on the "
-            "shorten factor, so that one model cannot be used at several; choose average or attention_average, and "
-            "repeat, attention or attention_repeat"
+            "shorten factor, so that one model cannot be used at several; choose average, select or attention_average, "
+            "and repeat, smooth, attention or attention_repeat"
         ) from error
 
 

@@ -16,10 +16,12 @@ from hourglass_jax.checks import check_key, check_tokens, check_x64
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Level
-from hourglass_jax.nn.boundaries import BOUNDARIES, Turn
+from hourglass_jax.nn.boundaries import Turn
 from hourglass_jax.nn.cache import Cache, Clock, in_own_time
 from hourglass_jax.nn.groups import Groups
 from hourglass_jax.nn.layers import Dropout, layer_norm, linear, split_key
+from hourglass_jax.nn.learned import BOUNDARIES, entropies
+from hourglass_jax.nn.rates import boundary_terms
 from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS
 from hourglass_jax.nn.transformer import Stack
 
@@ -46,28 +48,35 @@ class Hourglass(nnx.Module):
             self.boundaries = BOUNDARIES[config.boundaries_by_level[-len(inner)]](config, level, rngs=rngs)
             self.shorten = SHORTENINGS[config.shortening](config, k, level.factor, rngs=rngs)
             self.upsample = UPSAMPLINGS[config.upsampling](config, k, level.factor, rngs=rngs)
-            self.upsample_norm = layer_norm(config, rngs=rngs) if config.norm == "stack" else None
+            normed = config.norm == "stack" and self.upsample.normed
+            self.upsample_norm = layer_norm(config, rngs=rngs) if normed else None
             self.post = Stack(config, level.post_layers, level.factor, rngs=rngs)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None, tokens: jax.Array | None = None) -> jax.Array:
         """[B, L, D] -> [B, L, D], for any L; `key` turns dropout on, `tokens` are for boundaries that ask for them."""
-        keys = split_key(key, 5)
+        return self.with_groups(x, key, tokens)[0]
+
+    def with_groups(
+        self, x: jax.Array, key: jax.Array | None = None, tokens: jax.Array | None = None
+    ) -> tuple[jax.Array, list[Groups]]:
+        """As a call, and the groups that each shortening makes, outermost first."""
+        keys = split_key(key, 6)
         x = self.pre(x, keys[0])
         if self.inner is None:
-            return x
-        groups = self.boundaries(x, tokens)
+            return x, []
+        groups = self.boundaries(x, tokens, key=keys[5])
         short = self.shorten(groups.shift_right(x), groups, key=keys[1])
-        short = self.inner(short, keys[2])
+        short, deeper = self.inner.with_groups(short, keys[2])
         up = self.upsample(x, short, groups, key=keys[3])
-        return self.post(self.add_upsampled(x, up), keys[4])
+        return self.post(self.add_upsampled(x, up), keys[4]), [groups, *deeper]
 
     def groups(self, x: jax.Array, tokens: jax.Array | None = None) -> list[Groups]:
         """Those that each shortening makes of a sequence [B, L, D], outermost first."""
-        if self.inner is None:
-            return []
-        x = self.pre(x)
-        groups = self.boundaries(x, tokens)
-        return [groups, *self.inner.groups(self.shorten(groups.shift_right(x), groups))]
+        return self.with_groups(x, tokens=tokens)[1]
+
+    def rules(self) -> list[nnx.Module]:
+        """The boundaries of each shortening, outermost first."""
+        return [] if self.inner is None else [self.boundaries, *self.inner.rules()]
 
     def __repr__(self) -> str:
         return f"Hourglass({self.notation!r}, d_model={self.d_model}): {n_parameters(self):,} parameters"
@@ -140,7 +149,7 @@ class Hourglass(nnx.Module):
         if not turn.gathers:
             short, shorten = self.shorten.step(turn.x, turn.groups, shorten, turn.clock)
         short, inner = self.inner.step(short, cache["inner"], turn.clock)
-        upsample = self.upsample.receive(short, cache["upsample"], turn.clock)
+        upsample = self.upsample.receive(short, turn.groups, cache["upsample"], turn.clock)
         return {"shorten": shorten, "inner": inner, "upsample": upsample}
 
 
@@ -175,6 +184,24 @@ class HourglassLM(nnx.Module):
         if key is not None:
             check_key(key)
         return self.from_embeddings(self.embed(tokens), key, tokens)
+
+    def with_losses(
+        self, tokens: jax.Array, key: jax.Array | None = None, weights: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """As a call; what learned boundaries add to the mean loss in nats, float []; and figures of all events.
+
+        `weights` [B, L]: how much each token counts there (default: 1). See `nn.rates.boundary_terms`.
+        """
+        if key is not None:
+            check_key(key)
+        embedding_key, body_key = split_key(key, 2)
+        x = self.dropout(self.embed(tokens), embedding_key)
+        x, groups = self.hourglass.with_groups(x, body_key, tokens)
+        logits = self.logits(x)
+        weights = jnp.ones(x.shape[:2]) if weights is None else weights
+        levels = zip(self.hourglass.rules(), groups, strict=True)
+        loss, figures = boundary_terms(levels, weights, entropies(logits))
+        return logits, self.config.boundary_weight * loss, figures
 
     def __repr__(self) -> str:
         c = self.config

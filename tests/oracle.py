@@ -111,7 +111,7 @@ def shorten(p, config, x, k, unit, shift):
 
 
 def spread(p, method, short, k, length):
-    if method == "repeat":
+    if method in ("repeat", "smooth"):  # at given boundaries there is nothing to smooth
         rows = [short[t // k] for t in range(length)]
     else:
         rows = [project(p["project"], short[t // k]).reshape(k, -1)[t % k] for t in range(length)]
@@ -136,7 +136,7 @@ def hourglass(p, config, levels, x):
     short = shorten(p.get("shorten", {}), config, x, k, level.factor, shift)
     short = hourglass(p["inner"], config, inner, short)
     up = upsample(p.get("upsample", {}), config, x, short, k, level.factor)
-    if config.norm == "stack":
+    if config.norm == "stack" and config.upsampling != "smooth":
         up = norm(p["upsample_norm"], up)
     return stack(p.get("post", {}), config, level.post_layers, x + up, level.factor)
 

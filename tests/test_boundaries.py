@@ -202,7 +202,12 @@ def test_greedy_tokens_follow_the_full_forward(model):
 ATTENTION = {"shortening": "attention_average", "upsampling": "attention_repeat"}
 
 
-@pytest.mark.parametrize("options", [{}, {"positions": "rotary"} | ATTENTION])
+LEARNED = {"boundaries": "router", "shortening": "select", "upsampling": "smooth"}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"positions": "rotary"} | ATTENTION, pytest.param(LEARNED, marks=pytest.mark.slow)]
+)
 def test_rows_are_what_they_would_be_alone_beyond_the_context_too(options):
     model = make_model(event_config(**options))
     prompts = [*PROMPTS, tokens_of(100)]  # the last one is longer than the context

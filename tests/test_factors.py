@@ -23,6 +23,7 @@ FREE = {
     "repeat",
     "attention",
     "attention_repeat",
+    "smooth",
 }  # of parameters of the factor's size
 
 

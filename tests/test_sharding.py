@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from conftest import forward, make_model, small_config
 from flax import nnx
@@ -19,6 +20,7 @@ from launching import ENVIRONMENT, run_forked
 import hourglass_jax as hg
 from hourglass_jax import RuntimeConfig
 from hourglass_jax.training.sharding import batch_sharding, gather, make_mesh, state_shardings
+from hourglass_jax.training.step import first_state, make_train_step
 
 FLAGS = ["--hierarchy=1@1 1@2 1@1", "--d_model=32", "--n_heads=2", "--d_ff=64", "--block_size=32", "--batch_size=16"]
 FLAGS += [
@@ -104,6 +106,33 @@ def test_kernels_on_eight_devices_equal_one_and_parameters_are_divided_over_fsdp
     environment = os.environ | ENVIRONMENT | devices(8)
     command, cwd = [sys.executable, "-c", code], Path(__file__).parent
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8")
+    assert result.returncode == 0, result.stderr
+
+
+def draw_boundaries_on_eight_devices():
+    """Three training steps with noise in the boundaries, on 4 x 2 devices and on one."""
+    mesh, results = make_mesh(RuntimeConfig(fsdp=2)), []
+    methods = {"boundaries": "gumbel", "shortening": "average", "upsampling": "smooth"}
+    for divided in (False, True):
+        graph, params = nnx.split(make_model(small_config(dropout=0.1, **methods)))
+        optimizer, shardings = optax.sgd(0.1), None
+        state, batch = first_state(params, optimizer), (np.arange(8 * 33).reshape(8, 33) ** 2 % 11, np.ones((8, 32)))
+        if divided:
+            shardings = state_shardings(mesh, jax.eval_shape(lambda state=state: state))
+            state, batch = jax.device_put(state, shardings), jax.device_put(batch, batch_sharding(mesh))
+        step = make_train_step(graph, optimizer, seed=0, shardings=shardings)
+        for _ in range(3):
+            state, metrics = step(state, *batch)
+        results.append({name: float(value) for name, value in metrics.items()})
+    assert 0.1 < results[0]["boundary_rate"] < 0.9
+    assert results[1] == pytest.approx(results[0], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_noise_in_boundaries_does_not_depend_on_the_devices():
+    command = [sys.executable, "-c", "import test_sharding; test_sharding.draw_boundaries_on_eight_devices()"]
+    environment = os.environ | ENVIRONMENT | devices(8)
+    result = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
 
 

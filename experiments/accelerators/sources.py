@@ -12,7 +12,14 @@ RESAMPLING = "resampling"
 SOURCES: dict[str, tuple[str, ...]] = {
     "attention": ("/nn/attention", "/nn/blocked.py", "Attention."),
     "feed-forward": ("FeedForward.",),
-    RESAMPLING: ("/nn/resampling.py", "/nn/groups.py", "/nn/boundaries.py", "to_groups", "Hourglass.add_upsampled"),
+    RESAMPLING: (
+        "/nn/resampling.py",
+        "/nn/groups.py",
+        "/nn/boundaries.py",
+        "/nn/learned.py",
+        "to_groups",
+        "Hourglass.add_upsampled",
+    ),
     "norms": ("/nn/normalization.py", "LayerNorm."),
     "residuals and stacks": ("/nn/transformer.py", "Hourglass."),
     "embedding": ("HourglassLM.embed",),

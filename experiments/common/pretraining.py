@@ -24,6 +24,7 @@ from hourglass_jax import (
 )
 from hourglass_jax.cuts import count_groups
 from hourglass_jax.data.corpora import load_tokens
+from hourglass_jax.nn.learned import LearnedBoundaries
 from hourglass_jax.tokenizers import Tokenizer, boundary_tokens
 
 # Sized so that the built-in corpus trains in about two minutes on two CPU cores.
@@ -124,13 +125,21 @@ def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:
 
 
 def describe_groups(model: HourglassLM, tokens: np.ndarray, weights: np.ndarray) -> str:
-    """How long the groups are that a batch's whole rows make, where the text decides it; empty otherwise.
+    """How long the groups are that a batch's whole rows make, where events end them; empty otherwise."""
+    rows = tokens[weights.all(axis=1), :-1]
+    if not model.config.event_levels or not len(rows):
+        return ""
+    return f", groups of {count_groups(model, rows).length:.1f} tokens"
 
-    Warns where more than one event in a hundred has to wait; raises UsageError where the text has none.
+
+def check_groups(model: HourglassLM, tokens: np.ndarray, weights: np.ndarray) -> None:
+    """Warns where more than one event in a hundred has to wait; raises UsageError where the text has none.
+
+    Of learned boundaries training has yet to decide: `fit` warns.
     """
     config, rows = model.config, tokens[weights.all(axis=1), :-1]
-    if not config.event_levels or not len(rows):
-        return ""
+    if not config.event_levels or not len(rows) or isinstance(model.hourglass.boundaries, LearnedBoundaries):
+        return
     counts = count_groups(model, rows)
     if counts.groups <= len(rows):  # the first token of each row always ends one
         raise UsageError(
@@ -145,7 +154,6 @@ def describe_groups(model: HourglassLM, tokens: np.ndarray, weights: np.ndarray)
             counts.length,
             config.hierarchy,
         )
-    return f", groups of {counts.length:.1f} tokens"
 
 
 def vocabulary_size(data: DataConfig, vocab_path: str) -> int:

@@ -1,4 +1,4 @@
-"""Who decides where a group ends: by position, by the token, or by a rule of your own.
+"""Who decides where a group ends: by position, by the token, or by a rule of your own; `nn.learned` has more.
 
 A rule is built as `Rule(config, level, rngs=rngs)`; it is asked at each position whether an event fires there, and sees
 that position and the one before it. So it is causal, and decodes, without more. A new rule is one class with `fires`
@@ -20,7 +20,7 @@ from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Level
 from hourglass_jax.nn.cache import NEVER, Clock, EventCache, where_live
-from hourglass_jax.nn.groups import EventGroups, FixedGroups, Groups, OpenGroup, limit
+from hourglass_jax.nn.groups import Decision, EventGroups, FixedGroups, Groups, OpenGroup, limit
 from hourglass_jax.registry import BOUNDARIES
 
 SPARE = 4  # events beyond the rate limit, so that a row may begin with a few at once
@@ -68,7 +68,7 @@ class FixedBoundaries(nnx.Module):
         self.shift = self.k if config.shift == "original" else self.k - 1
         self.d_model, self.dtype = config.d_model, config.dtype
 
-    def __call__(self, x: jax.Array, tokens: jax.Array | None = None) -> FixedGroups:
+    def __call__(self, x: jax.Array, tokens: jax.Array | None = None, key: jax.Array | None = None) -> FixedGroups:
         """Of a sequence [B, L, D]."""
         return FixedGroups(self.k, x.shape[1], self.shift)
 
@@ -116,23 +116,35 @@ class Boundaries(nnx.Module):
         """bool [B, L]: whether a group ends at `here`; at a row's first position nothing is `before`."""
         raise NotImplementedError
 
+    def decide(self, here: Position, before: Position, key: jax.Array | None = None) -> Decision:
+        """As `fires`, and always at a row's first position; `key` turns on what is random in training."""
+        return Decision(self.fires(here, before) | (here.place == 0))
+
     def room(self, length: Any) -> Any:
         """The most events among a row's first `length` positions; integers or arrays of them."""
         return length * round(100 * self.slack) // (100 * self.k) + SPARE
 
-    def __call__(self, x: jax.Array, tokens: jax.Array | None = None) -> EventGroups:
+    def __call__(self, x: jax.Array, tokens: jax.Array | None = None, key: jax.Array | None = None) -> EventGroups:
         """Of a sequence [B, L, D] with its tokens int [B, L], if any."""
-        return self.events(x, tokens, jnp.zeros(1, jnp.int32), x.shape[1])
+        return self.events(x, tokens, jnp.zeros(1, jnp.int32), x.shape[1], key)
 
-    def events(self, x: jax.Array, tokens: jax.Array | None, start: jax.Array, stop: jax.Array | int) -> EventGroups:
+    def events(
+        self,
+        x: jax.Array,
+        tokens: jax.Array | None,
+        start: jax.Array,
+        stop: jax.Array | int,
+        key: jax.Array | None = None,
+    ) -> EventGroups:
         """Of rows that are padding before position `start` [B or 1] and from `stop` on."""
         places = jnp.arange(x.shape[1]) - start[:, None]
         here = Position(x, tokens, jnp.broadcast_to(places, x.shape[:2]))
         before = jax.tree.map(lambda values: jnp.roll(values, 1, axis=1).at[:, 0].set(0), here)
         valid = (places >= 0) & (places < jnp.reshape(stop - start, (-1, 1)))
-        wants = (self.fires(here, before) | (places == 0)) & valid
-        n_groups = min(self.room(x.shape[1]), x.shape[1])
-        return EventGroups(limit(wants, self.room(jnp.maximum(places + 1, 0))), n_groups, valid, wants)
+        decision = self.decide(here, before, key)
+        decision = decision._replace(wants=decision.wants & valid)
+        fires = limit(decision.wants, self.room(jnp.maximum(places + 1, 0)))
+        return EventGroups(fires, min(self.room(x.shape[1]), x.shape[1]), valid, decision)
 
     def reach(self, max_length: int, context: int) -> tuple[int, int]:
         """The deeper level's `max_length` and `context`, in tokens that its groups stand for."""
@@ -180,13 +192,14 @@ class Boundaries(nnx.Module):
         here = Position(x[:, None], token[:, None], place[:, None])
         before = Position(*(values[:, None] for values in (*cache.newest, place - 1)))
         seen = (cache.when >= clock.start[:, None]).sum(axis=1, dtype=jnp.int32)
-        fires = (self.fires(here, before)[:, 0] | (place == 0)) & (seen < self.room(place + 1))
+        decision = self.decide(here, before)
+        fires = decision.wants[:, 0] & (seen < self.room(place + 1))
         if clock.live is not None:
             fires &= clock.live
         unit = self.unit * self.k
         below = Clock(cache.count * unit, jnp.zeros_like(place), (cache.count - seen) * unit, fires)
         serving = replace(below, time=(cache.count + fires - 1) * unit, live=None)
-        groups = OpenGroup(cache.fresh, fires, serving)
+        groups = OpenGroup(cache.fresh, fires, serving, p=decision.p)
         row = jnp.where(fires, cache.count % cache.when.shape[1], cache.when.shape[1])
         when = cache.when.at[jnp.arange(len(row)), row].set(clock.time, mode="drop")
         newest = where_live(clock.live, (x, token), cache.newest)

@@ -9,6 +9,7 @@ fire at 0, k, 2k ..., and a group is a row of a reshaped array: `FixedGroups`. E
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,19 @@ def to_groups(x: jax.Array, k: int, shift: int = 0) -> jax.Array:
     return x.reshape(batch, groups, k, d_model)
 
 
+class Decision(NamedTuple):
+    """What a rule says of each position, all [B, L].
+
+    wants: bool, whether a group is to end there.
+    p: float, how likely that was, more than 1/2 where it is so and 1 at a row's first position. None: it was given.
+    score: float, what p was made of.
+    """
+
+    wants: jax.Array
+    p: Any = None
+    score: Any = None
+
+
 class Groups:
     """The verbs. x is [B, L, D], a vector for each position, z [B, G, D], one for each group.
 
@@ -37,6 +51,9 @@ class Groups:
     when: int [B or 1, G], the first position that each group's vector serves.
     served: int [B, L], the group whose vector serves each position.
     count, wanted: int [B or 1], how many groups there are, and would be if none had to wait.
+    p: float [B, L], see `Decision`.
+    share, certainty: 1, as a [B, L, 1] whose derivative says what a position's p changes: how much of its group each
+        position is, and how far it may rely on the vector that serves it (p where an event fires, elsewhere 1 - p).
     """
 
     length: int
@@ -46,6 +63,9 @@ class Groups:
     served: jax.Array
     count: jax.Array
     wanted: jax.Array
+    p: jax.Array | None = None
+    share: jax.Array | int = 1
+    certainty: jax.Array | int = 1
 
     def shift_right(self, x: jax.Array) -> jax.Array:
         """x as shortening takes it: so that a group's vector holds nothing newer than the first position it serves."""
@@ -61,6 +81,7 @@ class Groups:
             weights = jnp.ones((*x.shape[:2], 1), x.dtype)
         else:
             weights = jnp.exp(jnp.clip(logits, -LARGEST_LOGIT, LARGEST_LOGIT).astype(sum_dtype(logits)))
+        weights = (weights * self.share).astype(weights.dtype)
         total, weight = self.total(weights * x), self.total(weights)
         return (total / jnp.where(weight > 0, weight, 1)).astype(x.dtype)
 
@@ -155,9 +176,17 @@ class EventGroups(Groups):
     rest: for each sum taken, that over the group in progress, [B, D]; what decoding goes on from.
     """
 
-    def __init__(self, fires: jax.Array, n_groups: int, valid: jax.Array | bool = True, wants: jax.Array | None = None):
-        """bool [B, L]; of positions where `valid` is false none fires, and none counts. `wants`: before the limit."""
-        self.wanted = (fires if wants is None else wants).sum(axis=1)
+    def __init__(
+        self, fires: jax.Array, n_groups: int, valid: jax.Array | bool = True, decision: Decision | None = None
+    ):
+        """bool [B, L]; of positions where `valid` is false none fires and none counts. `decision`: before the limit."""
+        self.fires, self.decision = fires, decision or Decision(fires)
+        self.wanted, self.p = self.decision.wants.sum(axis=1), self.decision.p
+        if self.p is not None:
+            nothing = (self.p - lax.stop_gradient(self.p))[..., None]  # but for its derivative
+            # An event at u would take the positions after it out of the group (dynamic pooling).
+            self.share = 1 + jnp.cumsum(nothing, axis=1) - nothing
+            self.certainty = 1 + jnp.where(fires[..., None], nothing, -nothing)
         self.length, self.n_groups = fires.shape[1], n_groups
         so_far = jnp.cumsum(fires, axis=1, dtype=jnp.int32)
         self.served, self.count = so_far - 1, so_far[:, -1]
@@ -195,17 +224,22 @@ class OpenGroup(Groups):
     length = 1
 
     def __init__(
-        self, fresh: jax.Array, due: jax.Array, serving: Clock | None = None, sums: list[jax.Array] | None = None
+        self,
+        fresh: jax.Array,
+        due: jax.Array,
+        serving: Clock | None = None,
+        sums: list[jax.Array] | None = None,
+        p: jax.Array | None = None,
     ):
         """`fresh`, `due`, bool [B]: the position before this one, and this one, end a group.
 
         `serving`: at the event whose vector serves this position.
         """
-        self.fresh, self.due, self.serving, self.sums = fresh, due, serving, sums
+        self.fresh, self.due, self.serving, self.sums, self.p = fresh, due, serving, sums, p
         self.rest: list[jax.Array] = []
 
     def after(self, sums: list[jax.Array]) -> OpenGroup:
-        return OpenGroup(self.fresh, self.due, self.serving, sums)
+        return OpenGroup(self.fresh, self.due, self.serving, sums, self.p)
 
     def query_clock(self, clock: Clock) -> Clock:
         return clock if self.serving is None else self.serving

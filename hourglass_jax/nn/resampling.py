@@ -133,6 +133,8 @@ class Upsampling(nnx.Module):
     A new shortened vector is handed over with `receive`, then each token of its group asks with `step`.
     """
 
+    normed = True  # by the Hourglass, where norm='stack'
+
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, rngs: nnx.Rngs):
         self.unit = unit
         self.cache_shape: tuple[int, ...] = (config.d_model,)
@@ -152,7 +154,7 @@ class Upsampling(nnx.Module):
         """A call on rows that begin at `start` [B] tokens, which fills the cache."""
         return self(x, short, groups), groups.last(short, cache)
 
-    def receive(self, short: jax.Array, cache: Any, clock: Clock) -> Any:
+    def receive(self, short: jax.Array, groups: Groups, cache: Any, clock: Clock) -> Any:
         """The cache with a new group's shortened vector [B, D]."""
         return where_live(clock.live, short, cache)
 
@@ -169,6 +171,43 @@ class RepeatUpsampling(Upsampling):
         return groups.spread(short)
 
 
+class SmoothUpsampling(Upsampling):
+    """The moving average of the shortened vectors, each with the weight p of its event, at all positions (H-Net).
+
+    Where boundaries are given, p is 1 and there is nothing to smooth. Where they are learned, gradient reaches p from
+    the average, and at each position from a factor of 1, which a norm would undo.
+    """
+
+    normed = False
+
+    def __call__(self, x: jax.Array, short: jax.Array, groups: Groups, *, key: jax.Array | None = None) -> jax.Array:
+        return self.spread(self.averages(short, groups), groups)
+
+    def spread(self, averages: jax.Array, groups: Groups) -> jax.Array:
+        return (groups.certainty * groups.spread(averages)).astype(averages.dtype)
+
+    def averages(self, short: jax.Array, groups: Groups, before: jax.Array | None = None) -> jax.Array:
+        """[B, G, D] -> [B, G, D]; `before` [B, 1, D] is that of the group before them, if any."""
+        if groups.p is None:
+            return short
+        p = groups.select(groups.p[..., None])
+        if before is not None:
+            return (p * short + (1 - p) * before).astype(short.dtype)
+        return moving_average(short, p).astype(short.dtype)
+
+    def prefill(
+        self, x: jax.Array, short: jax.Array, groups: Groups, cache: jax.Array, start: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        averages = self.averages(short, groups)
+        return self.spread(averages, groups), groups.last(averages, cache)
+
+    def receive(self, short: jax.Array, groups: Groups, cache: jax.Array, clock: Clock) -> jax.Array:
+        return where_live(clock.live, self.averages(short[:, None], groups, cache[:, None])[:, 0], cache)
+
+    def step(self, x: jax.Array, groups: Groups, cache: jax.Array, clock: Clock) -> jax.Array:
+        return groups.newest(groups.spread(cache[:, None]), clock.time // self.unit)
+
+
 class LinearUpsampling(Upsampling):
     """A projection of each shortened vector to k."""
 
@@ -180,7 +219,7 @@ class LinearUpsampling(Upsampling):
     def __call__(self, x: jax.Array, short: jax.Array, groups: Groups, *, key: jax.Array | None = None) -> jax.Array:
         return groups.positions(self.project(short).reshape(*short.shape[:2], *self.cache_shape))
 
-    def receive(self, short: jax.Array, cache: jax.Array, clock: Clock) -> jax.Array:
+    def receive(self, short: jax.Array, groups: Groups, cache: jax.Array, clock: Clock) -> jax.Array:
         return self.project(short).reshape(cache.shape)
 
     def step(self, x: jax.Array, groups: Groups, cache: jax.Array, clock: Clock) -> jax.Array:
@@ -228,8 +267,8 @@ class AttentionUpsampling(Upsampling):
             up = groups.positions(up)
         return up, {"base": base, "attention": attention}
 
-    def receive(self, short: jax.Array, cache: dict[str, Any], clock: Clock) -> dict[str, Any]:
-        base = None if self.base is None else self.base.receive(short, cache["base"], clock)
+    def receive(self, short: jax.Array, groups: Groups, cache: dict[str, Any], clock: Clock) -> dict[str, Any]:
+        base = None if self.base is None else self.base.receive(short, groups, cache["base"], clock)
         assert self.block.memory_norm is not None
         keys = self.block.memory_norm(short[:, None])
         return {"base": base, "attention": self.block.attention.write(keys, cache["attention"], clock)}
@@ -237,6 +276,17 @@ class AttentionUpsampling(Upsampling):
     def step(self, x: jax.Array, groups: Groups, cache: dict[str, Any], clock: Clock) -> jax.Array:
         queries = x if self.base is None else x + self.base.step(x, groups, cache["base"], clock)
         return self.block.step(queries, cache=cache["attention"], clock=groups.query_clock(clock))[0]
+
+
+def moving_average(z: jax.Array, p: jax.Array) -> jax.Array:
+    """a[g] = p[g] z[g] + (1 - p[g]) a[g - 1], from a[-1] = 0: [B, G, D], [B, G, 1] -> [B, G, D], float32 at least."""
+
+    def one_after_the_other(
+        first: tuple[jax.Array, jax.Array], then: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        return first[0] * then[0], then[0] * first[1] + then[1]
+
+    return lax.associative_scan(one_after_the_other, (1 - p, p * z), axis=1)[1]
 
 
 SHORTENINGS |= {
@@ -253,4 +303,5 @@ UPSAMPLINGS |= {
     "attention": partial(AttentionUpsampling, base=None),
     "attention_repeat": partial(AttentionUpsampling, base=RepeatUpsampling),
     "attention_linear": partial(AttentionUpsampling, base=LinearUpsampling),
+    "smooth": SmoothUpsampling,
 }

@@ -59,12 +59,13 @@ class CurveWriter:
 
 
 def plot_curves(directory: Path) -> Path:
-    """Draws training and validation loss against steps to loss.png and returns its path."""
+    """Draws training and validation loss against steps, and how often events fire, to loss.png; returns its path."""
     from matplotlib.figure import Figure
 
     records = read_curves(directory)
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    rates = [r for r in records if "boundary_rate" in r]
+    figure = Figure(figsize=(6, 6 if rates else 4), layout="constrained")
+    axes, *below = figure.subplots(2 if rates else 1, sharex=True, squeeze=False)[:, 0]
     for name, style in (("train_loss", {"lw": 1}), ("valid_loss", {"marker": "o", "ms": 4})):
         points = [(r["step"], r[name]) for r in records if name in r]
         if points:
@@ -72,9 +73,25 @@ def plot_curves(directory: Path) -> Path:
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
+    for axes in below:
+        plot_rates(axes, rates)
     path = Path(directory) / "loss.png"
     figure.savefig(path, dpi=120)
     return path
+
+
+def plot_rates(axes: Any, records: list[dict[str, Any]]) -> None:
+    """The events a position, with their spread over the rows of a batch, and those that found no room."""
+    steps, rates, spreads, suppressed = (
+        [r[name] for r in records] for name in ("step", "boundary_rate", "boundary_spread", "boundary_suppressed")
+    )
+    low, high = ([rate + sign * spread for rate, spread in zip(rates, spreads, strict=True)] for sign in (-1, 1))
+    axes.fill_between(steps, low, high, alpha=0.2, lw=0)
+    axes.plot(steps, rates, lw=1, label="groups a token")
+    axes.plot(steps, suppressed, lw=1, label="share without room")
+    axes.set(xlabel="step", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
 
 
 @functools.cache

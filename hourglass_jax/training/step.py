@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from hourglass_jax.evaluation import score
+from hourglass_jax.evaluation import log_probabilities
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +30,8 @@ def first_state(params: nnx.State, optimizer: optax.GradientTransformation) -> T
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -44,42 +45,55 @@ def make_train_step(
     """A jitted (state, tokens [B, L + 1], weights [B, L]) -> (state, metrics); the state's buffers are donated.
 
     `accumulate` takes the batch in so many parts, one after another: the gradient of the whole in the memory of a
-    part. Dropout draws from (seed, step) alone. `shardings` pins where the new state lies.
+    part. Dropout draws from (seed, step) alone, and so do boundaries. `shardings` pins where the new state lies.
+
+    What is minimised has the losses of learned boundaries, too, each part's by itself; the metrics have it apart.
     """
 
-    def weighted_loss(params: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array) -> jax.Array:
+    def loss_of(params: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        """What is minimised and the metrics, summed over the predictions."""
+        model = nnx.merge(graph, params)
+        logits, boundary_loss, metrics = model.with_losses(tokens[:, :-1], key, weights)
+        loss = -(log_probabilities(logits, tokens[:, 1:]) * weights).sum()
+        n_predictions = weights.sum()
+        metrics = {name: n_predictions * value for name, value in metrics.items()}
+        return loss + n_predictions * boundary_loss, {"train_loss": loss} | metrics
+
+    def weighted_loss(
+        params: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
         if shardings is None:
-            return -(score(nnx.merge(graph, params), tokens, key) * weights).sum()
+            return loss_of(params, tokens, weights, key)
         # Parameters whole, as the step's number is, or XLA may divide activations as it divides them.
         params = jax.lax.with_sharding_constraint(params, shardings.step)
         with jax.sharding.use_abstract_mesh(jax.tree.leaves(shardings)[0].mesh.abstract_mesh):
-            return -(score(nnx.merge(graph, params), tokens, key) * weights).sum()
+            return loss_of(params, tokens, weights, key)
 
-    def accumulated(params: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
+    gradient_of = jax.grad(weighted_loss, has_aux=True)
+
+    def accumulated(
+        params: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array
+    ) -> tuple[nnx.State, Metrics]:
         def add_part(total, part):
             tokens, weights, index = part
-            loss = jax.value_and_grad(weighted_loss)(params, tokens, weights, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, total, loss), None
+            gradients, metrics = gradient_of(params, tokens, weights, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, total, gradients), metrics
 
         # Every accumulate-th row: so each device keeps the rows it has.
         tokens, weights = (x.reshape(-1, accumulate, x.shape[1]).swapaxes(0, 1) for x in (tokens, weights))
-        nothing = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-        return jax.lax.scan(add_part, nothing, (tokens, weights, jnp.arange(accumulate)))[0]
+        nothing = jax.tree.map(jnp.zeros_like, params)
+        gradients, metrics = jax.lax.scan(add_part, nothing, (tokens, weights, jnp.arange(accumulate)))
+        return gradients, jax.tree.map(lambda values: values.sum(axis=0), metrics)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
     def train_step(state: TrainState, tokens: jax.Array, weights: jax.Array):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradient_of = jax.value_and_grad(weighted_loss) if accumulate == 1 else accumulated
-        loss, gradients = gradient_of(state.params, tokens, weights, key)
+        sums = (gradient_of if accumulate == 1 else accumulated)(state.params, tokens, weights, key)
         n_predictions = weights.sum()
-        loss, gradients = jax.tree.map(lambda total: total / n_predictions, (loss, gradients))
+        gradients, metrics = jax.tree.map(lambda total: total / n_predictions, sums)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {
-            "train_loss": loss,
-            "gradient_norm": optax.global_norm(gradients),
-            "parameter_norm": optax.global_norm(params),
-        }
+        metrics |= {"gradient_norm": optax.global_norm(gradients), "parameter_norm": optax.global_norm(params)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step

@@ -34,6 +34,7 @@ from hourglass_jax.training.signals import Interrupted, Signals
 from hourglass_jax.training.step import TrainState, first_state, make_train_step
 
 LOG_INTERVAL = 10  # steps between records of the training loss
+MOST_SUPPRESSED = 0.01  # of the groups' ends that are wanted, without a word
 
 
 class Diverged(UsageError):
@@ -279,7 +280,24 @@ class _Training:
                 peak_memory_bytes=peak_memory_bytes(),
             )
         self.progress.show({"loss": f"{values['train_loss']:.3f}", "tokens/s": f"{rate:,.0f}"})
+        if "boundary_rate" in values:
+            self.progress.show({"tokens/group": f"{1 / values['boundary_rate']:.1f}"})
+        if "boundary_loss" in values and self.step == self.config.steps:
+            self.check_room(values["boundary_suppressed"])
         self.start_clock()
+
+    def check_room(self, suppressed: float) -> None:
+        """Warns where learned boundaries, once they are trained, want more than there is room for."""
+        if suppressed > MOST_SUPPRESSED:
+            config = self.model.config
+            logging.warning(
+                "%.1f %% of the groups' ends find no room and wait for the next; raise boundary_slack=%s or "
+                "boundary_weight=%s, or choose a smaller factor than that of hierarchy='%s'",
+                100 * suppressed,
+                config.boundary_slack,
+                config.boundary_weight,
+                config.hierarchy,
+            )
 
     def placed(self, batches: Sequence[Batch]) -> Iterator[tuple[jax.Array, ...]]:
         """Validation batches on the mesh, with rows of no weight added where the devices do not divide them."""

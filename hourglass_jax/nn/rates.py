@@ -1,0 +1,51 @@
+"""How often events fire, and what learned boundaries add to a loss so that they do so as often as they should."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hourglass_jax.nn.groups import EventGroups, Groups
+from hourglass_jax.nn.learned import LearnedBoundaries, mean
+
+
+def boundary_terms(
+    levels: Iterable[tuple[nnx.Module, Groups]], weights: jax.Array, entropy: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The sum of the losses of learned boundaries, each as its paper weighs it, and figures of all that end by events.
+
+    levels: each shortening's boundaries with the groups they made, outermost first.
+    weights: how much each token counts, entropy: that of the prediction made there; float [B, L].
+
+    The figures, with the number of the shortening at the end of their names from the second on:
+    boundary_rate: events a position; boundary_spread: their rate's standard deviation over rows.
+    boundary_suppressed: the share of the wanted events that found no room.
+    boundary_loss: as the rule has it, where it is learned.
+    """
+    loss = jnp.zeros(())
+    figures: dict[str, jax.Array] = {}
+    for number, (rule, groups) in enumerate(levels, 1):
+        if isinstance(groups, EventGroups):
+            named = rates(groups, weights)
+            if isinstance(rule, LearnedBoundaries):
+                named["boundary_loss"] = rule.loss(groups, weights, entropy)
+                loss += rule.loss_weight * named["boundary_loss"]
+            figures |= {name if number == 1 else f"{name}_{number}": value for name, value in named.items()}
+        at_events = groups.select(groups.shift_right(jnp.stack([weights, entropy], axis=-1)))
+        weights, entropy = at_events[..., 0], at_events[..., 1]
+        weights = jnp.where(jnp.arange(weights.shape[1]) < groups.count[:, None], weights, 0)
+    return loss, figures
+
+
+def rates(groups: EventGroups, weights: jax.Array) -> dict[str, jax.Array]:
+    """See `boundary_terms`."""
+    fired, wanted = (mean(events, weights) for events in (groups.fires, groups.decision.wants))
+    of_row = (groups.fires * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
+    return {
+        "boundary_rate": fired,
+        "boundary_spread": of_row.std(),
+        "boundary_suppressed": (wanted - fired) / jnp.maximum(wanted, 1e-9),
+    }

@@ -1,0 +1,112 @@
+"""Training with learned boundaries: what is reported, the rate reached, curves, going on, launchers; their costs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import make_model
+from flax import nnx
+from launching import run
+from test_boundaries import tokens_of
+from test_learned import D, learned_config
+
+import hourglass_jax as hg
+from hourglass_jax.costs import count_parameters, forward_flops
+from hourglass_jax.data.pipeline import consecutive_windows, random_windows
+from hourglass_jax.training import metrics, trainer
+from hourglass_jax.training.step import first_state, make_train_step
+from hourglass_jax.training.trainer import fit
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def test_what_is_reported_has_none_of_the_loss_of_boundaries_which_reach_their_rate():
+    config = learned_config(hierarchy="0@1 1@4 0@1", boundary_weight=30.0)
+    graph, params = nnx.split(make_model(config))
+    optimizer = optax.adam(1e-2)
+    step, state = make_train_step(graph, optimizer, seed=0), first_state(params, optimizer)
+    tokens, weights = tokens_of((8, 33)), jnp.ones((8, 32))
+    loss = -hg.score(nnx.merge(graph, params), tokens).mean()
+    _, added, figures = nnx.merge(graph, params).with_losses(tokens[:, :-1])
+    assert float(added) == pytest.approx(0.9 * float(figures["boundary_loss"]))
+    records = []
+    for _ in range(60):
+        state, values = step(state, tokens, weights)
+        records.append({name: float(value) for name, value in values.items()})
+    first, *_, last = records
+    assert first["train_loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert all(first[name] == pytest.approx(float(value), rel=1e-5, abs=1e-7) for name, value in figures.items())
+    assert abs(first["boundary_rate"] - 0.25) > 0.1 > 2 * abs(last["boundary_rate"] - 0.25)
+    assert last["train_loss"] < first["train_loss"]
+    assert step._cache_size() == 1  # one program, wherever the text was cut
+
+
+@pytest.mark.slow
+def test_a_batch_in_parts_has_the_rates_of_the_whole():
+    config = learned_config(hierarchy="0@1 1@4 0@1", boundary_weight=0.0)
+    results = []
+    for accumulate in (1, 2):
+        graph, params = nnx.split(make_model(config))
+        optimizer = optax.sgd(1.0)
+        step = make_train_step(graph, optimizer, seed=0, accumulate=accumulate)
+        results.append(step(first_state(params, optimizer), tokens_of((8, 33)), jnp.ones((8, 32)))[1])
+    for name in ("train_loss", "boundary_rate", "boundary_suppressed", "gradient_norm"):
+        assert float(results[0][name]) == pytest.approx(float(results[1][name]), rel=1e-4, abs=1e-6)
+
+
+def train(directory, steps):
+    config = learned_config("gumbel", hierarchy="0@1 1@3 0@1", shortening="average", upsampling="repeat")
+    model, text = make_model(config), np.tile(np.arange(8), 100)
+    schedule = {"schedule": "constant", "warmup_steps": 0}
+    arguments = {"optimizer_config": hg.OptimizerConfig(**schedule), "train_config": hg.TrainConfig(steps=steps)}
+    fit(model, random_windows(text, 16, 4, seed=0), consecutive_windows(text, 16, 4)[:2], directory, **arguments)
+    return jax.tree.leaves(nnx.state(model))
+
+
+def test_a_run_has_curves_of_its_events_and_a_warning_where_they_find_no_room(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(trainer, "MOST_SUPPRESSED", -1.0)
+    monkeypatch.setattr(trainer.logging, "warning", lambda text, *values: warnings.append(text % values))
+    train(tmp_path, 10)
+    [record] = [record for record in metrics.read_curves(tmp_path) if "boundary_rate" in record]
+    assert {"boundary_spread", "boundary_suppressed", "boundary_loss"} <= record.keys()
+    assert metrics.plot_curves(tmp_path).stat().st_size > 10_000
+    [warning] = warnings
+    assert warning.startswith(f"{100 * record['boundary_suppressed']:.1f} % of the groups' ends find no room")
+
+
+@pytest.mark.slow
+def test_a_run_with_noise_goes_on_bit_for_bit(tmp_path):
+    whole = train(tmp_path / "whole", 20)
+    train(tmp_path / "parts", 10)
+    for one, other in zip(whole, train(tmp_path / "parts", 20), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_parameters_and_products_of_boundaries_are_counted():
+    options = {"hierarchy": "1@1 1@3 1@1", "shortening": "average", "d_ff": 32, "boundary_tokens": (0,)}
+    given, routed, predicted = (learned_config(name, **options) for name in ("whitespace", "router", "gumbel"))
+    assert count_parameters(routed) - count_parameters(given) == 2 * D**2
+    assert count_parameters(predicted) - count_parameters(given) == D * 32 + 32 + 32 + 1
+    flops = [forward_flops(config, 48) for config in (given, routed, predicted)]
+    assert flops[1][1] - flops[0][1] == 48 * 2 * 2 * D**2 and flops[1][3] == flops[0][3]
+    assert flops[2][1] - flops[0][1] == pytest.approx(48 * 2 * (D * 32 + 32))
+
+
+def test_a_weight_below_0_is_refused():
+    with pytest.raises(hg.UsageError, match=r"boundary_weight=-1.* is out of range"):
+        learned_config(boundary_weight=-1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("boundaries", ["router", "gumbel", "entropy"])
+def test_launchers_train_and_generate_with_them(boundaries, tmp_path):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 20)
+    flags = ["--hierarchy=1@1 1@3 1@1", "--d_model=16", "--n_heads=2", "--d_ff=16", "--block_size=24", "--batch_size=4"]
+    flags += ["--steps=2", "--data_path=text.txt", "--shortening=select", "--upsampling=smooth"]
+    result = run("pretrain", *flags, f"--boundaries={boundaries}", "--model.boundary_weight=2", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "causal: yes" in result.stdout and result.stdout.count(", groups of ") == 2  # before training and after
+    result = run("generate", "--load_model_path=runs/pretrain", "--max_tokens=20", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
