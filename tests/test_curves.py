@@ -89,8 +89,8 @@ def home(tmp_path_factory):
 def train_in_one_go(leg, directory):
     """What a leg says of itself."""
     config, tokenizer, settings, _ = hg.Run(leg).read()
-    data, train = hg.DataConfig(**settings["data"]), hg.TrainConfig(**settings["train"])
-    source = TextSource(replace(data, path=str(leg.parents[5] / data.path)), tokenizer)
+    train = hg.TrainConfig(**settings["train"])
+    source = TextSource(hg.DataConfig(**settings["data"]), tokenizer)
     fit(
         nnx.jit(lambda rngs: hg.HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed)),
         source.batches(train.seed),
@@ -101,7 +101,8 @@ def train_in_one_go(leg, directory):
     )
 
 
-def test_a_branch_is_the_uninterrupted_run_of_its_length(home, quick_compile):
+def test_a_branch_is_the_uninterrupted_run_of_its_length(home, quick_compile, monkeypatch):
+    monkeypatch.chdir(home)
     legs = home / BASE / "0@1_1@2_1@1-average-repeat" / "seed0"
     train_in_one_go(legs / "960-decayed", home / "whole")
     tokens = np.frombuffer(b"the quick brown fox jumps", np.uint8).astype(np.int32)[None]
