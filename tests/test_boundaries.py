@@ -342,7 +342,7 @@ def test_launchers_train_and_generate_with_them(tmp_path):
     assert "causal: yes, groups of 4." in result.stdout
     result = run_forked("generate", "--load_model_path=runs/pretrain", "--max_tokens=20", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    given = ["--load_model_path=runs/pretrain", "--data_path=text.txt"]
+    given = ["--load_model_path=runs/pretrain", "--data_path=text.txt", "--split=all"]
     result = run_forked("evaluate", *given, "--boundaries=cuts.tsv", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     header, *lines = (tmp_path / "cuts.tsv").read_text().splitlines()
