@@ -17,7 +17,7 @@ from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Level
 from hourglass_jax.nn.boundaries import BOUNDARIES, Turn
-from hourglass_jax.nn.cache import Cache, Clock, in_own_time, put_back, taken
+from hourglass_jax.nn.cache import Cache, Clock, in_own_time
 from hourglass_jax.nn.groups import Groups
 from hourglass_jax.nn.layers import Dropout, layer_norm, linear, split_key
 from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS
@@ -128,30 +128,10 @@ class Hourglass(nnx.Module):
         if turn.gathers:
             short, below["shorten"] = self.shorten.step(turn.x, turn.groups, below["shorten"], clock)
             turn = turn._replace(x=short)
-        if self.boundaries.own_time:
-            below = self.step_rows(turn, below)
-        else:
-            below = lax.cond(turn.due, partial(self.step_below, turn), lambda below: below, below)
+        below = lax.cond(turn.due.any(), partial(self.step_below, turn), lambda below: below, below)
         up = self.upsample.step(x, turn.groups, below["upsample"], clock)
         x, post = self.post.step(self.add_upsampled(x, up), cache["post"], clock)
         return x, {"pre": pre, "boundaries": boundaries, "post": post} | below
-
-    def step_rows(self, turn: Turn, cache: dict[str, Any]) -> dict[str, Any]:
-        """`step_below` for the rows whose turn it is, as many at a time as are expected: it costs by how many they are.
-
-        So `ceil(n / C)` runs of C rows when n of B are due, C = ceil(B / k), and none when there are none.
-        """
-        batch = len(turn.due)
-        at_once, n_due = -(-batch // self.boundaries.k), turn.due.sum(dtype=jnp.int32)
-        order = jnp.argsort(~turn.due)  # those that are due come first
-
-        def run(i: jax.Array, cache: dict[str, Any]) -> dict[str, Any]:
-            places = i * at_once + jnp.arange(at_once)
-            live, rows = places < n_due, order[jnp.minimum(places, batch - 1)]
-            part = self.step_below(turn.of_rows(rows, live), taken(cache, rows))
-            return put_back(cache, part, jnp.where(live, rows, batch))
-
-        return lax.fori_loop(0, -(-n_due // at_once), run, cache)
 
     def step_below(self, turn: Turn, cache: dict[str, Any]) -> dict[str, Any]:
         """Shortens the group whose turn it is, and runs the inner Hourglass."""

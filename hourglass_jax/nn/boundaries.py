@@ -55,12 +55,6 @@ class Turn(NamedTuple):
     groups: Groups
     gathers: bool
 
-    def of_rows(self, rows: jax.Array, live: jax.Array) -> Turn:
-        """For some rows of the batch, int [C], of which those that are `live` take the step."""
-        assert isinstance(self.groups, OpenGroup)
-        clock = jax.tree.map(lambda times: times[rows], replace(self.clock, live=None))
-        return Turn(live, replace(clock, live=live), self.x[rows], self.groups.of_rows(rows), self.gathers)
-
 
 class FixedBoundaries(nnx.Module):
     """A group every k positions, of all rows at once."""

@@ -69,7 +69,6 @@ class KeyValueCache:
         before the newest.
     stride: tokens a row.
     own_time: see `in_own_time`.
-    rows: int32 [C], where the cache at hand is that of some rows of the batch, which ones; see `taken`.
     """
 
     keys: jax.Array
@@ -78,11 +77,6 @@ class KeyValueCache:
     stride: int = field(metadata={"static": True})
     rotary: bool = field(metadata={"static": True})
     own_time: bool = field(default=False, metadata={"static": True})
-    rows: jax.Array | None = None
-
-    def at_hand(self, x: jax.Array) -> jax.Array:
-        """Of the keys or values [B, H, R, K], those of the rows at hand."""
-        return x if self.rows is None else x[self.rows]
 
     def write(
         self, keys: jax.Array, values: jax.Array, row: jax.Array | int, live: jax.Array | None = None
@@ -96,8 +90,7 @@ class KeyValueCache:
             row = jnp.where(live, row % n_rows, n_rows)
 
             def put_each(rows: jax.Array, new: jax.Array) -> jax.Array:
-                at = jnp.arange(len(row)) if self.rows is None else self.rows
-                return rows.at[at, :, row].set(new[:, 0].astype(rows.dtype), mode="drop")
+                return rows.at[jnp.arange(len(row)), :, row].set(new[:, 0].astype(rows.dtype), mode="drop")
 
             return replace(self, keys=put_each(self.keys, keys), values=put_each(self.values, values))
 
@@ -219,25 +212,3 @@ def map_levels(function: Callable[..., Any], *levels: Any) -> Any:
 def in_own_time(levels: Any) -> Any:
     """What the levels below events remember: their time counts events, which dropping tokens does not move."""
     return map_levels(lambda part: replace(part, own_time=True) if isinstance(part, PARTS) else part, levels)
-
-
-def taken(levels: Any, rows: jax.Array) -> Any:
-    """Of all that is remembered, what is so of some rows of the batch, int [C]; keys and values are not copied."""
-
-    def take(part: Any) -> Any:
-        if isinstance(part, KeyValueCache):
-            return replace(part, rows=rows if part.rows is None else part.rows[rows])
-        return jax.tree.map(lambda x: x[rows], part)
-
-    return map_levels(take, levels)
-
-
-def put_back(levels: Any, part: Any, rows: jax.Array) -> Any:
-    """Undoes `taken`, with what rows have become; those beyond the batch are left out."""
-
-    def put(whole: Any, part: Any) -> Any:
-        if isinstance(part, KeyValueCache):
-            return replace(part, rows=whole.rows)
-        return jax.tree.map(lambda x, new: x.at[rows].set(new, mode="drop"), whole, part)
-
-    return map_levels(put, levels, part)

@@ -8,7 +8,6 @@ fire at 0, k, 2k ..., and a group is a row of a reshaped array: `FixedGroups`. E
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 
 import jax
@@ -210,12 +209,6 @@ class OpenGroup(Groups):
 
     def query_clock(self, clock: Clock) -> Clock:
         return clock if self.serving is None else self.serving
-
-    def of_rows(self, rows: jax.Array) -> OpenGroup:
-        """Those of some rows of the batch, int [C]."""
-        part = copy.copy(self)
-        vars(part).update(jax.tree.map(lambda x: x[rows], vars(self)))
-        return part
 
     def newest(self, x: jax.Array, place: jax.Array) -> jax.Array:
         return x[:, 0]
