@@ -29,7 +29,7 @@ from hourglass_jax.training.signals import Signals
 
 DOWNLOADS = "data"
 
-TABLE = flags.DEFINE_list("table", [], "Tables of the paper by number: 1 to 8, A1; several with commas between.")
+TABLE = flags.DEFINE_list("table", [], "Tables of the paper by number, 1 to 8 and A1, and B1, where groups end.")
 DATASET = flags.DEFINE_string("dataset", "enwik8", " | ".join(DATASETS))
 SCALE = flags.DEFINE_string(
     "scale", "tiny", f"{' | '.join(SCALES)}: the paper's set-up, one GPU, two CPU cores, those for longer."
@@ -44,7 +44,7 @@ ROWS = flags.DEFINE_list(
     "rows", [], 'Only these rows, by the name that --dry_run prints, "in quotes" if it has a comma; default: all.'
 )
 SEEDS = flags.DEFINE_integer(
-    "seeds", 2, "Of the baseline row, the others have one; with --curves, of each.", lower_bound=1
+    "seeds", 2, "Of the baseline row, the others have one, in B1 three; with --curves, of each.", lower_bound=1
 )
 COMMENT = flags.DEFINE_string("comment", None, "With --report: what there is to say about the one table; kept.")
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the rows with what they will cost, and train nothing.")

@@ -3,6 +3,7 @@
 pip install -e ".[bench]"
 python experiments/benchmark.py --suite=decoding --report=experiments/results/decoding/cpu
 python experiments/benchmark.py --suite=training --report=experiments/results/training/cpu
+python experiments/benchmark.py --suite=boundaries --report=experiments/results/training/boundaries
 python experiments/benchmark.py --suite=decoding --nopeer --batches=1,32,256 --report=experiments/results/decoding/gpu
 python experiments/benchmark.py --suite=accelerator --report=experiments/results/training/gpu    until all is done
 
@@ -21,12 +22,12 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments.benchmarks import accelerator, decoding, models, training
+from experiments.benchmarks import accelerator, boundaries, decoding, models, training
 from experiments.common import launcher
 from experiments.common.reports import PACKAGES, provenance, read_record, write_report
 from hourglass_jax import UsageError
 
-SUITE = flags.DEFINE_enum("suite", "decoding", ["decoding", "training", "accelerator"], "What to time.")
+SUITE = flags.DEFINE_enum("suite", "decoding", ["decoding", "training", "boundaries", "accelerator"], "What to time.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Each figure is a median of so many.", lower_bound=1)
 PEER = flags.DEFINE_boolean("peer", True, "Measure the peer too (needs the extra [bench]).")
 REPORT = launcher.define_path("report", "", "Write PATH.json, PATH.md and, for decoding, PATH.png.")
@@ -45,6 +46,10 @@ def main(_: list[str]) -> None:
         lengths, batches = ([int(n) for n in flag.value] for flag in (LENGTHS, BATCHES))
         rows = decoding.measure(lengths, batches, repeats, peer=PEER.value)
         text = decoding.describe(rows, repeats)
+    elif SUITE.value == "boundaries":
+        facts = {"sizes": models.SIZES | {"hierarchy": boundaries.HIERARCHY}}
+        rows = boundaries.measure(repeats)
+        text = boundaries.describe(rows, repeats)
     else:
         rows = training.measure(repeats, peer=PEER.value)
         text = training.describe(rows, repeats)
@@ -55,7 +60,8 @@ def main(_: list[str]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             decoding.plot(rows, path.with_suffix(".png"))
             text += f"\n![characters per second]({path.name}.png)\n"
-        packages = (*PACKAGES, "torch", models.PEER) if PEER.value else PACKAGES
+        with_peer = PEER.value and SUITE.value != "boundaries"
+        packages = (*PACKAGES, "torch", models.PEER) if with_peer else PACKAGES
         write_report(path, provenance(packages) | facts | {"rows": rows}, text)
 
 

@@ -3,6 +3,7 @@
 python experiments/evaluate.py --load_model_path=runs/pretrain                               on its own validation text
 python experiments/evaluate.py --load_model_path=runs/pretrain --data_path=book.txt
 python experiments/evaluate.py --load_model_path=runs/pretrain --data_path=book.txt --per_token=surprise.tsv
+python experiments/evaluate.py --load_model_path=runs/pretrain --data_path=book.txt --boundaries=cuts.tsv
 python experiments/evaluate.py --load_model_path=runs/cifar10
 python experiments/evaluate.py --load_model_path=runs/pretrain --protocol=sliding --window=4096 --step=128
 """
@@ -18,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from experiments.common import launcher
+from experiments.common.cuts import write_boundaries
 from experiments.common.recorded import recorded_data, recorded_haiku, recorded_images, recorded_text
 from experiments.common.surprise import write_surprise
 from experiments.common.vocabulary import check_characters
@@ -50,6 +52,7 @@ FACTOR = flags.DEFINE_integer(
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Windows or images at once.", lower_bound=1)
 PER_TOKEN = launcher.define_path("per_token", "", "Write the surprise of each character to this file, tab-separated.")
+BOUNDARIES = launcher.define_path("boundaries", "", "Write where groups end to this file, tab-separated.")
 launcher.define_allow_unknown()
 
 
@@ -73,6 +76,7 @@ def evaluate_images(model: HourglassLM) -> tuple[str, dict[str, Any]]:
         ("--block_size", BLOCK_SIZE.value),
         ("--protocol", PROTOCOL.value != "consecutive"),
         ("--per_token", PER_TOKEN.value),
+        ("--boundaries", BOUNDARIES.value),
     ):
         if given:
             raise UsageError(f"{option}: not for {LOAD.value}, a model of images, which have their own length")
@@ -116,6 +120,8 @@ def evaluate_text(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, di
 
 
 def evaluate_predictions(model: HourglassLM, batches: Sequence[Batch], tokenizer: TextTokenizer) -> Evaluation:
+    if BOUNDARIES.value:
+        write_boundaries(Path(BOUNDARIES.value), model, batches, tokenizer)
     if PER_TOKEN.value:
         return write_surprise(Path(PER_TOKEN.value), model, batches, tokenizer)
     return evaluate_batches(model, batches)

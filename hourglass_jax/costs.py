@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -162,6 +163,19 @@ def position_flops(config: HourglassConfig, seen: SeenAt) -> dict[int, float]:
     return totals
 
 
+def level_lengths(config: HourglassConfig, length: int) -> dict[int, int]:
+    """Positions of each level for a sequence of `length` tokens, by its factor.
+
+    Where groups have any length, as many as there is room for, used or not: what a program of fixed shapes computes.
+    """
+    levels = config.parsed_hierarchy.levels
+    lengths = {1: length}
+    for name, (level, inner) in zip(config.boundaries_by_level, itertools.pairwise(levels), strict=True):
+        rule = nnx.eval_shape(lambda name=name, level=level: BOUNDARIES[name](config, level, rngs=nnx.Rngs(0)))
+        lengths[inner.factor] = rule.n_groups(lengths[level.factor])
+    return lengths
+
+
 def head_flops(config: HourglassConfig) -> int:
     """Of one token's logits."""
     return 2 * config.d_model * config.vocab_size
@@ -180,9 +194,9 @@ def forward_flops(config: HourglassConfig, length: int) -> dict[int, float]:
     """Floating-point operations of matrix products over one sequence of `length` tokens, by level as its factor.
 
     Attention counts the pairs that the causal mask and the window leave. Relative keys, which a batch shares, count in
-    full.
+    full, and so does the room for groups of any length; see `level_lengths`.
     """
-    positions = {f: -(-length // f) for _, f in config.parsed_hierarchy.stages}
+    positions = level_lengths(config, length)
     flops = position_flops(config, lambda level, window: Seen.causally(positions[level.factor], window))
     return {f: positions[f] * per_position for f, per_position in flops.items()}
 
@@ -220,12 +234,13 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
     hidden = config.d_ff * (2 if config.activation == "relu" else 3)
     relative = config.positions == "relative"
     kept = recomputed = 0.0  # numbers
+    lengths = level_lengths(config, length)
 
     def seen(level: Level, window: int) -> Seen:
-        return Seen.causally(-(-length // level.factor), window)
+        return Seen.causally(lengths[level.factor], window)
 
     for level, layer, resampling in work_by_level(config, seen):
-        positions = -(-length // level.factor)
+        positions = lengths[level.factor]
 
         def intermediates(work: Work, key_norms: int, positions: int = positions) -> float:
             vectors = 4 * work.queries + key_norms * work.keys + work.mixed

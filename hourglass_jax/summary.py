@@ -8,7 +8,7 @@ from typing import NamedTuple
 from flax import nnx
 
 from hourglass_jax.config import HourglassConfig, check_range
-from hourglass_jax.costs import forward_flops, head_flops
+from hourglass_jax.costs import forward_flops, head_flops, level_lengths
 from hourglass_jax.model import HourglassLM, n_parameters
 from hourglass_jax.nn.attention.choice import describe
 
@@ -37,9 +37,9 @@ def summary(model: HourglassLM | HourglassConfig, length: int | None = None) -> 
     Before the table: how attention is computed on this platform.
 
     For each level: its factor in tokens a position, its layers, before + after the levels within, its positions for a
-    sequence of `length` tokens (default: `max_length`), its parameters, and the millions of floating-point operations
-    of a forward pass over that sequence, those of matrix products; see `costs.forward_flops`. A resampling's
-    parameters count with the level that it leads to. The total has all there is.
+    sequence of `length` tokens (default: `max_length`; of groups of any length all there is room for), its parameters,
+    and the millions of floating-point operations of a forward pass over that sequence, those of matrix products; see
+    `costs.forward_flops`. A resampling's parameters count with the level that it leads to. The total has all there is.
 
     Raises UsageError for a length below 1 or beyond learned positions.
     """
@@ -63,9 +63,9 @@ def summary_rows(model: HourglassLM, length: int) -> Iterator[Row]:
     flops[1] -= head.flops
     embedded = total.parameters - n_parameters(model.hourglass) - head.parameters
     yield Row("embedding", "", "", length, embedded, 0)
-    hierarchy = config.parsed_hierarchy
+    levels, lengths = config.parsed_hierarchy.levels, level_lengths(config, length)
     hourglass, shorten = model.hourglass, None
-    for level, positions in zip(hierarchy.levels, hierarchy.lengths(length), strict=True):
+    for level, positions in zip(levels, lengths.values(), strict=True):
         parameters = n_parameters(hourglass) + n_parameters(shorten)
         layers = str(level.pre_layers)
         if hourglass.inner is not None:

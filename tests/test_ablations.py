@@ -41,7 +41,7 @@ SETUPS["text", "tiny"] = replace(
 free = {"shortening": "gated", "upsampling": "repeat", "hierarchy": "0@1 1@2 1@1"}
 rows = (
     Row("plain", TEXT | {"hierarchy": "1@1"}, {"bpc": 1.2}),
-    Row("own", free, {"bpc": 1.1}),
+    Row("own", free | {"boundaries": "whitespace"}, {"bpc": 1.1}),
     Row("k drawn", free, {"bpc at k=2": 1.1, "bpc at k=3": 1.2}, factors=(2, 3)),
 )
 TABLES["own", "enwik8"] = Table("own", "enwik8", "A table of one's own", "model", "bpc", rows, "plain")
@@ -49,7 +49,7 @@ TABLES["own", "enwik8"] = Table("own", "enwik8", "A table of one's own", "model"
 
 
 def test_the_paper_s_tables_are_complete():
-    assert {number for number, _ in TABLES} == {"1", "2", "3", "4", "5", "6", "7", "8", "A1"}
+    assert {number for number, _ in TABLES} == {*"12345678", "A1", "B1"}
     n_paper = {key: sum(bool(row.paper) for row in table.rows) for key, table in TABLES.items()}
     assert n_paper["1", "enwik8"] == 15 and n_paper["4", "enwik8"] == 9
     for number, n_rows in (("5", 4), ("6", 5), ("7", 4), ("8", 4)):
@@ -80,6 +80,18 @@ def test_the_paper_s_set_ups():
         setup = for_table(find_setup("enwik8", scale), main)
         assert (setup.model["d_model"], setup.train.steps, setup.optimizer.warmup_steps) == found
     assert "128 for 768" in setup.scaled and "2,000 steps for 350,000" in setup.scaled
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_boundaries_are_compared_at_equal_flops(scale, tmp_path):
+    table, setup = find_table("B1", "enwik8"), find_setup("enwik8", scale)
+    plain, *fixed, whitespace, spacelike = (step_flops(make_job(table, row, setup, tmp_path, 0)) for row in table.rows)
+    assert all(abs(flops / plain - 1) < 0.05 for flops in (*fixed, whitespace))
+    assert spacelike == whitespace <= min(fixed)  # what has the room for more groups than it needs has not more FLOPs
+    jobs = plan([table, find_table("1", "enwik8")], setup, tmp_path, 2)
+    assert len(jobs) == 15 + 17 - 2  # three seeds of every row; the plain one is Table 1's baseline
+    known = {name for column in table.published.values() for name in column}
+    assert {row.name for row in table.rows} < known and {"router", "gumbel"} < known
 
 
 def test_flops_of_a_drawn_factor_are_the_mean_of_those_of_its_values(tmp_path):
@@ -141,7 +153,7 @@ def ablate(home, *flags):
 
 def test_finished_rows_are_skipped_and_interrupted_ones_go_on(home):
     assert "4 of 4 rows are done" in ablate(home)
-    result = home / "runs/ablations/books-tiny/0@1_1@2_1@1-gated-repeat/seed0/result.json"
+    result = home / "runs/ablations/books-tiny/0@1_1@2_1@1-gated-repeat-boundaries=whitespace/seed0/result.json"
     before = json.loads(result.read_text())
     result.unlink()  # as if the process had been killed between the last checkpoint and this file
     assert "3 of 4 rows are done" in ablate(home)
@@ -203,6 +215,7 @@ def test_reports_come_from_the_stored_record_alone(home, tmp_path):
     assert "Said once." in text and "| **plain** |" in text and "±" in text
     assert [len(row["runs"]) for row in record["rows"]] == [2, 1, 1]
     assert set(record["rows"][2]["runs"][0]["figures"]) == {"bpc at k=2", "bpc at k=3"}
+    assert record["rows"][1]["runs"][0]["groups"] == {"length": pytest.approx(4.4, abs=0.5), "suppressed": 0}
     assert all(row["cost"]["step_seconds"] > 0 and row["cost"]["memory_bytes"] > 0 for row in record["rows"])
     assert set(record["anchors"]) == {"xz -9", "bzip2 -9"}
     shutil.move(home / "runs", tmp_path / "runs")
@@ -269,6 +282,24 @@ def test_agreement_counts_pairs_in_the_other_order():
     for row in record["rows"]:
         row["runs"][0]["figures"]["bpc"] = 1
     assert "all figures are equal" in reporting.agreement(record, "bpc")
+
+
+def test_what_others_report_has_columns_of_its_own(tmp_path):
+    record = example_record() | {"table": "B1", "data": "text", "title": "", "note": "", "comment": ""}
+    record |= {"scaled": "", "setup": {"model": {}, "optimizer": {"schedule": "constant", "learning_rate": 1}}}
+    record["setup"] |= {"steps": 1, "n_valid": 0, "data": {"batch_size": 1}}
+    record["setup"]["optimizer"]["warmup_steps"] = 0
+    record["published"] = {"they, text8": {"2@1": 3.0, "4@1": 2.0, "1@1 1@2 1@1": 1.0, "theirs": 1.5}}
+    for row in record["rows"]:
+        row["paper"] = {}
+    groups = ({"length": 5.0, "suppressed": 0.0}, {"length": 6.0, "suppressed": 0.001})
+    [run] = record["rows"][2]["runs"]
+    record["rows"][2]["runs"] = [run | {"groups": counts} for counts in groups]
+    text = reporting.render(record)
+    assert "| theirs | 1.500 |" in text and "correlation with they, text8 1.00; 0 of 3 pairs" in text
+    assert "| 5.50 | 0.05% |" in text and "| paper |" not in text
+    pictures.draw(record, tmp_path / "table.png")
+    assert (tmp_path / "table.png").exists()
 
 
 def test_a_row_beats_a_compressor_with_all_its_figures_or_not():

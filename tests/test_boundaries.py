@@ -12,7 +12,7 @@ from launching import run_forked
 
 import hourglass_jax as hg
 from hourglass_jax import decoding
-from hourglass_jax.costs import forward_flops
+from hourglass_jax.costs import forward_flops, level_lengths
 from hourglass_jax.cuts import count_groups
 from hourglass_jax.decoding import AlignedPrompts
 from hourglass_jax.nn import boundaries
@@ -59,6 +59,7 @@ def test_whitespace_and_spacelike_bytes_are_those_of_their_definitions():
         expected[0] = True  # a row begins with an event
         np.testing.assert_array_equal(events_of(config, tokens)[0], expected)
         assert 5 < expected.sum() < len(expected) / 2
+        assert max(make_model(config).hourglass.boundaries.tokens) < 256  # of those, `check_causality` makes texts
 
 
 def test_listed_tokens_all_fire_and_too_many_wait():
@@ -297,12 +298,17 @@ def test_what_does_not_fit_says_so(options, message):
         event_config(**options)
 
 
-def test_a_configuration_survives_json_and_costs_what_the_expected_length_does():
+def test_a_configuration_survives_json_and_costs_what_it_has_room_for():
     config = event_config(hierarchy="1@1 1@2 1@6 0@2 1@1")
     assert hg.HourglassConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
     assert config.boundaries_by_level == ("whitespace", "every") and config.shared_factor == 1
     fixed = dataclasses.replace(config, boundaries="fixed")
-    assert forward_flops(config, 48) == forward_flops(fixed, 48)
+    groups = make_model(config).hourglass.groups(jnp.zeros((1, 48, 16)), tokens_of((1, 48)))
+    assert level_lengths(config, 48) == {1: 48, 2: groups[0].when.shape[1], 6: groups[1].when.shape[1]}
+    assert level_lengths(fixed, 48) == {1: 48, 2: 24, 6: 8}
+    assert forward_flops(config, 48)[1] == forward_flops(fixed, 48)[1]
+    roomy, room = (forward_flops(dataclasses.replace(config, boundary_slack=s), 480)[2] for s in (1.5, 1.0))
+    assert roomy > 1.4 * room
     assert dataclasses.replace(fixed, boundaries="fixed every").shared_factor == 2
 
 
@@ -327,6 +333,14 @@ def test_launchers_train_and_generate_with_them(tmp_path):
     assert "causal: yes, groups of 4." in result.stdout
     result = run_forked("generate", "--load_model_path=runs/pretrain", "--max_tokens=20", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    given = ["--load_model_path=runs/pretrain", "--data_path=text.txt", "--split=all"]
+    result = run_forked("evaluate", *given, "--boundaries=cuts.tsv", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    header, *lines = (tmp_path / "cuts.tsv").read_text().splitlines()
+    assert header == "position\tcharacter\tlevels" and len(lines) == 43 * 20 - 1
+    for i, line in enumerate(lines):
+        position, character, levels = line.split("\t")
+        assert int(position) == i and int(levels) == (character == " " or i % 24 == 0)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,15 @@ def test_training_takes_three_forward_passes_and_attention_alone_is_quadratic():
     assert thrice - 2 * twice + once == pytest.approx(2 * products * n_layers * config.d_model * 1024**2)
 
 
+def test_forward_flops_of_groups_of_any_length_are_those_of_the_program():
+    options = {"shortening": "average", "upsampling": "repeat", "positions": "learned", "max_length": LENGTH}
+    sizes = {"vocab_size": 256, "d_model": 256, "d_ff": 1024}
+    config = small_config(hierarchy="1@1 4@6 1@1", boundaries="whitespace", **sizes, **options)
+    assert sum(forward_flops(config, LENGTH).values()) == pytest.approx(xla_forward_flops(config), rel=0.1)
+    expected = sum(forward_flops(replace(config, boundaries="fixed"), LENGTH).values())
+    assert expected < 0.9 * xla_forward_flops(config)  # counting the groups that are expected would not do
+
+
 @pytest.mark.parametrize("hierarchy", HIERARCHIES)
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
 def test_cache_bytes_are_those_of_the_cache(hierarchy, shortening, upsampling, positions):

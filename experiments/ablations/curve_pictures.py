@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.ablations.gaps import Record, gaps_of, trend
 
-COLOURS = ("tab:orange", "tab:green", "tab:blue")
+COLOURS = ("tab:orange", "tab:green", "tab:blue", "tab:purple")
 
 
 def draw(record: Record, path: Path) -> None:

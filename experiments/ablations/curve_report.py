@@ -60,11 +60,11 @@ def collect(setup: Setup, directory: Path, stored: Record | None) -> Record:
                 gaps.append(identity(row, done[row][at][0]) | {"difference": difference, "standard_error": error})
     readings = merge(stored["readings"], readings)
     used = {reading["row"] for reading in readings}
-    pairs = [
-        {"plain": pair.plain.name, "rivals": [row.name for row in pair.rivals if row.name in used]}
-        for pair in curves.PAIRS
-        if pair.plain.name in used
-    ]
+    pairs: list[Record] = []
+    for pair in curves.PAIRS:
+        plain, rivals = pair.plain.name, [row.name for row in pair.rivals if row.name in used]
+        if plain in used and (rivals or plain not in [other["plain"] for other in pairs]):
+            pairs.append({"plain": plain, "rivals": rivals})
     return {
         "data": directory.parent.name,
         "setup": common,

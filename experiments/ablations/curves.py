@@ -8,6 +8,7 @@ leg leaves what one uninterrupted run with its settings would leave, but for how
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -20,7 +21,15 @@ import numpy as np
 from flax import nnx
 
 from experiments.ablations.costs import UTILISATION, step_flops
-from experiments.ablations.rows import RESULT, Job, row_config, row_directory, setup_source, valid_sample
+from experiments.ablations.rows import (
+    RESULT,
+    Job,
+    measured_groups,
+    row_config,
+    row_directory,
+    setup_source,
+    valid_sample,
+)
 from experiments.ablations.scales import Setup
 from experiments.ablations.tables import Row, resampling
 from experiments.common import launcher
@@ -69,8 +78,14 @@ def attention(hierarchy: str) -> Row:
     return Row(f"{hierarchy} attention", options)
 
 
+def whitespace(hierarchy: str) -> Row:
+    options = resampling("average", "repeat") | {"hierarchy": hierarchy, "boundaries": "whitespace"}
+    return Row(f"{hierarchy} whitespace", options)
+
+
 PAIRS = (
     Pair(plain("6@1"), (attention("2@1 4@3 2@1"), light("2@1 8@3 2@1"))),
+    Pair(plain("6@1"), (whitespace("2@1 9@6 2@1"), light("2@1 10@4 2@1"), light("2@1 15@6 2@1"))),
     Pair(plain("8@1"), (attention("3@1 4@3 3@1"), light("3@1 8@3 3@1"))),
     Pair(plain("10@1"), (attention("3@1 10@3 3@1"), light("4@1 8@3 4@1"))),
 )
@@ -127,17 +142,19 @@ def make_job(
 def plan(setup: Setup, directory: Path, n_seeds: int, only: Collection[str] = (), characters: int = 0) -> list[Leg]:
     """The legs of all pairs, one pair after another, short ones first; of POINTS up to `characters`, if any.
 
-    `only` names the rows to train; none: all. Raises UsageError for a name that no pair has.
+    A row that pairs share is trained once. `only` names the rows to train; none: all. Raises UsageError for a name
+    that no pair has.
     """
     for name in only:
         check_choice("rows", name, [row.name for pair in PAIRS for row in pair.rows])
-    found = []
+    found: dict[Path, Leg] = {}
     for pair in PAIRS:
         rows = [row for row in pair.rows if not only or row.name in only]
         for seed in range(n_seeds):
             curves = (curve(row, setup, directory, seed) for row in rows)
-            found += [leg for legs in zip(*curves, strict=True) for leg in legs]
-    return [leg for leg in found if not characters or leg.point <= characters]
+            for leg in itertools.chain.from_iterable(zip(*curves, strict=True)):
+                found.setdefault(leg.job.directory, leg)
+    return [leg for leg in found.values() if not characters or leg.point <= characters]
 
 
 def plan_table(legs: Sequence[Leg]) -> str:
@@ -224,6 +241,7 @@ def train_leg(
         "seed": job.train.seed,
         "figures": {job.metric: float(losses.mean(dtype=np.float64) / math.log(2))},
         "n_predictions": losses.size * job.setup.data.block_size,
+        **measured_groups(model, validation),
         "trained": provenance(),
     }
     write_whole(job.directory / RESULT, json.dumps(result, indent=1) + "\n")

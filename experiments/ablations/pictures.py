@@ -21,11 +21,12 @@ Point = tuple[str, float, float]  # hierarchy, cost, figure
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Ours beside the paper's; where plain and hierarchical rows meet, against what they cost (Figure 1)."""
+    """Ours beside what was published; where plain and hierarchical rows differ in cost, against that (Figure 1)."""
     trained = [row for row in record["rows"] if row["runs"]]
     comparable = [row for row in trained if record["metric"] in row["runs"][0]["figures"]]
     of_two_kinds = len({kind(row["hierarchy"]) for row in comparable}) == 2
-    figure = draw_costs(record, comparable) if of_two_kinds else draw_rows(record, trained)
+    of_many_costs = of_two_kinds and not record.get("published")
+    figure = draw_costs(record, comparable) if of_many_costs else draw_rows(record, trained)
     figure.savefig(path, dpi=110)
 
 
@@ -112,7 +113,7 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def draw_rows(record: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
-    """A line for each row: every seed of ours on the left, the paper's figure on the right."""
+    """A line for each row: every seed of ours on the left, published figures on the right."""
     names = [row["name"] for row in rows]
     metrics = list(dict.fromkeys(name for row in rows for run in row["runs"] for name in run["figures"]))
     figure = Figure(figsize=(8, 1.4 + 0.4 * len(rows)), layout="constrained")
@@ -122,12 +123,18 @@ def draw_rows(record: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
             (run["figures"][metric], i) for i, row in enumerate(rows) for run in row["runs"] if metric in run["figures"]
         ]
         ours.plot(*zip(*points, strict=True), "o", alpha=0.8, label=metric)
-        points = [(row["paper"][metric], i) for i, row in enumerate(rows) if metric in row["paper"]]
+    known = {metric: {row["name"]: row["paper"].get(metric) for row in rows} for metric in metrics}
+    for column, by_name in (known | record.get("published", {})).items():
+        points = [(by_name[name], i) for i, name in enumerate(names) if by_name.get(name) is not None]
         if points:
-            theirs.plot(*zip(*points, strict=True), "s", alpha=0.8, label=metric)
+            theirs.plot(*zip(*points, strict=True), "s", alpha=0.8, label=column)
     ours.set(title=f"ours ({record['data']})", yticks=range(len(rows)), yticklabels=names)
     ours.invert_yaxis()
-    theirs.set(title="paper")
+    if record.get("published"):
+        theirs.set(title="published")
+        theirs.legend(fontsize=7)
+    else:
+        theirs.set(title="paper")
     for axes in (ours, theirs):
         axes.grid(alpha=0.3)
         axes.set_xlabel(record["metric"].upper() if len(metrics) == 1 else "")

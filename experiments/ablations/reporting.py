@@ -8,6 +8,7 @@ import json
 import lzma
 import math
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from experiments.ablations.rows import RESULT, make_job
 from experiments.ablations.scales import Setup, for_table
 from experiments.ablations.tables import UNITS, Row, Table
 from experiments.common.reports import markdown_table, provenance, read_record, write_report
-from hourglass_jax import UsageError
+from hourglass_jax import Hierarchy, UsageError
 from hourglass_jax.costs import count_parameters
 from hourglass_jax.data.corpora import map_bytes, split_tokens
 
@@ -65,6 +66,7 @@ def collect(table: Table, setup: Setup, directory: Path, stored: dict[str, Any] 
         "metric": table.metric,
         "baseline": table.baseline,
         "note": table.note,
+        "published": {column: dict(known) for column, known in table.published.items()},
         "scaled": setup.scaled,
         "setup": common,
         "anchors": stored["anchors"] or anchors(setup),
@@ -124,7 +126,12 @@ def render(record: dict[str, Any]) -> str:
     lines += [f"![the table as a picture](table{record['table']}-{record['data']}.png)", ""]
     lines += [results_table(record), ""]
     for name in metrics(record):
-        lines += [agreement(record, name), ""]
+        if any(name in row["paper"] for row in record["rows"]):
+            lines += [agreement(record, name), ""]
+    if published(record):
+        lines += ["What others report:", "", published_table(record), ""]
+        for column, known in published(record).items():
+            lines += [agreement(record, record["metric"], known, column), ""]
     if record["anchors"]:
         lines += [anchor_line(record), ""]
     lines += [record["comment"], ""] if record["comment"] else []
@@ -134,22 +141,26 @@ def render(record: dict[str, Any]) -> str:
 
 
 def results_table(record: dict[str, Any]) -> str:
-    names = metrics(record)
-    plain = plain_rows(record)
+    names, plain = metrics(record), plain_rows(record)
+    in_paper = [name for name in names if any(name in row["paper"] for row in record["rows"])]
+    with_groups = any("groups" in run for row in record["rows"] for run in row["runs"])
     header = [record["varied"]]
     for name in names:
-        header += [name.upper() if name == record["metric"] else name, "paper"]
+        header += [name.upper() if name == record["metric"] else name] + ["paper"] * (name in in_paper)
     if plain:
         header += ["plain, equal FLOPs", "plain, equal time"]
+    header += ["tokens a group", "waited"] * with_groups
     header += ["seeds", "parameters", "GFLOPs a step", "memory MB", "s a step"]
     lines = []
     for row in record["rows"]:
         line = [f"**{row['name']}**" if row["name"] == record["baseline"] else row["name"]]
         for name in names:
             trained = [run for run in row["runs"] if name in run["figures"]]
-            line += [spread(figures({"runs": trained}, name)), number(row["paper"].get(name))]
+            line.append(spread(figures({"runs": trained}, name)))
+            line += [number(row["paper"].get(name))] * (name in in_paper)
         if plain:
             line += [number(equal_cost(row, plain, cost, record["metric"])) for cost in (flops, step_seconds)]
+        line += group_cells(row) * with_groups
         cost = row.get("cost") or {}
         line += [
             len(row["runs"]) or "-",
@@ -160,6 +171,30 @@ def results_table(record: dict[str, Any]) -> str:
         ]
         lines.append(line)
     return markdown_table(header, lines)
+
+
+def group_cells(row: dict[str, Any]) -> list[str]:
+    """Tokens a group and the share of events that waited, means over the seeds; of a fixed factor, that."""
+    counts = [run["groups"] for run in row["runs"] if "groups" in run]
+    if counts:
+        length, suppressed = (statistics.mean(count[name] for count in counts) for name in ("length", "suppressed"))
+        return [f"{length:.2f}", f"{suppressed:.2%}"]
+    factor = Hierarchy.parse(row["hierarchy"]).total_factor if row["runs"] else 1
+    return [str(factor) if factor > 1 else "-", "-"]
+
+
+def published(record: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Columns of other papers, where the table has such."""
+    return record.get("published", {})
+
+
+def published_table(record: dict[str, Any]) -> str:
+    """A line for each row of ours, then for those that are theirs alone."""
+    columns = published(record)
+    ours = [row["name"] for row in record["rows"]]
+    names = dict.fromkeys([*ours, *(name for known in columns.values() for name in known)])
+    lines = [[name, *(number(known.get(name)) for known in columns.values())] for name in names]
+    return markdown_table([record["varied"], *columns], lines)
 
 
 def number(value: float | None) -> str:
@@ -205,15 +240,19 @@ def mean_figure(row: dict[str, Any], name: str) -> float:
     return statistics.mean(figures(row, name))
 
 
-def agreement(record: dict[str, Any], name: str) -> str:
-    """How far the order of the rows is the paper's."""
+def agreement(
+    record: dict[str, Any], name: str, known: Mapping[str, float] | None = None, source: str = "the paper"
+) -> str:
+    """How far the order of the rows is the paper's, or that of another `source` with the figures `known` by row."""
+    if known is None:
+        known = {row["name"]: row["paper"][name] for row in record["rows"] if name in row["paper"]}
     pairs = [
-        (row["paper"][name], mean_figure(row, name), row["name"])
+        (known[row["name"]], mean_figure(row, name), row["name"])
         for row in record["rows"]
-        if name in row["paper"] and any(name in run["figures"] for run in row["runs"])
+        if row["name"] in known and any(name in run["figures"] for run in row["runs"])
     ]
     if len(pairs) < 3:
-        return f"{name}: too few rows to compare their order with the paper's."
+        return f"{name}: too few rows to compare their order with {source}'s."
     theirs, ours, _ = zip(*pairs, strict=True)
     if len(set(ours)) == 1 or len(set(theirs)) == 1:
         return f"{name}: all figures are equal, so there is no order to compare."
@@ -227,7 +266,7 @@ def agreement(record: dict[str, Any], name: str) -> str:
         reverse=True,
     )
     n_pairs = len(pairs) * (len(pairs) - 1) // 2
-    text = f"{name}: Spearman's rank correlation with the paper {spearmanr(theirs, ours).statistic:.2f}"
+    text = f"{name}: Spearman's rank correlation with {source} {spearmanr(theirs, ours).statistic:.2f}"
     text += f"; {len(against)} of {n_pairs} pairs of rows are in the other order"
     if against:
         worst = "; ".join(f"{names} ({difference:.3f})" for difference, names in against[:N_WORST])

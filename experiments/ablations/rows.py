@@ -27,6 +27,7 @@ from hourglass_jax import (
     check_causality,
 )
 from hourglass_jax.config import check_choice
+from hourglass_jax.cuts import GroupCounts, count_groups
 from hourglass_jax.data import letters
 from hourglass_jax.data.pipeline import Batch, BatchAt, LazyBatches, evenly_spaced
 from hourglass_jax.evaluation import accuracy, evaluate_batches
@@ -93,7 +94,7 @@ def make_job(table: Table, row: Row, setup: Setup, directory: Path, seed: int) -
 
 
 def plan(tables: Sequence[Table], setup: Setup, directory: Path, n_seeds: int, only: Collection[str] = ()) -> list[Job]:
-    """What the tables need: each row with one seed, the baseline's with `n_seeds`; nothing twice.
+    """What the tables need: each row with its table's seeds, the baseline's with at least `n_seeds`; nothing twice.
 
     `only` names the rows to train; none: all. Raises UsageError for a name that no table has.
     """
@@ -105,7 +106,7 @@ def plan(tables: Sequence[Table], setup: Setup, directory: Path, n_seeds: int, o
         for row in table.rows:
             if row.options is None or (only and row.name not in only):
                 continue
-            for seed in range(n_seeds if row.name == table.baseline else 1):
+            for seed in range(max(table.seeds, n_seeds if row.name == table.baseline else 1)):
                 job = make_job(table, row, for_table(setup, table), directory, seed)
                 jobs.setdefault(job.directory, job)
     return list(jobs.values())
@@ -209,7 +210,17 @@ def train_row(
         "seed": job.train.seed,
         "figures": figures,
         "n_predictions": evaluation.n_characters,
+        **measured_groups(model, validation),
         "trained": provenance(),
     }
     write_whole(job.directory / RESULT, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def measured_groups(model: HourglassLM, batches: Sequence[Batch]) -> dict[str, Any]:
+    """Where groups have no length in common: how long they are, and the share of events that found no room."""
+    if not model.config.event_levels:
+        return {}
+    counts = [count_groups(model, tokens[:, :-1]) for tokens, weights in batches if weights.all()]
+    total = GroupCounts(*map(sum, zip(*counts, strict=True)))
+    return {"groups": {"length": total.length, "suppressed": total.suppressed}}

@@ -72,6 +72,10 @@ class FixedBoundaries(nnx.Module):
         """Of a sequence [B, L, D]."""
         return FixedGroups(self.k, x.shape[1], self.shift)
 
+    def n_groups(self, length: int) -> int:
+        """That a sequence of `length` positions has room for."""
+        return -(-length // self.k)
+
     def reach(self, max_length: int, context: int) -> tuple[int, int]:
         """The deeper level's `max_length` and `context`, in tokens that its groups stand for."""
         return max_length, context
@@ -124,6 +128,10 @@ class Boundaries(nnx.Module):
         """The most events among a row's first `length` positions; integers or arrays of them."""
         return length * round(100 * self.slack) // (100 * self.k) + SPARE
 
+    def n_groups(self, length: int) -> int:
+        """That a sequence of `length` positions has room for."""
+        return min(self.room(length), length)
+
     def __call__(self, x: jax.Array, tokens: jax.Array | None = None, key: jax.Array | None = None) -> EventGroups:
         """Of a sequence [B, L, D] with its tokens int [B, L], if any."""
         return self.events(x, tokens, jnp.zeros(1, jnp.int32), x.shape[1], key)
@@ -144,12 +152,11 @@ class Boundaries(nnx.Module):
         decision = self.decide(here, before, key)
         decision = decision._replace(wants=decision.wants & valid)
         fires = limit(decision.wants, self.room(jnp.maximum(places + 1, 0)))
-        return EventGroups(fires, min(self.room(x.shape[1]), x.shape[1]), valid, decision)
+        return EventGroups(fires, self.n_groups(x.shape[1]), valid, decision)
 
     def reach(self, max_length: int, context: int) -> tuple[int, int]:
         """The deeper level's `max_length` and `context`, in tokens that its groups stand for."""
-        seen = min(max_length, context) // self.unit
-        length = min(self.room(seen), seen) * self.unit * self.k
+        length = self.n_groups(min(max_length, context) // self.unit) * self.unit * self.k
         return length, length
 
     def init_cache(self, batch: int, max_length: int, context: int) -> EventCache:
@@ -232,7 +239,7 @@ class TokenBoundaries(Boundaries):
         rngs: nnx.Rngs,
     ):
         super().__init__(config, level, rngs=rngs)
-        self.tokens = config.boundary_tokens or of_bytes
+        self.tokens = config.boundary_tokens or tuple(byte for byte in of_bytes if byte < config.vocab_size)
         self.vocab_size, self.first_of_run = config.vocab_size, first_of_run
 
     def fires(self, here: Position, before: Position) -> jax.Array:

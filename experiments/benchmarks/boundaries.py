@@ -1,0 +1,99 @@
+"""Groups that end where the text says beside groups of a fixed length: characters a second of training and decoding."""
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+
+from experiments.benchmarks import models, timing
+from experiments.benchmarks.training import BATCH, LENGTH, Step, real
+from experiments.common.reports import markdown_table
+from hourglass_jax import HourglassConfig, HourglassLM, generate
+from hourglass_jax.costs import training_flops
+
+HIERARCHY = "2@1 4@6 2@1"
+FIXED, WHITESPACE, TOKENS = "fixed", "whitespace", "tokens"
+LISTED = tuple(range(models.SIZES["vocab_size"] // 6))  # at which groups end, of a model that draws all tokens alike
+BATCHES = (1, 4, 16)
+NEW = 512  # tokens of each row
+
+
+def config(boundaries: str) -> HourglassConfig:
+    return HourglassConfig(
+        **models.SIZES | {"hierarchy": HIERARCHY},
+        shortening="average",
+        upsampling="repeat",
+        boundaries=boundaries,
+        boundary_tokens=LISTED if boundaries == TOKENS else (),
+        max_length=LENGTH + 1,
+    )
+
+
+def measure(repeats: int) -> list[dict[str, Any]]:
+    """A row for each kind of boundaries in training, and for each batch in decoding."""
+    steps = {name: Step(config(name), real()) for name in (FIXED, WHITESPACE)}
+    trained = timing.in_turn(steps, repeats)
+    rows = [
+        {
+            "task": "training",
+            "boundaries": name,
+            "batch": BATCH,
+            "seconds": seconds,
+            "characters_per_second": BATCH * LENGTH / statistics.median(seconds),
+            "flops": BATCH * training_flops(steps[name].config, LENGTH),
+        }
+        for name, seconds in trained.items()
+    ]
+    runs = {}
+    for name in (FIXED, TOKENS):
+        model = HourglassLM(config(name), rngs=nnx.Rngs(0))
+        for batch in BATCHES:
+            prompts = [[i % 256] for i in range(batch)]
+            runs[name, batch] = partial(generate, model, prompts, max_tokens=NEW, key=jax.random.key(0))
+    decoded = timing.in_turn(runs, repeats)
+    return rows + [
+        {
+            "task": "decoding",
+            "boundaries": name,
+            "batch": batch,
+            "seconds": seconds,
+            "characters_per_second": batch * NEW / statistics.median(seconds),
+        }
+        for (name, batch), seconds in decoded.items()
+    ]
+
+
+def times_fixed(rows: list[dict[str, Any]], row: dict[str, Any]) -> float:
+    """How many times as fast as fixed groups: the median over rounds of the ratio."""
+    [fixed] = (r for r in rows if (r["task"], r["batch"], r["boundaries"]) == (row["task"], row["batch"], FIXED))
+    return statistics.median(a / b for a, b in zip(fixed["seconds"], row["seconds"], strict=True))
+
+
+def describe(rows: list[dict[str, Any]], repeats: int) -> str:
+    header = ["", "boundaries", "batch", "GFLOPs a step", "ms", "characters/s", "times fixed"]
+    cells = [
+        [
+            row["task"],
+            row["boundaries"],
+            row["batch"],
+            f"{row['flops'] / 1e9:,.1f}" if "flops" in row else "",
+            f"{statistics.median(row['seconds']) * 1e3:,.0f}",
+            f"{row['characters_per_second']:,.0f}",
+            f"{times_fixed(rows, row):.2f}",
+        ]
+        for row in rows
+    ]
+    sizes = models.SIZES
+    return f"""# Groups that end where the text says, beside fixed ones
+
+{HIERARCHY}, d_model {sizes["d_model"]}, {sizes["n_heads"]} heads, average and repeat, relative positions, float32;
+{repeats} runs of each in turn, compilation left out; ratios are medians over rounds, times are medians. Training: a
+step of {BATCH} windows of {LENGTH} bytes of real text, AdamW; FLOPs count the room for groups, used or not. Decoding:
+{NEW} tokens a row from a model that draws all tokens alike, of which every sixth ends a group: rows fire one by one.
+
+{markdown_table(header, cells)}
+"""
