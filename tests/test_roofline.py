@@ -18,7 +18,8 @@ from experiments.accelerators.targets import find_target
 from experiments.accelerators.work import Work, convolution_pairs, fused_attention_flops
 from hourglass_jax import DataConfig, OptimizerConfig, RuntimeConfig, TrainConfig
 from hourglass_jax.costs import training_flops
-from hourglass_jax.nn.attention.pattern import Pattern
+from hourglass_jax.nn.attention.kernel import kernel_attention
+from hourglass_jax.nn.attention.pattern import Inputs, Pattern
 from hourglass_jax.nn.attention.tiles import Plan
 
 TARGET = find_target("h100")
@@ -268,9 +269,31 @@ def test_a_product_in_a_scan_counts_as_often_as_it_runs():
 def test_kernels_state_the_products_of_the_tiles_that_their_mask_leaves(groups, block, key_slots, window):
     n_blocks = -(-groups // block)
     plan = Plan(Pattern(1, key_slots, window=window), "gpu", 2, groups, (64,), block, n_blocks, by_memory=True)
-    queries, keys = np.arange(n_blocks * block)[:, None], np.arange(n_blocks * block * key_slots) // key_slots
+    queries, keys = np.arange(n_blocks * block)[:, None], np.arange(n_blocks * block)
     visible = (keys <= queries) & (not window or queries - keys < window)
     assert plan.n_tiles == visible.reshape(n_blocks, block, -1, block).any((1, 3)).sum()
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_kernels_state_the_products_that_they_compute(relative):
+    """Of one block, whose loops run once: what they state is the products in their bodies."""
+    x, r = jnp.zeros((1, 1, 16, 32)), jnp.zeros((1, 1, 16, 32))
+    inputs = Inputs(x, x, x, *((x, r) if relative else ()))
+    traced = jax.make_jaxpr(jax.grad(lambda inputs: kernel_attention(Pattern(1, 1), inputs).sum()))(inputs)
+    kernels = [each for each in equations(traced.jaxpr) if each.primitive.name == "pallas_call"]
+    assert len(kernels) == (4 if relative else 3)
+    for kernel in kernels:
+        dots = [each for each in equations(kernel.params["jaxpr"]) if each.primitive.name == "dot_general"]
+        sizes = [each.invars[0].aval.size * each.outvars[0].aval.shape[-1] for each in dots]
+        assert int(kernel.params["metadata"]["flops"]) == 2 * sum(sizes), kernel.params["name"]
+
+
+def equations(jaxpr):
+    """Of a program and of all that it calls."""
+    for each in jaxpr.eqns:
+        yield each
+        for inner in jax.core.jaxprs_in_params(each.params):
+            yield from equations(inner)
 
 
 @pytest.mark.parametrize(
