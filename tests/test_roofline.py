@@ -165,6 +165,26 @@ def test_sources_are_those_of_the_innermost_call_and_resampling_takes_all_it_cal
     }
 
 
+def test_a_loop_whose_length_nobody_states_is_as_long_as_its_counter_says():
+    def counted(step, direction):
+        text = TEXT.replace("known_trip_count", "unknown")
+        for old, lines in (
+            (
+                "%always = pred[] constant(true)",
+                ["%j = s32[] get-tuple-element(%c), index=0", "%end = s32[] constant(5)"],
+            ),
+            ("%t = ", [f"%one = s32[] constant({step})", "%next = s32[] add(%i, %one)"]),
+        ):
+            text = text.replace(f"  ROOT {old}", "".join(f"  {line}\n" for line in lines) + f"  ROOT {old}")
+        text = text.replace("constant(true)", f"compare(%j, %end), direction={direction}")
+        return Roofline(text.replace("tuple(%i, %new)", "tuple(%next, %new)"), TARGET)
+
+    roofline = counted(1, "LT")
+    [product] = (kernel for kernel in roofline.kernels if kernel.name == "y")
+    assert product.launches == 5 and roofline.unknown_loops == 0
+    assert counted(2, "LT").unknown_loops == counted(1, "NE").unknown_loops == 1
+
+
 def test_a_loop_of_unknown_length_is_said_to_be_one():
     roofline = Roofline(TEXT.replace("known_trip_count", "unknown"), TARGET)
     assert roofline.unknown_loops == 1 and Roofline(TEXT, TARGET).unknown_loops == 0
