@@ -30,7 +30,7 @@ BLOCKS = {"gpu": 64, "tpu": 128, "cpu": 16}  # query rows of a block, and keys
 SMALLEST = 16  # rows of a product on a GPU
 LANES = 128  # of a TPU: its arrays are as wide, or a multiple
 ROOM = 16 * 2**20  # bytes of a TPU's memory for what a program computes
-# Of one block with another: of each tile without and with relative positions, and with them of each program besides.
+# Products of one block with another: in a tile without relative positions, with them, and then besides in a program.
 PRODUCTS: dict[Callable[..., Any], tuple[int, int, int]] = {
     forward_tile: (2, 3, 0),
     query_tile: (3, 5, 1),

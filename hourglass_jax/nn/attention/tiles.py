@@ -186,9 +186,9 @@ class Tile:
 
     def recall(self, ring: int, d: Any, start: jax.Array) -> jax.Array:
         """[b, n] -> [b, n], what lies in a ring's memory from columns `start` on, counted from that of d."""
-        size = 2 * self.plan.block
+        size = 2 * self.plan.block  # a power of two
         rows, columns = self.places(start.shape[1])
-        columns = ring * size + ((d & 1) * self.plan.block + start + columns) % size
+        columns = ring * size + (((d & 1) * self.plan.block + start + columns) & (size - 1))
         self.barrier()
         interpreted = self.plan.platform == "cpu"
         x = self.memory[rows, columns] if interpreted else triton.load(self.memory.at[rows, columns])
