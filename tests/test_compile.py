@@ -5,18 +5,24 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 from conftest import POSITIONS, small_config
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from launching import run_forked
 
 from experiments.accelerators import pages, report, targets
 from experiments.accelerators.advice import cheapest_changes
+from experiments.accelerators.program import Program
 from experiments.accelerators.report import METHOD, first_line
 from experiments.accelerators.sources import NAMES
-from experiments.accelerators.step import Compiled, Pretraining, Seconds, asked_bytes, compile_step
+from experiments.accelerators.step import Compiled, Pretraining, Seconds, asked_bytes, compile_lowered, compile_step
 from experiments.accelerators.targets import COMPILERS, find_target, is_installed, known_targets
 from hourglass_jax import DataConfig, OptimizerConfig, RuntimeConfig, TrainConfig, UsageError
+from hourglass_jax.nn.attention import Attention
 from hourglass_jax.nn.attention.choice import IMPLEMENTATIONS
+from hourglass_jax.training.sharding import make_mesh
 
 
 @pytest.mark.parametrize("name", known_targets())
@@ -178,31 +184,67 @@ def test_pages_keep_one_row_for_each_name_and_target(row, tmp_path):
 
 # What the platform's own kernels are called in its programs.
 KERNELS = {"gpu": ("fmha", "triton"), "tpu": ("tpu_custom_call",)}
+# Query slots, key slots and window of a level's layers, of local ones, of shortening and of upsampling.
+LAYERS = [(1, 1, 0), (1, 1, 32), (1, 2, 0), (2, 1, 0)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["8xh100", "v5e-4"])
-def test_every_attention_compiles_for_every_platform_as_the_platforms_own_program(name):
-    """For one device with every position and window, and for all of them with kernels of our own."""
+def devices_of(name):
     target = find_target(name)
     packages, extra = COMPILERS[target.platform]
     if not any(map(is_installed, packages)):
         pytest.skip(f"needs the extra [{extra}]")
-    devices = target.devices()
-    cases = [(*case, devices[:1]) for case in itertools.product(IMPLEMENTATIONS, POSITIONS, (0, 32))]
-    for attention, positions, window, used in (*cases, ("kernel", "relative", 32, devices)):
-        sizes = {"d_model": 128, "n_heads": 2, "d_ff": 128, "max_length": 160, "dtype": "bfloat16"}
-        options = sizes | {"attention": attention, "positions": positions, "window": window}
-        data = DataConfig(block_size=160, batch_size=len(used))
-        model = small_config(hierarchy="1@1 1@2 1@1", **options)
-        compiled = compile_step(
-            Pretraining(model, data, OptimizerConfig(), TrainConfig(), RuntimeConfig()), target, used
+    return target, target.devices()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["h100", "v5e-4"])
+def test_every_attention_compiles_for_every_platform_as_the_platforms_own_program(name, attention):
+    """With every position and window, forward and backward, in one program, in which each layer has its name."""
+    target, devices = devices_of(name)
+    options = {"d_model": 128, "n_heads": 2, "dtype": "bfloat16", "attention": attention}
+    layers = {
+        f"{positions}-{query_slots}-{key_slots}-{window}": Attention(
+            small_config(positions=positions, window=window, **options),
+            unit=1,
+            query_slots=query_slots,
+            key_slots=key_slots,
+            rngs=nnx.Rngs(0),
         )
-        assert compiled.text, (attention, positions, window, compiled.failure)
-        called = re.findall(r'custom_call_target="([^"]*)"', compiled.text)
-        own = any(word in call for call in called for word in KERNELS[target.platform])
-        assert own == uses_kernel(attention, positions), (attention, positions, window, set(called))
+        for positions, (query_slots, key_slots, window) in itertools.product(POSITIONS, LAYERS)
+    }
+
+    def loss(x):
+        total = 0.0
+        for name, layer in layers.items():
+            queries, keys = (x[:, : 80 * n].reshape(1, 80, n, 128) for n in (layer.query_slots, layer.key_slots))
+            with jax.named_scope(name):
+                total += layer(queries, keys).astype(jnp.float32).sum()
+        return total
+
+    mesh = make_mesh(RuntimeConfig(), devices[:1])
+    x = jax.ShapeDtypeStruct((1, 160, 128), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        text = compile_lowered(jax.jit(jax.grad(loss)).lower(x)).as_text()
+    program = Program(text)
+    calls = [call for body in program.computations.values() for call in body.values() if call.opcode == "custom-call"]
+    own = [call for call in calls if any(word in call.text("custom_call_target") for word in KERNELS[target.platform])]
+    for name in layers:
+        used = any(name in call.text("op_name") for call in own)
+        assert used == uses_kernel(attention, name), (name, {call.text("op_name") for call in own})
 
 
-def uses_kernel(attention, positions):
-    return attention == "kernel" or (attention == "fused" and positions != "relative")
+def uses_kernel(attention, name):
+    return attention == "kernel" or (attention == "fused" and not name.startswith("relative"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["8xh100", "v5e-4"])
+def test_a_step_on_several_devices_compiles_with_our_kernels(name):
+    target, devices = devices_of(name)
+    sizes = {"d_model": 128, "n_heads": 2, "d_ff": 128, "max_length": 160, "dtype": "bfloat16"}
+    model = small_config(hierarchy="1@1 1@2 1@1", attention="kernel", window=32, **sizes)
+    data = DataConfig(block_size=160, batch_size=len(devices))
+    run = Pretraining(model, data, OptimizerConfig(), TrainConfig(), RuntimeConfig())
+    compiled = compile_step(run, target, devices)
+    assert any(word in compiled.text for word in KERNELS[target.platform]), compiled.failure

@@ -64,7 +64,7 @@ def test_values_and_gradients_are_those_of_the_formula(alignment, pattern, group
 
 def test_a_wrong_alignment_is_noticed(monkeypatch):
     original = Tile.by_key
-    monkeypatch.setattr(Tile, "by_key", lambda tile, by_lag: original(tile, jnp.roll(by_lag, 1, axis=1)))
+    monkeypatch.setattr(Tile, "by_key", lambda tile, *by_lag: jnp.roll(original(tile, *by_lag), 1, axis=1))
     pattern = Pattern(1, 1)
     inputs = make_inputs(pattern, 20, relative=True)
     assert np.abs(kernel_attention(pattern, inputs) - plain_attention(pattern, inputs)).max() > 0.1

@@ -18,7 +18,8 @@ from experiments.accelerators.targets import find_target
 from experiments.accelerators.work import Work, convolution_pairs, fused_attention_flops
 from hourglass_jax import DataConfig, OptimizerConfig, RuntimeConfig, TrainConfig
 from hourglass_jax.costs import training_flops
-from hourglass_jax.nn.attention.pattern import Pattern
+from hourglass_jax.nn.attention.kernel import kernel_attention
+from hourglass_jax.nn.attention.pattern import Inputs, Pattern
 from hourglass_jax.nn.attention.tiles import Plan
 
 TARGET = find_target("h100")
@@ -164,6 +165,26 @@ def test_sources_are_those_of_the_innermost_call_and_resampling_takes_all_it_cal
     }
 
 
+def test_a_loop_whose_length_nobody_states_is_as_long_as_its_counter_says():
+    def counted(step, direction):
+        text = TEXT.replace("known_trip_count", "unknown")
+        for old, lines in (
+            (
+                "%always = pred[] constant(true)",
+                ["%j = s32[] get-tuple-element(%c), index=0", "%end = s32[] constant(5)"],
+            ),
+            ("%t = ", [f"%one = s32[] constant({step})", "%next = s32[] add(%i, %one)"]),
+        ):
+            text = text.replace(f"  ROOT {old}", "".join(f"  {line}\n" for line in lines) + f"  ROOT {old}")
+        text = text.replace("constant(true)", f"compare(%j, %end), direction={direction}")
+        return Roofline(text.replace("tuple(%i, %new)", "tuple(%next, %new)"), TARGET)
+
+    roofline = counted(1, "LT")
+    [product] = (kernel for kernel in roofline.kernels if kernel.name == "y")
+    assert product.launches == 5 and roofline.unknown_loops == 0
+    assert counted(2, "LT").unknown_loops == counted(1, "NE").unknown_loops == 1
+
+
 def test_a_loop_of_unknown_length_is_said_to_be_one():
     roofline = Roofline(TEXT.replace("known_trip_count", "unknown"), TARGET)
     assert roofline.unknown_loops == 1 and Roofline(TEXT, TARGET).unknown_loops == 0
@@ -268,9 +289,31 @@ def test_a_product_in_a_scan_counts_as_often_as_it_runs():
 def test_kernels_state_the_products_of_the_tiles_that_their_mask_leaves(groups, block, key_slots, window):
     n_blocks = -(-groups // block)
     plan = Plan(Pattern(1, key_slots, window=window), "gpu", 2, groups, (64,), block, n_blocks, by_memory=True)
-    queries, keys = np.arange(n_blocks * block)[:, None], np.arange(n_blocks * block * key_slots) // key_slots
+    queries, keys = np.arange(n_blocks * block)[:, None], np.arange(n_blocks * block)
     visible = (keys <= queries) & (not window or queries - keys < window)
     assert plan.n_tiles == visible.reshape(n_blocks, block, -1, block).any((1, 3)).sum()
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_kernels_state_the_products_that_they_compute(relative):
+    """Of one block, whose loops run once: what they state is the products in their bodies."""
+    x, r = jnp.zeros((1, 1, 16, 32)), jnp.zeros((1, 1, 16, 32))
+    inputs = Inputs(x, x, x, *((x, r) if relative else ()))
+    traced = jax.make_jaxpr(jax.grad(lambda inputs: kernel_attention(Pattern(1, 1), inputs).sum()))(inputs)
+    kernels = [each for each in equations(traced.jaxpr) if each.primitive.name == "pallas_call"]
+    assert len(kernels) == (4 if relative else 3)
+    for kernel in kernels:
+        dots = [each for each in equations(kernel.params["jaxpr"]) if each.primitive.name == "dot_general"]
+        sizes = [each.invars[0].aval.size * each.outvars[0].aval.shape[-1] for each in dots]
+        assert int(kernel.params["metadata"]["flops"]) == 2 * sum(sizes), kernel.params["name"]
+
+
+def equations(jaxpr):
+    """Of a program and of all that it calls."""
+    for each in jaxpr.eqns:
+        yield each
+        for inner in jax.core.jaxprs_in_params(each.params):
+            yield from equations(inner)
 
 
 @pytest.mark.parametrize(

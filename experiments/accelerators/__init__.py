@@ -3,6 +3,7 @@
 targets    the machines, a text file each
 step       a pretraining run's own step, compiled for a target, and its memory
 program    a compiled program's text as instructions
+loops      how often its loops run
 work       what an instruction computes, reads, writes and sends
 sources    which part of the model an instruction belongs to
 roofline   seconds of each kernel, and their sums by source

@@ -17,7 +17,8 @@ GIB, DAY = 2**30, 86_400
 METHOD = (
     "Estimates throughout: compiled by XLA's own compiler without the device, never run, nothing autotuned. A kernel "
     f"takes the longest of its matrix products at {PRODUCTS:.0%} of the peak ({ATTENTION:.0%} inside fused attention), "
-    "its memory traffic, its messages and the least time of a launch; kernels do not overlap, collectives included."
+    "its memory traffic, its messages and the least time of a launch; kernels do not overlap, collectives included. "
+    "What a kernel passes through the cache is not counted: on a GPU, relative logits on their way from lags to keys."
 )
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from experiments.accelerators.loops import trips
 from experiments.accelerators.program import Instruction, Program
 from experiments.accelerators.sources import COLLECTIVES, NAMES, is_recomputed, source_of
 from experiments.accelerators.targets import Target
@@ -67,7 +68,7 @@ def rate(target: Target, kind: str) -> float:
 
 
 class Roofline:
-    """`kernels` of a program on one chip of the target, and what could not be told in `unknown_loops`."""
+    """`kernels` of a program on one chip of the target; `unknown_loops`, whose length could not be told, count once."""
 
     def __init__(self, text: str, target: Target):
         self.target, self.program = target, Program(text)
@@ -83,7 +84,9 @@ class Roofline:
                 continue
             if opcode == "while":
                 [body] = instruction.called("body")
-                yield from self._walk(body, times * self.trips(instruction))
+                n = trips(self.program, instruction, computation)
+                self.unknown_loops += n is None
+                yield from self._walk(body, times * (1 if n is None else n))
             elif opcode == "conditional":
                 branches = instruction.called("branch_computations", "true_computation", "false_computation")
                 choices = [list(self._walk(branch, times)) for branch in branches]
@@ -93,12 +96,6 @@ class Roofline:
                     yield from self._walk(called, times)
             elif opcode != "custom-call" or instruction.text("custom_call_target") not in NO_WORK:
                 yield self.kernel(instruction, name, times)
-
-    def trips(self, loop: Instruction) -> int:
-        """How often a loop runs; one of unknown length counts once."""
-        _, found, rest = loop.attributes.partition('"known_trip_count":{"n":"')
-        self.unknown_loops += not found
-        return int(rest.partition('"')[0]) if found else 1
 
     def kernel(self, instruction: Instruction, name: str, times: int) -> Kernel:
         computation, target = self.program.computations[name], self.target

@@ -4,7 +4,7 @@ Scores never leave the chip: memory grows linearly with length, and with a windo
 program has one head and one block of queries, of keys, or of lags, and walks over the blocks that it meets; see
 `tiles`. On a CPU the kernels are interpreted: slow, for tests.
 
-To fit one kernel, query slots are further heads of one key head, and the query of a group stands at its last key.
+To fit one kernel, query slots are further heads of one key head, and key slots follow one another.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ BLOCKS = {"gpu": 64, "tpu": 128, "cpu": 16}  # query rows of a block, and keys
 SMALLEST = 16  # rows of a product on a GPU
 LANES = 128  # of a TPU: its arrays are as wide, or a multiple
 ROOM = 16 * 2**20  # bytes of a TPU's memory for what a program computes
-# For each kernel the products of a tile with blocks of keys or values, and with slabs of relative keys.
-PRODUCTS: dict[Callable[..., Any], tuple[int, int]] = {
-    forward_tile: (2, 1),
-    query_tile: (3, 2),
-    key_tile: (4, 1),
-    lag_tile: (2, 2),
+# Products of one block with another: in a tile without relative positions, with them, and then besides in a program.
+PRODUCTS: dict[Callable[..., Any], tuple[int, int, int]] = {
+    forward_tile: (2, 3, 0),
+    query_tile: (3, 5, 1),
+    key_tile: (4, 6, 0),
+    lag_tile: (0, 6, 0),
 }
 
 
@@ -44,29 +44,23 @@ def kernel_attention(
 ) -> jax.Array:
     """-> [B, H, G P, K]. Groups before `first` [B] are padding; `key` turns dropout on."""
     batch, heads, n_queries, size = inputs.q.shape
-    slots, groups = pattern.query_slots, n_queries // pattern.query_slots
-
-    def slots_as_heads(q: Any) -> Any:
-        if q is None:
-            return q
-        return q.reshape(batch, heads, groups, slots, size).swapaxes(2, 3).reshape(batch, -1, groups, size)
-
-    r = inputs.r
-    if r is not None:
-        r = r.swapaxes(0, 1).reshape(heads * slots, -1, size)
+    groups = n_queries // pattern.query_slots
+    plan = make_plan(pattern if key is not None else pattern._replace(dropout=0.0), heads, groups, size)
+    q, q_position = (slots_apart(plan, x, pattern.query_slots) for x in (inputs.q, inputs.q_position))
+    k, v = (slots_apart(plan, x, pattern.key_slots) for x in (inputs.k, inputs.v))
+    r = slots_apart(plan, inputs.r, pattern.key_slots, in_front=True)
     first = jnp.zeros(batch, jnp.int32) if first is None else first.astype(jnp.int32)
     arrays = Arrays(
-        q=slots_as_heads(inputs.q),
-        k=inputs.k,
-        v=inputs.v,
-        q_position=slots_as_heads(inputs.q_position),
-        r=r,
+        q=merge(q, 1),
+        k=merge(k, 2),
+        v=merge(v, 2),
+        q_position=merge(q_position, 1),
+        r=None if r is None else merge(merge(r.swapaxes(0, 1), 0), 1),
         rows=jnp.stack([jnp.arange(batch, dtype=jnp.int32), first], axis=1),
         seeds=jnp.zeros(2, jnp.uint32) if key is None else jax.random.bits(key, (2,), jnp.uint32),
     )
-    plan = make_plan(pattern if key is not None else pattern._replace(dropout=0.0), heads, groups, size)
-    out = _attention(plan, arrays)
-    return out.reshape(batch, heads, slots, groups, size).swapaxes(2, 3).reshape(inputs.q.shape)
+    out = _attention(plan, arrays).reshape(q.shape)[:, :, :, :groups, :size]
+    return out.swapaxes(2, 3).reshape(inputs.q.shape)
 
 
 def make_plan(pattern: Pattern, heads: int, groups: int, size: int) -> Plan:
@@ -76,9 +70,24 @@ def make_plan(pattern: Pattern, heads: int, groups: int, size: int) -> Plan:
     if name != "tpu":  # whose products are always that large
         size = round_up(size, SMALLEST)
         parts = tuple(1 << bit for bit in reversed(range(size.bit_length())) if size & (1 << bit))
-        block //= pl.next_power_of_2(pattern.key_slots)  # the slab has a row for every key of the block's groups
         block = max(SMALLEST, min(block, pl.next_power_of_2(groups)))
     return Plan(pattern, name, heads, groups, parts, block, -(-groups // block), by_memory=name != "tpu")
+
+
+def slots_apart(plan: Plan, x: jax.Array | None, slots: int, *, in_front: bool = False) -> Any:
+    """[..., N S, K] -> [..., S, G, K], in whole blocks and whole parts of heads, filled up with zeros."""
+    if x is None:
+        return None
+    *lead, rows, size = x.shape
+    x = x.reshape(*lead, rows // slots, slots, size).swapaxes(-3, -2)
+    more = plan.n_blocks * plan.block - rows // slots
+    of_rows = (more, 0) if in_front else (0, more)
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [of_rows, (0, sum(plan.parts) - size)])
+
+
+def merge(x: Any, axis: int) -> Any:
+    """One axis of `axis` and the next."""
+    return x if x is None else x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -87,36 +96,27 @@ def _attention(plan: Plan, arrays: Arrays) -> jax.Array:
 
 
 def _forward(plan: Plan, arrays: Arrays) -> tuple[jax.Array, Any]:
-    padded = pad(plan, arrays)
-    log_totals = jax.ShapeDtypeStruct((*padded.q.shape[:3], 1), wide(arrays))
-    out, log_total = call(plan, forward_tile, padded, (), plan.n_blocks, like(padded.q), log_totals)
-    out = out[:, :, : plan.groups, : arrays.q.shape[3]]
+    log_totals = jax.ShapeDtypeStruct((*arrays.q.shape[:3], 1), wide(arrays))
+    out, log_total = call(plan, forward_tile, arrays, (), plan.n_blocks, like(arrays.q), log_totals)
     return out, (arrays, out, log_total)
 
 
 def _backward(plan: Plan, residuals: Any, d_out: jax.Array) -> tuple[Arrays]:
     arrays, out, log_total = residuals
-    padded = pad(plan, arrays)
+    batch, heads, _, size = arrays.q.shape
     correction = (d_out * out).astype(log_total.dtype).sum(-1, keepdims=True)  # probabilities times their gradients
-    more = pad_to(d_out, padded.q.shape), log_total, pad_to(correction, log_total.shape)
-    batch, heads, _, size = padded.q.shape
-    of_keys = jax.ShapeDtypeStruct((batch, heads, *padded.k.shape[2:]), padded.k.dtype)
-    d_q = call(plan, query_tile, padded, more, plan.n_blocks, *map(like, (padded.q, padded.q_position)))
-    d_k, d_v = call(plan, key_tile, padded, more, plan.n_lags, of_keys, of_keys)
+    more, n_keys = (d_out, log_total, correction), plan.n_blocks * plan.pattern.key_slots
+    of_keys = jax.ShapeDtypeStruct((batch, heads, *arrays.k.shape[2:]), arrays.k.dtype)
+    d_q = call(plan, query_tile, arrays, more, plan.n_blocks, *map(like, (arrays.q, arrays.q_position)))
+    d_k, d_v = call(plan, key_tile, arrays, more, n_keys, of_keys, of_keys)
     # Of all query slots together.
     d_k, d_v = (x.reshape(batch, plan.heads, -1, *x.shape[2:]).sum(2) for x in (d_k, d_v))
-    d_r = None
+    d_q_position = d_r = None
     if arrays.r is not None:
-        of_slabs = jax.ShapeDtypeStruct((batch, heads, plan.n_lags * plan.slab, size), wide(arrays))
-        [slabs] = call(plan, lag_tile, padded, more, plan.n_lags, of_slabs)
-        n = plan.n_lags * plan.block
-        d_r = add_slabs(plan, slabs.sum(0))[:, n - arrays.r.shape[1] : n]
-
-    def cut(x: jax.Array | None, d_x: Any) -> Any:
-        return None if x is None else d_x[tuple(map(slice, x.shape))].astype(x.dtype)
-
-    d_arrays = Arrays(d_q[0], d_k, d_v, d_q[-1], d_r, None, None)
-    return (Arrays(*map(cut, arrays[:5], d_arrays[:5]), rows=None, seeds=None),)  # type: ignore[misc]
+        of_pairs = jax.ShapeDtypeStruct((batch, heads, 2 * arrays.r.shape[1], size), wide(arrays))
+        [pairs] = call(plan, lag_tile, arrays, more, n_keys, of_pairs)
+        d_q_position, d_r = d_q[1], add_pairs(plan, pairs.sum(0)).astype(arrays.r.dtype)
+    return (Arrays(d_q[0], d_k, d_v, d_q_position, d_r, None, None),)
 
 
 _attention.defvjp(_forward, _backward)
@@ -135,12 +135,12 @@ def call(
     plan: Plan, kernel: Callable[..., Any], arrays: Arrays, more: Any, n: int, *outputs: jax.ShapeDtypeStruct | None
 ) -> list[jax.Array]:
     """Runs n programs for each head; each sees all of its head's arrays and writes its n-th of every output's rows."""
-    heads, simple = arrays.q.shape[1], arrays.r is None and not more
+    heads, relative = arrays.q.shape[1], arrays.r is not None
     flat, structure = jax.tree.flatten((arrays, more))
     shapes = [x for x in outputs if x is not None]
-    of_keys, of_slabs = PRODUCTS[kernel]
-    columns = of_keys * plan.block + (0 if arrays.r is None else of_slabs * plan.slab)
-    tile_flops = 2 * plan.n_tiles * plan.block * columns * arrays.q.shape[3]
+    slots, (alone, with_lags, besides) = plan.pattern.key_slots, PRODUCTS[kernel]
+    products = plan.n_tiles * with_lags + plan.n_blocks * besides if relative else plan.n_tiles * alone
+    head_flops = slots * products * 2 * plan.block**2 * arrays.q.shape[3]
 
     def whole(x: jax.Array) -> pl.BlockSpec:
         """What belongs to a head, or all of what belongs to none."""
@@ -167,9 +167,9 @@ def call(
     def run(*flat: Any) -> list[jax.Array]:
         batch = flat[0].shape[0]
         written = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in shapes]
-        if plan.by_memory and arrays.r is not None:
-            written.append(jax.ShapeDtypeStruct((batch, heads, n * plan.block, plan.slab), arrays.q.dtype))
-        flops = batch * heads * tile_flops
+        if plan.by_memory and relative:
+            written.append(jax.ShapeDtypeStruct((batch, heads, n * plan.block, 4 * plan.block), arrays.q.dtype))
+        flops = batch * heads * head_flops
         moved = sum(x.size * x.dtype.itemsize for x in [*flat, *written])
         return pl.pallas_call(
             body,
@@ -177,7 +177,7 @@ def call(
             in_specs=[whole(x) for x in flat],
             out_specs=[part(x) for x in written],
             out_shape=written,
-            compiler_params=compiler_parameters(plan, flat, simple=simple),
+            compiler_params=compiler_parameters(plan, flat, simple=not relative and not more),
             interpret=plan.platform == "cpu",
             name=kernel.__name__,
             cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved),
@@ -196,12 +196,6 @@ def divided_by_rows(run: Callable[..., Any], inputs: Sequence[Any], outputs: Seq
 
     def of_rows(x: Any) -> bool:
         return x.ndim != 3 and x.shape != (2,)  # r and seeds belong to all of them
-
-    if not mesh.empty:
-        rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-        specs = tuple(rows if of_rows(x) else whole for x in inputs)
-        return jax.shard_map(run, in_specs=specs, out_specs=rows, check_vma=False)
-    numbers = itertools.count()
 
     if not mesh.empty:
         rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
@@ -239,33 +233,9 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def pad_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """With zeros behind, along every axis."""
-    return jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, shape, strict=True)])
-
-
-def pad(plan: Plan, arrays: Arrays) -> Arrays:
-    """Whole blocks and whole parts of heads, and of r a row for every lag that a block meets."""
-    batch, heads = arrays.q.shape[:2]
-    size = sum(plan.parts)
-    n = plan.n_lags * plan.block
-    q_shape = batch, heads, plan.n_blocks * plan.block, size
-    k_shape = batch, plan.heads, n, size
-    q_position, r = arrays.q_position, arrays.r
-    if q_position is not None and r is not None:
-        q_position = pad_to(q_position, q_shape)
-        r = jnp.pad(r, [(0, 0), (n - r.shape[1], 0), (0, 0)])
-        r = pad_to(r, (heads, n + plan.slab - plan.block, size))
-    q, k, v = pad_to(arrays.q, q_shape), pad_to(arrays.k, k_shape), pad_to(arrays.v, k_shape)
-    return Arrays(q, k, v, q_position, r, arrays.rows, arrays.seeds)
-
-
-def add_slabs(plan: Plan, slabs: jax.Array) -> jax.Array:
-    """[H, n_lags slab, K] -> [H, n_lags b + slab - b, K], the sum where slabs overlap."""
-    heads, _, size = slabs.shape
-    n = plan.slab // plan.block
-    parts = slabs.reshape(heads, plan.n_lags, n, plan.block, size)
-    total = jnp.zeros((heads, plan.n_lags + n - 1, plan.block, size), slabs.dtype)
-    for i in range(n):
-        total = total.at[:, i : i + plan.n_lags].add(parts[:, :, i])
-    return total.reshape(heads, -1, size)
+def add_pairs(plan: Plan, pairs: jax.Array) -> jax.Array:
+    """[H, S n_blocks 2 b, K] -> [H, S G, K], the sum where the second block of a pair is the first of the next."""
+    heads, _, size = pairs.shape
+    pairs = pairs.reshape(heads, plan.pattern.key_slots, plan.n_blocks, 2, plan.block, size)
+    second = jnp.pad(pairs[:, :, :-1, 1], [(0, 0), (0, 0), (1, 0), (0, 0), (0, 0)])
+    return (pairs[:, :, :, 0] + second).reshape(heads, -1, size)
