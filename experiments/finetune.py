@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from absl import flags
+from flax import nnx
 
 from experiments.common import launcher
 from experiments.common.recorded import recorded_data
@@ -21,6 +22,7 @@ from hourglass_jax.data.haiku import load_haiku, usable_haiku
 from hourglass_jax.tokenizers import TextTokenizer
 from hourglass_jax.training.metrics import plot_curves
 from hourglass_jax.training.run import Run
+from hourglass_jax.training.selection import trained_parameters
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
 from hourglass_jax.vocabulary import extend_vocabulary
@@ -52,6 +54,7 @@ EPOCHS = flags.DEFINE_integer(
 VALIDATION = flags.DEFINE_float("validation_fraction", 0.05, "Share held back, the last of the file.")
 launcher.define_config("optimizer", OptimizerConfig(learning_rate=3e-4, warmup_steps=20))
 launcher.define_alias("learning_rate", "optimizer.learning_rate", float)
+launcher.define_alias("train_only", "optimizer.train_only", str)
 launcher.define_runtime()
 launcher.define_allow_unknown()
 SEED = launcher.define_seed("Seed of the order and of dropout.")
@@ -76,6 +79,7 @@ def finetune(signals: Signals) -> None:
     read = read_text if FORMAT.value == "text" else read_haiku
     source, settings = read(model.config, tokenizer)
     train, optimizer = schedule(source.n_examples)
+    trained_parameters(nnx.state(model), optimizer.train_only)  # before anything is written
     settings |= source.fingerprint | {
         "pretrained": str(LOAD.value),
         "pretrained_settings": Run(LOAD.value).read().settings,

@@ -299,7 +299,9 @@ class OptimizerConfig:
     decay_steps: the last ones of the training, over which the rate of any schedule falls to 0, linearly.
     beta1, beta2, eps: Adam's.
     weight_decay: of the matrices of linear layers alone; see `training.optimizer.is_decayed`.
-    clip_norm: of the gradient of all parameters; 0: no clipping.
+    clip_norm: of the gradient of all parameters that are trained; 0: no clipping.
+    train_only: modules that are trained, with commas between, as "hourglass.post,head"; the others stay as they are,
+        and have no optimizer state. Empty: all.
     """
 
     learning_rate: float = 4e-4
@@ -311,6 +313,7 @@ class OptimizerConfig:
     eps: float = 1e-9
     weight_decay: float = 0.0
     clip_norm: float = 0.0
+    train_only: str = ""
 
     def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, ("cosine", "inverse_sqrt", "constant"))

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from hourglass_jax.evaluation import score
+from hourglass_jax.training.selection import ALL, Filter
 
 
 @jax.tree_util.register_dataclass
@@ -25,9 +26,9 @@ class TrainState:
     opt_state: Any
 
 
-def first_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
-    """Before any step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def first_state(params: nnx.State, optimizer: optax.GradientTransformation, trained: Filter = ALL) -> TrainState:
+    """Before any step; the optimizer's state is of the parameters that are `trained`."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(nnx.filter_state(params, trained)))
 
 
 TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
@@ -40,14 +41,19 @@ def make_train_step(
     *,
     accumulate: int = 1,
     shardings: TrainState | None = None,
+    trained: Filter = ALL,
 ) -> TrainStep:
     """A jitted (state, tokens [B, L + 1], weights [B, L]) -> (state, metrics); the state's buffers are donated.
 
     `accumulate` takes the batch in so many parts, one after another: the gradient of the whole in the memory of a
-    part. Dropout draws from (seed, step) alone. `shardings` pins where the new state lies.
+    part. Dropout draws from (seed, step) alone. `shardings` pins where the new state lies. Gradients, updates and
+    norms are of the parameters that are `trained`.
     """
 
-    def weighted_loss(params: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array) -> jax.Array:
+    def weighted_loss(
+        params: nnx.State, frozen: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        params = nnx.merge_state(params, frozen)
         if shardings is None:
             return -(score(nnx.merge(graph, params), tokens, key) * weights).sum()
         # Parameters whole, as the step's number is, or XLA may divide activations as it divides them.
@@ -55,10 +61,12 @@ def make_train_step(
         with jax.sharding.use_abstract_mesh(jax.tree.leaves(shardings)[0].mesh.abstract_mesh):
             return -(score(nnx.merge(graph, params), tokens, key) * weights).sum()
 
-    def accumulated(params: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
+    def accumulated(
+        params: nnx.State, frozen: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Any]:
         def add_part(total, part):
             tokens, weights, index = part
-            loss = jax.value_and_grad(weighted_loss)(params, tokens, weights, jax.random.fold_in(key, index))
+            loss = jax.value_and_grad(weighted_loss)(params, frozen, tokens, weights, jax.random.fold_in(key, index))
             return jax.tree.map(jnp.add, total, loss), None
 
         # Every accumulate-th row: so each device keeps the rows it has.
@@ -70,16 +78,17 @@ def make_train_step(
     def train_step(state: TrainState, tokens: jax.Array, weights: jax.Array):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         gradient_of = jax.value_and_grad(weighted_loss) if accumulate == 1 else accumulated
-        loss, gradients = gradient_of(state.params, tokens, weights, key)
+        params, frozen = nnx.split_state(state.params, trained, ...)
+        loss, gradients = gradient_of(params, frozen, tokens, weights, key)
         n_predictions = weights.sum()
         loss, gradients = jax.tree.map(lambda total: total / n_predictions, (loss, gradients))
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
         metrics = {
             "train_loss": loss,
             "gradient_norm": optax.global_norm(gradients),
             "parameter_norm": optax.global_norm(params),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, nnx.merge_state(params, frozen), opt_state), metrics
 
     return train_step
