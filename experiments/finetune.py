@@ -15,7 +15,7 @@ from flax import nnx
 from experiments.common import launcher
 from experiments.common.recorded import recorded_data
 from experiments.common.sources import HaikuSource, TextSource
-from hourglass_jax import DataConfig, HourglassConfig, OptimizerConfig, TrainConfig, UsageError, load
+from hourglass_jax import DataConfig, HourglassConfig, OptimizerConfig, TrainConfig, UsageError
 from hourglass_jax.config import check_range
 from hourglass_jax.data.corpora import load_text
 from hourglass_jax.data.haiku import load_haiku, usable_haiku
@@ -30,7 +30,7 @@ from hourglass_jax.vocabulary import extend_vocabulary
 EPOCHS_OF_MANY, MIN_STEPS = 3, 100  # by default; a few haiku are seen more often, and the best checkpoint is kept
 MAX_WARMUP = 0.1  # of the steps
 
-LOAD = launcher.define_path("load_model_path", "runs/pretrain", "Directory of the pretrained model.")
+LOAD = launcher.ModelFlags("runs/pretrain", "Directory of the pretrained model.")
 DATA_PATH = launcher.define_path(
     "data_path", "", "UTF-8 file of three-line haiku, or a text as for pretrain.py; empty: the built-in one."
 )
@@ -70,7 +70,7 @@ def finetune(signals: Signals) -> None:
     check_range("batch_size", BATCH_SIZE.value, 1)
     if not 0 < VALIDATION.value < 1:
         raise UsageError(f"validation_fraction={VALIDATION.value} is out of range; it must be between 0 and 1")
-    model, tokenizer, _ = load(LOAD.value)
+    model, tokenizer, _ = LOAD.load()
     if tokenizer.kind == "image":
         raise UsageError(f"{LOAD.value}: a model of images; give one of text")
     if EXTEND.value:

@@ -63,12 +63,12 @@ def test_it_goes_on_bit_for_bit_and_is_a_run_of_its_own(tmp_path):
     train(tmp_path / "halves", CHOSEN, steps=2)
     halves = train(tmp_path / "halves", CHOSEN, steps=4)
     assert all(whole[name].tobytes() == halves[name].tobytes() for name in whole)
-    with pytest.raises(hg.UsageError, match="optimizer.train_only: hourglass.post, head -> head"):
+    with pytest.raises(hg.UsageError, match=r"optimizer.train_only: hourglass.post, head -> head"):
         train(tmp_path / "halves", "head", steps=4)
 
 
 @pytest.mark.parametrize("train_only", ["hourglass.last", "post", "head,,embedding", "hea"])
 def test_a_name_without_parameters_is_refused_with_those_there_are(tmp_path, train_only):
-    with pytest.raises(hg.UsageError, match="embedding, head, hourglass.inner.pre, .*hourglass.post.norm") as error:
+    with pytest.raises(hg.UsageError, match=r"embedding, head, hourglass.inner.pre, .*hourglass.post.norm") as error:
         train(tmp_path / "run", train_only, steps=1)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
