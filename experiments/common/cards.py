@@ -42,6 +42,6 @@ def model_card(name: str, model: HourglassLM, record: Record, about: Path, evalu
 ## Model
 
 `{config.hierarchy}`, d_model {config.d_model}, {config.n_heads} heads, d_ff {config.d_ff}, positions
-{config.positions}, {config.shortening} and {config.upsampling}; {n_parameters:,} parameters, stored in bfloat16; a vocabulary of
-{config.vocab_size} ({tokens}). All settings are in config.json.
+{config.positions}, {config.shortening} and {config.upsampling}; {n_parameters:,} parameters, stored in bfloat16; a
+vocabulary of {config.vocab_size} ({tokens}). All settings are in config.json.
 """

@@ -200,6 +200,8 @@ def make_sampler(
     special = (tokenizer.unk_id, tokenizer.bos_id, None if ends else tokenizer.eos_id)
 
     def sample(model: HourglassLM) -> str:
+        if model.config.token_attention == "lsh":
+            return "(none: token_attention='lsh' has no decoding)"
         [tokens] = generate(
             model,
             [prompt],
