@@ -69,6 +69,7 @@ def save_pretrained(
         tensors = {name: own for name, own in tensors.items() if not _same(own, shared.get(name))}
     with whole_directory(directory) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "flax"} | ({"base": base} if base else {}))
+        (temporary / WEIGHTS).chmod(0o644)  # others may install it
         Run(temporary).write(record._replace(settings=without_places(record.settings)))
         write_whole(temporary / CARD, card)
 

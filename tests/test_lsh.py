@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import forward, make_model, small_config
+from conftest import make_model, small_config
 
 import hourglass_jax as hg
 from hourglass_jax.costs import forward_flops
@@ -75,14 +75,11 @@ def test_later_tokens_move_earlier_outputs_though_no_derivative_says_so():
 
 
 def test_the_model_says_what_it_cannot_do():
-    model = make_model(small_config(hierarchy="1@1 1@2 1@1", **LSH))
-    tokens = np.arange(18)[None] % 11
-    assert np.isfinite(forward(model, tokens)).all()
-    assert (np.triu(hg.influence(model, tokens[0]), 1) == 0).all()
-    with pytest.raises(hg.CausalityError, match="not strictly causal"):
-        hg.check_causality(model)
+    model = make_model(small_config(hierarchy="1@1", **LSH))
+    with pytest.raises(hg.CausalityError, match="not strictly causal: no prediction attends to a later token"):
+        hg.check_causality(model, length=9)  # after no derivative was found to leak
     with pytest.raises(hg.UsageError, match="has no decoding") as error:
-        hg.generate(model, [tokens[0]], max_tokens=2, key=jax.random.key(0))
+        hg.generate(model, [np.arange(5)], max_tokens=2, key=jax.random.key(0))
     assert "\n" not in str(error.value)
 
 
