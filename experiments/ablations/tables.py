@@ -156,8 +156,8 @@ def table_3(dataset: str) -> Table:
             "DenseFlow": 3.35,
         }
         note = (
-            "LSH attention is in the vanilla layers: it is not strictly causal. The paper has an inverse square root; here "
-            "it is a cosine. Images a step and the learning rate, 8 and 4e-4, are our choice."
+            "LSH attention is in the vanilla layers: it is not strictly causal. The paper has an inverse square root; "
+            "here it is a cosine. Images a step and the learning rate, 8 and 4e-4, are our choice."
         )
     rows = [Row(name, hourglass if name == "Hourglass" else None, {"bpd": bpd}) for name, bpd in others.items()]
     return Table("3", dataset, f"Models on {dataset}", "model", "bpd", tuple(rows), "Hourglass", note, model)
@@ -278,7 +278,7 @@ FIGURE_7 = {
 
 def figure_7() -> Table:
     rows = [Row(name, TEXT | LSH | {"hierarchy": name}, {"bpc": bpc}) for name, bpc in FIGURE_7.items()]
-    note = "The paper's Figure 7, read off the plot. LSH attention is in the layers on the tokens; it is not strictly causal."
+    note = "Read off the paper's plot. LSH attention is in the layers on the tokens: it is not strictly causal."
     return Table("F7", "enwik8", "LSH attention on the tokens", "hierarchy", "bpc", tuple(rows), "6@1", note)
 
 
