@@ -42,7 +42,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["hourglass_jax", "hourglass_jax.*", "experiments", "experiments.*"]),
     package_data={
-        "hourglass_jax": ["py.typed", "data/haiku.txt"],
+        "hourglass_jax": ["py.typed", "data/haiku.txt", "weights/*/*"],
         "experiments.accelerators": ["targets/*.toml"],
     },
     install_requires=CORE,

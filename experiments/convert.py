@@ -4,6 +4,8 @@ python experiments/convert.py --from=original model.pth vocab.json runs/original
 python experiments/convert.py --from=pypi --n_heads=8 --shorten_factor=4 model.pth runs/pypi
 python experiments/convert.py --to=safetensors runs/original shared
 python experiments/convert.py --from=safetensors shared runs/shared
+python experiments/convert.py --to=package --about=books.md --evaluations=test.json runs/books weights/books
+    # --base=books: a fine-tuned one, to go beside weights/books and hold what differs from it
 
 The paths may be given as --model, --vocab and --out instead. What comes in becomes a run directory, as of pretrain.py.
 """
@@ -19,10 +21,12 @@ from absl import flags
 from flax import nnx
 
 from experiments.common import launcher
+from experiments.common.cards import model_card
 from hourglass_jax import HourglassLM, UsageError, load
 from hourglass_jax.config import IMAGE_SIZES, DataConfig
 from hourglass_jax.files import whole_directory
 from hourglass_jax.interop import export_safetensors, from_original, from_pypi, import_safetensors
+from hourglass_jax.pretrained import save_pretrained
 from hourglass_jax.tokenizers import ImageTokenizer, Tokenizer
 from hourglass_jax.training.checkpoints import CheckpointStore
 from hourglass_jax.training.run import Record, Run
@@ -33,7 +37,17 @@ FROM = flags.DEFINE_enum(
     ["original", "pypi", "safetensors"],
     "original: the PyTorch project of the README; pypi: hourglass-transformer-pytorch; safetensors: of this library.",
 )
-TO = flags.DEFINE_enum("to", None, ["safetensors"], "What a run of this library becomes.")
+TO = flags.DEFINE_enum(
+    "to",
+    None,
+    ["safetensors", "package"],
+    "What a run of this library becomes; package: a directory of hourglass_jax/weights, in bfloat16, with a card.",
+)
+BASE = flags.DEFINE_string(
+    "base", None, "package: a model beside the output, whose parameters are not repeated where they are the same."
+)
+ABOUT = launcher.define_path("about", None, "package: Markdown about data, licence, training and limits, for the card.")
+EVALUATIONS = flags.DEFINE_list("evaluations", [], "package: records of evaluate.py --report, for the card.")
 MODEL = launcher.define_path("model", None, "What to convert: a .pth file, a safetensors directory or a run directory.")
 VOCAB = launcher.define_path("vocab", None, "JSON of token to id; needed for original, and for pypi unless of bytes.")
 OUT = launcher.define_path("out", None, "Directory to write, empty or absent.")
@@ -53,12 +67,15 @@ DATASET = flags.DEFINE_enum(
 def main(arguments: list[str]) -> None:
     model_path, vocab_path, out = read_paths(arguments[1:])
     if (FROM.value is None) == (TO.value is None):
-        raise UsageError("give one of --from=original|pypi|safetensors and --to=safetensors")
+        raise UsageError("give one of --from=original|pypi|safetensors and --to=safetensors|package")
     if vocab_path and FROM.value not in ("original", "pypi"):
         raise UsageError(f"{vocab_path}: only --from=original and --from=pypi take a vocabulary")
     if TO.value:
         model, tokenizer, _ = load(model_path)
-        export_safetensors(model, tokenizer, out)
+        if TO.value == "package":
+            write_package(model, Run(model_path).read(), out)
+        else:
+            export_safetensors(model, tokenizer, out)
         print(f"{describe(model)} -> {out}")
         return
     with whole_directory(Path(out)) as directory:
@@ -115,6 +132,14 @@ def write_model(model: HourglassLM, tokenizer: Tokenizer, directory: Path) -> No
     store = CheckpointStore(directory)
     store.save(0, nnx.state(model, nnx.Param))
     store.close()
+
+
+def write_package(model: HourglassLM, record: Record, out: str) -> None:
+    """A directory for hourglass_jax/weights."""
+    if not ABOUT.value:
+        raise UsageError("--to=package needs what people should know of the model; give it as --about=FILE.md")
+    card = model_card(Path(out).name, model, record, Path(ABOUT.value), list(map(Path, EVALUATIONS.value)))
+    save_pretrained(model, record, card, out, base=BASE.value)
 
 
 def describe(model: HourglassLM) -> str:

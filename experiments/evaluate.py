@@ -21,9 +21,10 @@ from absl import flags
 from experiments.common import launcher
 from experiments.common.cuts import write_boundaries
 from experiments.common.recorded import recorded_data, recorded_haiku, recorded_images, recorded_text
+from experiments.common.reports import provenance, write_report
 from experiments.common.surprise import write_surprise
 from experiments.common.vocabulary import check_characters
-from hourglass_jax import Evaluation, HourglassLM, ImageTokenizer, UsageError, at_shorten_factor, load
+from hourglass_jax import Evaluation, HourglassLM, ImageTokenizer, UsageError, at_shorten_factor
 from hourglass_jax.config import check_choice
 from hourglass_jax.data.images import ImageSplits, image_validation
 from hourglass_jax.data.pipeline import Batch, consecutive_windows, sliding_windows
@@ -31,7 +32,7 @@ from hourglass_jax.evaluation import check_text, evaluate_batches
 from hourglass_jax.tokenizers import TextTokenizer
 from hourglass_jax.training.run import Run
 
-LOAD = launcher.define_path("load_model_path", "runs/pretrain", "Directory of the model.")
+LOAD = launcher.ModelFlags("runs/pretrain", "Directory of the model.")
 DATA_PATH = launcher.define_path(
     "data_path", "", "Text, as for pretrain.py, or directory of images; empty: what the model was trained on."
 )
@@ -53,11 +54,12 @@ FACTOR = flags.DEFINE_integer(
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Windows or images at once.", lower_bound=1)
 PER_TOKEN = launcher.define_path("per_token", "", "Write the surprise of each character to this file, tab-separated.")
 BOUNDARIES = launcher.define_path("boundaries", "", "Write where groups end to this file, tab-separated.")
+REPORT = launcher.define_path("report", "", "Write PATH.json and PATH.md: the figures, and what made them.")
 launcher.define_allow_unknown()
 
 
 def main(_: list[str]) -> None:
-    model, tokenizer, _ = load(LOAD.value)
+    model, tokenizer, _ = LOAD.load()
     if FACTOR.value:
         model = at_shorten_factor(model, FACTOR.value)
     if isinstance(tokenizer, ImageTokenizer):
@@ -68,6 +70,9 @@ def main(_: list[str]) -> None:
         summary, figures = evaluate_text(model, tokenizer)
     print(summary)
     print(json.dumps(figures))
+    if REPORT.value:
+        record = provenance() | {"summary": summary} | figures
+        write_report(Path(REPORT.value), record, f"# {summary}")
 
 
 def evaluate_images(model: HourglassLM) -> tuple[str, dict[str, Any]]:

@@ -10,17 +10,19 @@ from __future__ import annotations
 import dataclasses
 
 from absl import flags
+from flax import nnx
 
 from experiments.common import launcher
 from experiments.common.recorded import recorded_data
 from experiments.common.sources import HaikuSource, TextSource
-from hourglass_jax import DataConfig, HourglassConfig, OptimizerConfig, TrainConfig, UsageError, load
+from hourglass_jax import DataConfig, HourglassConfig, OptimizerConfig, TrainConfig, UsageError
 from hourglass_jax.config import check_range
 from hourglass_jax.data.corpora import load_text
 from hourglass_jax.data.haiku import load_haiku, usable_haiku
 from hourglass_jax.tokenizers import TextTokenizer
 from hourglass_jax.training.metrics import plot_curves
 from hourglass_jax.training.run import Run
+from hourglass_jax.training.selection import trained_parameters
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
 from hourglass_jax.vocabulary import extend_vocabulary
@@ -28,7 +30,7 @@ from hourglass_jax.vocabulary import extend_vocabulary
 EPOCHS_OF_MANY, MIN_STEPS = 3, 100  # by default; a few haiku are seen more often, and the best checkpoint is kept
 MAX_WARMUP = 0.1  # of the steps
 
-LOAD = launcher.define_path("load_model_path", "runs/pretrain", "Directory of the pretrained model.")
+LOAD = launcher.ModelFlags("runs/pretrain", "Directory of the pretrained model.")
 DATA_PATH = launcher.define_path(
     "data_path", "", "UTF-8 file of three-line haiku, or a text as for pretrain.py; empty: the built-in one."
 )
@@ -52,6 +54,7 @@ EPOCHS = flags.DEFINE_integer(
 VALIDATION = flags.DEFINE_float("validation_fraction", 0.05, "Share held back, the last of the file.")
 launcher.define_config("optimizer", OptimizerConfig(learning_rate=3e-4, warmup_steps=20))
 launcher.define_alias("learning_rate", "optimizer.learning_rate", float)
+launcher.define_alias("train_only", "optimizer.train_only", str)
 launcher.define_runtime()
 launcher.define_allow_unknown()
 SEED = launcher.define_seed("Seed of the order and of dropout.")
@@ -67,7 +70,7 @@ def finetune(signals: Signals) -> None:
     check_range("batch_size", BATCH_SIZE.value, 1)
     if not 0 < VALIDATION.value < 1:
         raise UsageError(f"validation_fraction={VALIDATION.value} is out of range; it must be between 0 and 1")
-    model, tokenizer, _ = load(LOAD.value)
+    model, tokenizer, _ = LOAD.load()
     if tokenizer.kind == "image":
         raise UsageError(f"{LOAD.value}: a model of images; give one of text")
     if EXTEND.value:
@@ -76,6 +79,7 @@ def finetune(signals: Signals) -> None:
     read = read_text if FORMAT.value == "text" else read_haiku
     source, settings = read(model.config, tokenizer)
     train, optimizer = schedule(source.n_examples)
+    trained_parameters(nnx.state(model), optimizer.train_only)  # before anything is written
     settings |= source.fingerprint | {
         "pretrained": str(LOAD.value),
         "pretrained_settings": Run(LOAD.value).read().settings,

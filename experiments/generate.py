@@ -1,7 +1,7 @@
 """Writes text with a pretrained or fine-tuned model, as it comes; draws images with a model of images.
 
 python experiments/generate.py --load_model_path=runs/finetune
-python experiments/generate.py --load_model_path=runs/prompt --gen_mode=prompt --prompt="an old silent pond"
+python experiments/generate.py --pretrained=haiku --prompt="an old silent pond"
 python experiments/generate.py --load_model_path=runs/pretrain --gen_mode=prompt --prompt_file=- --stop=. < text.txt
 python experiments/generate.py --load_model_path=runs/cifar10 --gen_mode=complete --num_samples=8
 """
@@ -23,18 +23,18 @@ from absl import flags, logging
 from experiments.common import launcher
 from experiments.common.pictures import draw_images, nothing, save_grid, top_halves
 from experiments.common.recorded import recorded_images
-from hourglass_jax import HourglassLM, ImageTokenizer, UsageError, generate, load
+from hourglass_jax import HourglassLM, ImageTokenizer, UsageError, generate
 from hourglass_jax.data.corpora import decode_text
 from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, to_utf8
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Signals
 
-LOAD = launcher.define_path("load_model_path", "runs/finetune", "Directory of a pretrained or fine-tuned model.")
+LOAD = launcher.ModelFlags("runs/finetune", "Directory of a pretrained or fine-tuned model.")
 GEN_MODE = flags.DEFINE_enum(
     "gen_mode",
-    "scratch",
+    None,
     ["scratch", "prompt", "complete"],
-    "Start from nothing, from a prompt, or from the top halves of the validation images.",
+    "Start from nothing, from a prompt (the default where one is given), or from the top halves of images.",
 )
 PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from; a model fine-tuned on prompts takes a first line.")
 PROMPT_FILE = launcher.define_path(
@@ -58,11 +58,12 @@ FOR_IMAGES = {"--gen_mode=complete", "--out", "--data_path"}
 
 
 def main(_: list[str]) -> None:
-    if GEN_MODE.value == "prompt" and bool(PROMPT.value) == bool(PROMPT_FILE.value):
+    mode = gen_mode()
+    if mode == "prompt" and bool(PROMPT.value) == bool(PROMPT_FILE.value):
         raise UsageError(
             "--gen_mode=prompt needs a text; give it as --prompt='...' or --prompt_file=FILE, one of the two"
         )
-    if GEN_MODE.value == "scratch" and (PROMPT.value or PROMPT_FILE.value):
+    if mode == "scratch" and (PROMPT.value or PROMPT_FILE.value):
         option = "--prompt" if PROMPT.value else "--prompt_file"
         raise UsageError(f"{option} is given, but --gen_mode=scratch starts from nothing; pass --gen_mode=prompt")
     if EACH_LINE.value and not PROMPT_FILE.value:
@@ -71,9 +72,9 @@ def main(_: list[str]) -> None:
         raise UsageError("--stop is empty; give the text before which a sample ends")
     for text in (PROMPT.value, *STOP.value):
         to_utf8(text)
-    model, tokenizer, _ = load(LOAD.value)
+    model, tokenizer, _ = LOAD.load()
     images = isinstance(tokenizer, ImageTokenizer)
-    given = {f"--gen_mode={GEN_MODE.value}"} | {f"--{name}" for name in flags.FLAGS if flags.FLAGS[name].present}
+    given = {f"--gen_mode={mode}"} | {f"--{name}" for name in flags.FLAGS if flags.FLAGS[name].present}
     misplaced = sorted(given & (FOR_TEXT if images else FOR_IMAGES))
     if misplaced:
         raise UsageError(f"{misplaced[0]}: not for {LOAD.value}, a model of {'images' if images else 'text'}")
@@ -81,9 +82,14 @@ def main(_: list[str]) -> None:
         (draw if images else write)(model, tokenizer, signals)
 
 
+def gen_mode() -> str:
+    """As given; otherwise by whether there is a prompt."""
+    return GEN_MODE.value or ("prompt" if PROMPT.present or PROMPT_FILE.present else "scratch")
+
+
 def draw(model: HourglassLM, tokenizer: ImageTokenizer, signals: Signals) -> None:
     given, shown = nothing(NUM_SAMPLES.value), []
-    if GEN_MODE.value == "complete":
+    if gen_mode() == "complete":
         originals = recorded_images(LOAD.value, DATA_PATH.value).valid[: NUM_SAMPLES.value]
         given, shown = top_halves(tokenizer, originals), [originals]
     drawn = draw_images(

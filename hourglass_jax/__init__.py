@@ -8,7 +8,7 @@ Models      HourglassConfig, HourglassLM, Hourglass, Hierarchy, summary, check_c
             at_shorten_factor, boundaries
 Sequences   CharTokenizer, ByteTokenizer, ImageTokenizer, generate, init_cache
 Figures     evaluate, evaluate_sliding, score, Evaluation
-Runs        load, Run, DataConfig, OptimizerConfig, TrainConfig, RuntimeConfig
+Runs        load, load_pretrained, Run, DataConfig, OptimizerConfig, TrainConfig, RuntimeConfig
 Errors      UsageError, CausalityError
 Modules     costs (FLOPs and memory of a configuration), registry (add a resampling method), nn (the layers),
             data (corpora and batches), training (loop, checkpoints, devices)
@@ -25,6 +25,7 @@ from hourglass_jax.evaluation import Evaluation, evaluate, evaluate_sliding, sco
 from hourglass_jax.factors import at_shorten_factor
 from hourglass_jax.hierarchy import Hierarchy
 from hourglass_jax.model import Hourglass, HourglassLM
+from hourglass_jax.pretrained import load_pretrained
 from hourglass_jax.summary import summary
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, ImageTokenizer
 from hourglass_jax.training.run import Run, load
@@ -56,6 +57,7 @@ __all__ = [
     "influence",
     "init_cache",
     "load",
+    "load_pretrained",
     "score",
     "summary",
 ]

@@ -87,6 +87,11 @@ def check_causality(model: HourglassLM, length: int | None = None) -> None:
             f"the prediction at position {t} depends on token {s}, which comes later ({len(leaks)} such pairs "
             f"among {length} positions); check the shift and the masks of the resampling methods"
         )
+    if config.token_attention == "lsh":
+        raise CausalityError(
+            "token_attention='lsh' is not strictly causal: no prediction attends to a later token, but later tokens "
+            "decide which earlier ones share its chunk"
+        )
     if config.event_levels:
         _check_decisions(model, length)
 

@@ -67,6 +67,9 @@ class HourglassConfig:
         other forward derivatives, which the others have not).
     window: of layers on the tokens (factor 1): each sees its own and the W - 1 tokens before it; 0: all of them. Deeper
         layers and resampling see everything, so a long past is still there, coarser.
+    token_attention: of layers on the tokens. full | lsh (Reformer's, section 3.3: linear in length, but not strictly
+        causal, and without decoding; see `nn.attention.lsh`). Not with relative positions or a window.
+    lsh_chunk, lsh_hashes: positions a chunk of sorted ones, and rounds of hashing.
     remat: what the backward pass computes again, none | dots (all but matrix products) | full (layers) | auto.
 
     Raises UsageError, one line, for what is out of range or does not fit together.
@@ -96,6 +99,9 @@ class HourglassConfig:
     max_unrolled_layers: int = 4
     attention: str = "auto"
     window: int = 0
+    token_attention: str = "full"
+    lsh_chunk: int = 128
+    lsh_hashes: int = 2
     remat: str = "auto"
 
     def __post_init__(self) -> None:
@@ -127,6 +133,12 @@ class HourglassConfig:
         check_choice("remat", self.remat, ("auto", "none", "dots", "full"))
         if self.positions == "rotary" and self.head_dim % 2:
             raise UsageError(f"positions='rotary' needs an even head size, not {self.head_dim}")
+        check_choice("token_attention", self.token_attention, ("full", "lsh"))
+        for name in ("lsh_chunk", "lsh_hashes"):
+            check_range(name, getattr(self, name), 1)
+        if self.token_attention == "lsh" and (self.positions == "relative" or self.window):
+            what = f"window={self.window}" if self.window else "positions='relative'"
+            raise UsageError(f"token_attention='lsh' knows no {what}; choose other positions, and no window")
         self.check_boundaries()
 
     def check_boundaries(self) -> None:
@@ -300,7 +312,9 @@ class OptimizerConfig:
     decay_steps: the last ones of the training, over which the rate of any schedule falls to 0, linearly.
     beta1, beta2, eps: Adam's.
     weight_decay: of the matrices of linear layers alone; see `training.optimizer.is_decayed`.
-    clip_norm: of the gradient of all parameters; 0: no clipping.
+    clip_norm: of the gradient of all parameters that are trained; 0: no clipping.
+    train_only: modules that are trained, with commas between, as "hourglass.post,head"; the others stay as they are,
+        and have no optimizer state. Empty: all.
     """
 
     learning_rate: float = 4e-4
@@ -312,6 +326,7 @@ class OptimizerConfig:
     eps: float = 1e-9
     weight_decay: float = 0.0
     clip_norm: float = 0.0
+    train_only: str = ""
 
     def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, ("cosine", "inverse_sqrt", "constant"))

@@ -16,6 +16,7 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.hierarchy import Level
 from hourglass_jax.model import HourglassLM, n_parameters
+from hourglass_jax.nn.attention.lsh import lsh_pairs
 from hourglass_jax.nn.boundaries import BOUNDARIES
 from hourglass_jax.nn.groups import FixedGroups
 from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS, AttentionShortening, AttentionUpsampling
@@ -105,16 +106,17 @@ def call_flops(module: nnx.Module, call: Callable[..., Any], *inputs: jax.ShapeD
 
 
 class Seen(NamedTuple):
-    """Positions that a query sees on average, and distances for which there is a relative key, per query."""
+    """Positions that a query sees on average, distances for which there is a relative key, per query; and queries."""
 
     positions: float
     distances: float
+    length: int
 
     @classmethod
     def causally(cls, length: int, window: int = 0) -> Seen:
         """Each of `length` queries sees itself and what comes before it, as far as a window of so many allows."""
         width = min(window or length, length)
-        return cls(width - width * (width - 1) / (2 * length), width / length)
+        return cls(width - width * (width - 1) / (2 * length), width / length, length)
 
 
 SeenAt = Callable[[Level, int], Seen]  # a level, and the window of its layers or 0
@@ -141,7 +143,10 @@ def work_by_level(config: HourglassConfig, seen: SeenAt) -> Iterator[tuple[Level
             distances=down_keys * rows.distances + below.up_attends * inner_rows.distances,
             mixed=above.mixed + below.decided,
         )
-        yield level, Work(queries=1, keys=1, pairs=layer.positions, distances=layer.distances), resampling
+        work = Work(queries=1, keys=1, pairs=layer.positions, distances=layer.distances)
+        if config.token_attention == "lsh" and level.factor == 1:  # keys are the queries
+            work = Work(queries=1, keys=0.5, pairs=lsh_pairs(config, layer.length), distances=0)
+        yield level, work, resampling
         above = below
 
 
@@ -187,7 +192,7 @@ def decoding_flops(config: HourglassConfig, length: int) -> dict[int, float]:
     With `length` tokens in the cache; the shortening that feeds a level counts as its own, the head as the tokens'.
     So a token costs the sum of flops / factor: the point of the hierarchy.
     """
-    return position_flops(config, lambda level, window: Seen(min(length / level.factor, window or length), 0))
+    return position_flops(config, lambda level, window: Seen(min(length / level.factor, window or length), 0, length))
 
 
 def forward_flops(config: HourglassConfig, length: int) -> dict[int, float]:

@@ -149,7 +149,7 @@ def test_from_nothing_a_sample_starts_with_what_was_trained():
     "run, options, message",
     [
         ("char", [PROMPT, "--prompt=a", "--prompt_file=b"], "one of the two"),
-        ("char", ["--prompt_file=b"], "--prompt_file is given, but --gen_mode=scratch"),
+        ("char", ["--gen_mode=scratch", "--prompt_file=b"], "--prompt_file is given, but --gen_mode=scratch"),
         ("char", [PROMPT, "--prompt=a", "--each_line"], "--each_line is for --prompt_file"),
         ("char", [PROMPT, "--prompt_file={home}/empty"], "no prompt in it"),
         ("char", [PROMPT, "--prompt_file={home}/latin"], "latin: not UTF-8 at byte 1 .line 1"),

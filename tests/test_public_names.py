@@ -32,6 +32,7 @@ NAMES = [
         "influence",
         "init_cache",
         "load",
+        "load_pretrained",
         "score",
     ),
     "summary",

@@ -41,7 +41,7 @@ def options(dataset: str, positions: str, n_chips: int) -> dict[str, Any]:
     """Of pretrain.py, where they differ from its own: the paper's model in bfloat16, parameters divided among chips."""
     table = find_table(TABLES[dataset], dataset)
     setup = for_table(find_setup(dataset, "paper"), table)
-    [row] = (row for row in table.rows if row.options is not None)
+    [row] = (row for row in table.rows if row.name == table.baseline)
     length = LENGTHS.get(dataset, setup.data.block_size)
     model = dataclasses.replace(
         row_config(row, setup),

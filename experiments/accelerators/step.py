@@ -20,6 +20,7 @@ from experiments.accelerators.targets import Target
 from hourglass_jax import DataConfig, HourglassConfig, HourglassLM, OptimizerConfig, RuntimeConfig, TrainConfig
 from hourglass_jax.evaluation import score
 from hourglass_jax.training.optimizer import make_optimizer
+from hourglass_jax.training.selection import trained_parameters
 from hourglass_jax.training.sharding import abstract, batch_sharding, check_batch, make_mesh, state_shardings
 from hourglass_jax.training.step import TrainState, first_state, make_train_step
 
@@ -104,11 +105,12 @@ def compile_step(run: Pretraining, target: Target, devices: Sequence[jax.Device]
     check_batch(mesh, run.data.batch_size, run.runtime.accumulate)
     optimizer = make_optimizer(run.optimizer, run.train.steps)
     graph, params = nnx.split(nnx.eval_shape(lambda: HourglassLM(run.model, rngs=nnx.Rngs(0))))
-    state = jax.eval_shape(partial(first_state, optimizer=optimizer), params)
+    trained = trained_parameters(params, run.optimizer.train_only)
+    state = jax.eval_shape(partial(first_state, optimizer=optimizer, trained=trained), params)
     shardings = state_shardings(mesh, state)
     state = abstract(state, shardings)
     step: Any = make_train_step(
-        graph, optimizer, run.train.seed, accumulate=run.runtime.accumulate, shardings=shardings
+        graph, optimizer, run.train.seed, accumulate=run.runtime.accumulate, shardings=shardings, trained=trained
     )
     batch = abstract(batch_shapes(run.data), (batch_sharding(mesh),) * 2)
     started = time.perf_counter()

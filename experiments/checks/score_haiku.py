@@ -17,12 +17,12 @@ from absl import flags
 from experiments.common import launcher
 from experiments.common.recorded import haiku_parts
 from experiments.common.reports import provenance, write_report
-from hourglass_jax import UsageError, generate, load
+from hourglass_jax import UsageError, generate
 from hourglass_jax.data.haiku import encode_haiku, is_haiku
 from hourglass_jax.tokenizers import Tokenizer
 from hourglass_jax.training.run import Run
 
-LOAD = launcher.define_path("load_model_path", "runs/finetune", "Directory of a model that finetune.py wrote.")
+LOAD = launcher.ModelFlags("runs/finetune", "Directory of a model that finetune.py wrote.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 200, "Samples to count.", lower_bound=1)
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 250, "A sample must end before this many characters.", lower_bound=2)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0.0)
@@ -68,7 +68,7 @@ The malformed ones:
 
 
 def main(_: list[str]) -> None:
-    model, tokenizer, _ = load(LOAD.value)
+    model, tokenizer, _ = LOAD.load()
     settings = Run(LOAD.value).read().settings
     form = settings.get("format", "text")
     if form == "text":

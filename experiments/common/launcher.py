@@ -19,8 +19,9 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
-from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, UsageError, generate
+from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, UsageError, generate, load, load_pretrained
 from hourglass_jax.config import MAX_SEED
+from hourglass_jax.pretrained import pretrained_path
 from hourglass_jax.tokenizers import Tokenizer
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.sharding import check_batch, make_mesh
@@ -115,6 +116,28 @@ def define_path(name: str, default: str | None, help_text: str) -> flags.FlagHol
     return flags.DEFINE(PathParser(), name, default, help_text, serializer=flags.ArgumentSerializer())
 
 
+class ModelFlags:
+    """The flags --load_model_path, of a run directory, and --pretrained, of a model that comes with the package."""
+
+    def __init__(self, default: str, help_text: str):
+        self._path = define_path("load_model_path", default, help_text)
+        self._name = flags.DEFINE_string("pretrained", None, "Name of a model that comes with the package, instead.")
+
+    @property
+    def value(self) -> str:
+        """The model's directory, which `Run` reads. Raises UsageError for both flags or an unknown name."""
+        if self._name.value is None:
+            return self._path.value
+        if self._path.present:
+            raise UsageError("--load_model_path and --pretrained are both given; leave out one of them")
+        return str(pretrained_path(self._name.value))
+
+    def load(self) -> tuple[HourglassLM, Any, HourglassConfig]:
+        """(model, tokenizer, config)."""
+        directory = self.value
+        return load(directory) if self._name.value is None else load_pretrained(self._name.value)
+
+
 def checkpoints_to_keep(value: str) -> int:
     return 0 if value == "all" else int(value)
 
@@ -177,6 +200,8 @@ def make_sampler(
     special = (tokenizer.unk_id, tokenizer.bos_id, None if ends else tokenizer.eos_id)
 
     def sample(model: HourglassLM) -> str:
+        if model.config.token_attention == "lsh":
+            return "(none: token_attention='lsh' has no decoding)"
         [tokens] = generate(
             model,
             [prompt],

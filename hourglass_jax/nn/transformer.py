@@ -12,6 +12,7 @@ from jax import lax
 
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.nn.attention import Attention
+from hourglass_jax.nn.attention.lsh import LSHAttention
 from hourglass_jax.nn.cache import Clock, KeyValueCache
 from hourglass_jax.nn.layers import Dropout, layer_norm, linear, on_matrix, split_key
 from hourglass_jax.nn.platform import platform
@@ -58,7 +59,11 @@ class Block(nnx.Module):
     ):
         self.attention_norm = layer_norm(config, rngs=rngs)
         self.memory_norm = layer_norm(config, rngs=rngs) if cross else None
-        self.attention = Attention(config, unit, query_slots=query_slots, key_slots=key_slots, rngs=rngs)
+        self.attention: Any
+        if config.token_attention == "lsh" and unit == 1 and not cross:
+            self.attention = LSHAttention(config, rngs=rngs)
+        else:
+            self.attention = Attention(config, unit, query_slots=query_slots, key_slots=key_slots, rngs=rngs)
         self.feed_forward_norm = layer_norm(config, rngs=rngs)
         self.feed_forward = FeedForward(config, rngs=rngs)
         self.dropout = Dropout(config.dropout)

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from hourglass_jax.evaluation import log_probabilities
+from hourglass_jax.training.selection import ALL, Filter
 
 
 @jax.tree_util.register_dataclass
@@ -25,9 +26,9 @@ class TrainState:
     opt_state: Any
 
 
-def first_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
-    """Before any step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def first_state(params: nnx.State, optimizer: optax.GradientTransformation, trained: Filter = ALL) -> TrainState:
+    """Before any step; the optimizer's state is of the parameters that are `trained`."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(nnx.filter_state(params, trained)))
 
 
 Metrics = dict[str, jax.Array]
@@ -41,11 +42,13 @@ def make_train_step(
     *,
     accumulate: int = 1,
     shardings: TrainState | None = None,
+    trained: Filter = ALL,
 ) -> TrainStep:
     """A jitted (state, tokens [B, L + 1], weights [B, L]) -> (state, metrics); the state's buffers are donated.
 
     `accumulate` takes the batch in so many parts, one after another: the gradient of the whole in the memory of a
     part. Dropout draws from (seed, step) alone, and so do boundaries. `shardings` pins where the new state lies.
+    Gradients, updates and norms are of the parameters that are `trained`.
 
     What is minimised has the losses of learned boundaries, too, each part's by itself; the metrics have it apart.
     """
@@ -60,8 +63,9 @@ def make_train_step(
         return loss + n_predictions * boundary_loss, {"train_loss": loss} | metrics
 
     def weighted_loss(
-        params: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array
+        params: nnx.State, frozen: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
+        params = nnx.merge_state(params, frozen)
         if shardings is None:
             return loss_of(params, tokens, weights, key)
         # Parameters whole, as the step's number is, or XLA may divide activations as it divides them.
@@ -72,11 +76,11 @@ def make_train_step(
     gradient_of = jax.grad(weighted_loss, has_aux=True)
 
     def accumulated(
-        params: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array
+        params: nnx.State, frozen: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array
     ) -> tuple[nnx.State, Metrics]:
         def add_part(total, part):
             tokens, weights, index = part
-            gradients, metrics = gradient_of(params, tokens, weights, jax.random.fold_in(key, index))
+            gradients, metrics = gradient_of(params, frozen, tokens, weights, jax.random.fold_in(key, index))
             return jax.tree.map(jnp.add, total, gradients), metrics
 
         # Every accumulate-th row: so each device keeps the rows it has.
@@ -88,12 +92,13 @@ def make_train_step(
     @partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
     def train_step(state: TrainState, tokens: jax.Array, weights: jax.Array):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        sums = (gradient_of if accumulate == 1 else accumulated)(state.params, tokens, weights, key)
+        params, frozen = nnx.split_state(state.params, trained, ...)
+        sums = (gradient_of if accumulate == 1 else accumulated)(params, frozen, tokens, weights, key)
         n_predictions = weights.sum()
         gradients, metrics = jax.tree.map(lambda total: total / n_predictions, sums)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
         metrics |= {"gradient_norm": optax.global_norm(gradients), "parameter_norm": optax.global_norm(params)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, nnx.merge_state(params, frozen), opt_state), metrics
 
     return train_step

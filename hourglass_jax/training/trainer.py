@@ -30,6 +30,7 @@ from hourglass_jax.training.metrics import CurveWriter, matmul_ceiling, peak_mem
 from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from hourglass_jax.training.progress import Progress
 from hourglass_jax.training.run import Run
+from hourglass_jax.training.selection import trained_parameters
 from hourglass_jax.training.signals import Interrupted, Signals
 from hourglass_jax.training.step import TrainState, first_state, make_train_step
 
@@ -113,6 +114,7 @@ class _Training:
         sharding.check_batch(self.mesh, self.batch_size, runtime_config.accumulate)
         self.rows = sharding.local_rows(self.batch_sharding, self.batch_size)
 
+        self.trained = trained_parameters(nnx.state(model), optimizer_config.train_only)
         model.train()
         factors = train_config.shorten_factors
         models: dict[int | None, HourglassLM] = {k: at_shorten_factor(model, k) for k in factors} or {None: model}
@@ -140,7 +142,7 @@ class _Training:
         self.graph, params = nnx.split(self.model)
         params = jax.device_get(params)  # host arrays may go to the devices of any process
 
-        start = partial(first_state, optimizer=optimizer)
+        start = partial(first_state, optimizer=optimizer, trained=self.trained)
         state = jax.eval_shape(start, params)
         shardings = sharding.state_shardings(self.mesh, state)
         self.store = run.checkpoints(for_training=True, keep=self.runtime.keep_checkpoints)
@@ -164,6 +166,7 @@ class _Training:
             seed=config.seed,
             accumulate=self.runtime.accumulate,
             shardings=shardings,
+            trained=self.trained,
         )
         self.train_steps = {k: make_step(graph) for k, graph in self.graphs.items()}
         records = [record for record in run.curves() if record["step"] <= self.step]

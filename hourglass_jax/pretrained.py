@@ -1,0 +1,102 @@
+"""Weights that come with the package, in bfloat16: one directory a name.
+
+model.safetensors       parameters, named as in `interop.parameters`; of a model that was fine-tuned from another one
+                        here, those that changed, and as metadata the other's name, `base`
+config.json, vocab.json as of a run directory, with the settings of the training
+README.md               the model card
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from hourglass_jax.config import HourglassConfig
+from hourglass_jax.errors import UsageError
+from hourglass_jax.files import whole_directory, write_whole
+from hourglass_jax.interop.parameters import build_model, named_parameters
+from hourglass_jax.interop.safetensors import WEIGHTS
+from hourglass_jax.model import HourglassLM
+from hourglass_jax.training.identity import PATHS
+from hourglass_jax.training.run import Record, Run
+
+SHIPPED = Path(__file__).parent / "weights"
+CARD = "README.md"
+
+
+def pretrained_names(directory: str | Path = SHIPPED) -> list[str]:
+    """Of the models there are."""
+    return sorted(path.parent.name for path in Path(directory).glob(f"*/{WEIGHTS}"))
+
+
+def pretrained_path(name: str, directory: str | Path = SHIPPED) -> Path:
+    """The directory of a model, of which `Run` reads the settings; raises UsageError for an unknown name."""
+    names = pretrained_names(directory)
+    if name not in names:
+        raise UsageError(f"no pretrained model is called {name!r}; there are: {', '.join(names) or 'none yet'}")
+    return Path(directory) / name
+
+
+def load_pretrained(name: str, *, directory: str | Path = SHIPPED) -> tuple[HourglassLM, Any, HourglassConfig]:
+    """A model that comes with the package -> (model, tokenizer, config), as `load` of a run.
+
+    directory: another place with such models. Raises UsageError for an unknown name, and for damaged files.
+    """
+    path = pretrained_path(name, directory)
+    config, tokenizer, _, _ = Run(path).read()
+    tensors = {name: tensor.astype(np.float32) for name, tensor in _read(path).items()}
+    return build_model(config, tensors, path / WEIGHTS), tokenizer, config
+
+
+def save_pretrained(
+    model: HourglassLM, record: Record, card: str, directory: str | Path, *, base: str | None = None
+) -> None:
+    """Writes `directory`, which must be empty or absent; raises UsageError where it is not.
+
+    record: what the model's run says of itself; of its paths, the last names are kept.
+    base: the name of a model beside `directory`, whose parameters it takes where they are the same in bfloat16.
+    """
+    directory = Path(directory)
+    tensors = {name: tensor.astype(jnp.bfloat16) for name, tensor in named_parameters(model).items()}
+    if base:
+        shared = _read(pretrained_path(base, directory.parent))
+        tensors = {name: own for name, own in tensors.items() if not _same(own, shared.get(name))}
+    with whole_directory(directory) as temporary:
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "flax"} | ({"base": base} if base else {}))
+        (temporary / WEIGHTS).chmod(0o644)  # others may install it
+        Run(temporary).write(record._replace(settings=without_places(record.settings)))
+        write_whole(temporary / CARD, card)
+
+
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that say nothing of the machine's directories: of each path, the last name."""
+
+    def shorter(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return without_places(value)
+        if name in (*PATHS, "directory") and isinstance(value, str):
+            return ",".join(PurePath(path).name for path in value.split(","))
+        return value
+
+    return {name: shorter(name, value) for name, value in settings.items()}
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """Its tensors, and those of its base that it has not."""
+    try:
+        with safe_open(path / WEIGHTS, "numpy") as file:
+            own = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            base = (file.metadata() or {}).get("base")
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path / WEIGHTS}: not a safetensors file, or damaged ({error})") from error
+    return _read(pretrained_path(base, path.parent)) | own if base else own
+
+
+def _same(own: np.ndarray, other: np.ndarray | None) -> bool:
+    return other is not None and own.shape == other.shape and own.tobytes() == other.tobytes()

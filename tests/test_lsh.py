@@ -1,0 +1,102 @@
+"""LSH attention, against its formula one position at a time; and that it is not strictly causal."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_model, small_config
+
+import hourglass_jax as hg
+from hourglass_jax.costs import forward_flops
+from hourglass_jax.nn.attention.lsh import lsh_attention
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+LSH = {"token_attention": "lsh", "positions": "rotary", "lsh_chunk": 4}
+attend = jax.jit(lsh_attention, static_argnums=3)
+
+
+def draw(length, n_rounds, n_pairs, seed=0):
+    rng = np.random.default_rng(seed)
+    return (
+        rng.normal(size=(2, length, 2, 6)),
+        rng.normal(size=(2, length, 2, 6)),
+        rng.normal(size=(6, n_rounds, n_pairs)),
+    )
+
+
+def naive(qk, v, rotations, chunk):
+    """[L, K] of one head: sorted in Python, a query and a key at a time."""
+    length, size = qk.shape
+    padded, n_rounds = -(-length // chunk) * chunk, rotations.shape[1]
+    line = []  # times in the order of all rounds; those of padding are None
+    for r in range(n_rounds):
+        projected = qk @ rotations[:, r]
+        buckets = np.concatenate([projected, -projected], axis=1).argmax(1)
+        line += sorted(range(length), key=lambda t, b=buckets: (b[t], t)) + [None] * (padded - length)
+    n_chunks, outs = len(line) // chunk, [[] for _ in range(length)]
+    for place, t in enumerate(line):
+        if t is None:
+            continue
+        near = [c * chunk + i for c in (place // chunk, (place // chunk - 1) % n_chunks) for i in range(chunk)]
+        terms = []
+        for j in (line[n] for n in near):
+            if j is not None and j <= t:
+                k = qk[j] / np.sqrt((qk[j] ** 2).mean() + 1e-6)
+                terms.append((qk[t] @ k / np.sqrt(size) if j < t else -1e5, v[j]))
+        scores = np.array([s for s, _ in terms])
+        total = scores.max() + np.log(np.exp(scores - scores.max()).sum())
+        outs[t].append((total, sum(np.exp(s - total) * x for s, x in terms)))
+    result = np.zeros_like(v)
+    for t, rounds in enumerate(outs):
+        totals = np.array([total for total, _ in rounds])
+        shares = np.exp(totals - totals.max())
+        result[t] = sum(share * out for share, (_, out) in zip(shares / shares.sum(), rounds, strict=True))
+    return result
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("length, n_rounds, n_pairs, chunk", [(13, 2, 3, 4), (5, 1, 1, 8)])
+def test_it_is_the_formula(length, n_rounds, n_pairs, chunk):
+    qk, v, rotations = draw(length, n_rounds, n_pairs)
+    with jax.enable_x64(True):
+        out = np.asarray(attend(*map(jnp.asarray, (qk, v, rotations)), chunk))
+    for b, h in np.ndindex(2, 2):
+        np.testing.assert_allclose(out[b, :, h], naive(qk[b, :, h], v[b, :, h], rotations, chunk), atol=1e-9)
+
+
+def test_later_tokens_move_earlier_outputs_though_no_derivative_says_so():
+    """The control: in one chunk, where nothing can be crowded out, they do not."""
+    qk, v, rotations = (x.astype(np.float32) for x in draw(32, 1, 4))
+    changed = qk.copy()
+    changed[:, -1] = -changed[:, -1] + 1
+    for chunk, moves in ((4, True), (32, False)):
+        a, b = (np.asarray(attend(q, v, rotations, chunk)) for q in (qk, changed))
+        assert (np.abs(a - b)[:, :-1] > 1e-4).any() == moves
+
+
+def test_the_model_says_what_it_cannot_do():
+    model = make_model(small_config(hierarchy="1@1", **LSH))
+    with pytest.raises(hg.CausalityError, match="not strictly causal: no prediction attends to a later token"):
+        hg.check_causality(model, length=9)  # after no derivative was found to leak
+    with pytest.raises(hg.UsageError, match="has no decoding") as error:
+        hg.generate(model, [np.arange(5)], max_tokens=2, key=jax.random.key(0))
+    assert "\n" not in str(error.value)
+
+
+def test_unfit_options_are_refused():
+    for options, message in (
+        ({"positions": "relative"}, "relative"),
+        ({"window": 4}, "window=4"),
+        ({"lsh_chunk": 0}, "chunk"),
+    ):
+        with pytest.raises(hg.UsageError, match=message):
+            small_config(**(LSH | options))
+
+
+def test_its_cost_is_linear_in_length_and_full_attention_s_is_not():
+    def growth(**options):
+        config = small_config(hierarchy="2@1", d_model=64, **options)
+        short, long = (sum(forward_flops(config, n).values()) / n for n in (4096, 8192))
+        return long / short
+
+    assert growth(**LSH | {"lsh_chunk": 256}) < 1.05 < 1.5 < growth(positions="rotary")
