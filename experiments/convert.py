@@ -23,10 +23,10 @@ from flax import nnx
 from experiments.common import launcher
 from experiments.common.cards import model_card
 from hourglass_jax import HourglassLM, UsageError, load
-from hourglass_jax.config import IMAGE_SIZES, DataConfig
 from hourglass_jax.files import whole_directory
 from hourglass_jax.interop import export_safetensors, from_original, from_pypi, import_safetensors
 from hourglass_jax.pretrained import save_pretrained
+from hourglass_jax.run_config import IMAGE_SIZES, DataConfig
 from hourglass_jax.tokenizers import ImageTokenizer, Tokenizer
 from hourglass_jax.training.checkpoints import CheckpointStore
 from hourglass_jax.training.run import Record, Run

@@ -25,10 +25,10 @@ from experiments.common.reports import provenance, write_report
 from experiments.common.surprise import write_surprise
 from experiments.common.vocabulary import check_characters
 from hourglass_jax import Evaluation, HourglassLM, ImageTokenizer, UsageError, at_shorten_factor
-from hourglass_jax.config import check_choice
 from hourglass_jax.data.images import ImageSplits, image_validation
 from hourglass_jax.data.pipeline import Batch, consecutive_windows, sliding_windows
 from hourglass_jax.evaluation import check_text, evaluate_batches
+from hourglass_jax.ranges import check_choice
 from hourglass_jax.tokenizers import TextTokenizer
 from hourglass_jax.training.run import Run
 

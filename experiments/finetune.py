@@ -16,9 +16,9 @@ from experiments.common import launcher
 from experiments.common.recorded import recorded_data
 from experiments.common.sources import HaikuSource, TextSource
 from hourglass_jax import DataConfig, HourglassConfig, OptimizerConfig, TrainConfig, UsageError
-from hourglass_jax.config import check_range
 from hourglass_jax.data.corpora import load_text
 from hourglass_jax.data.haiku import load_haiku, usable_haiku
+from hourglass_jax.ranges import check_range
 from hourglass_jax.tokenizers import TextTokenizer
 from hourglass_jax.training.metrics import plot_curves
 from hourglass_jax.training.run import Run

@@ -17,7 +17,7 @@ Shapes: B batch, L length in tokens, V vocabulary, D d_model. Losses are in nats
 """
 
 from hourglass_jax.causality import CausalityError, check_causality, influence
-from hourglass_jax.config import DataConfig, HourglassConfig, OptimizerConfig, RuntimeConfig, TrainConfig
+from hourglass_jax.config import HourglassConfig
 from hourglass_jax.cuts import boundaries
 from hourglass_jax.decoding import generate, init_cache
 from hourglass_jax.errors import UsageError
@@ -26,6 +26,7 @@ from hourglass_jax.factors import at_shorten_factor
 from hourglass_jax.hierarchy import Hierarchy
 from hourglass_jax.model import Hourglass, HourglassLM
 from hourglass_jax.pretrained import load_pretrained
+from hourglass_jax.run_config import DataConfig, OptimizerConfig, RuntimeConfig, TrainConfig
 from hourglass_jax.summary import summary
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, ImageTokenizer
 from hourglass_jax.training.run import Run, load

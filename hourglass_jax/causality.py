@@ -8,8 +8,8 @@ import numpy as np
 from flax import nnx
 
 from hourglass_jax.checks import check_tokens
-from hourglass_jax.config import check_range
 from hourglass_jax.model import HourglassLM
+from hourglass_jax.ranges import check_range
 
 DISTURBANCES = 8  # texts of which the ends replace another's
 

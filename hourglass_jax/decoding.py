@@ -20,11 +20,11 @@ import numpy as np
 from flax import nnx
 
 from hourglass_jax.checks import check_key, check_prompts, token_mask
-from hourglass_jax.config import check_range
 from hourglass_jax.errors import UsageError
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.nn.cache import Cache, forgotten
 from hourglass_jax.nn.transformer import Stack
+from hourglass_jax.ranges import check_range
 from hourglass_jax.sampling import Sampler, row_keys
 
 BLOCK = 64  # tokens between two returns from the jitted loop

@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 
 from hourglass_jax.checks import Array, check_tokens
-from hourglass_jax.config import check_range
 from hourglass_jax.data.pipeline import consecutive_windows, sliding_windows
 from hourglass_jax.errors import UsageError
 from hourglass_jax.model import HourglassLM
+from hourglass_jax.ranges import check_range
 
 
 @dataclass(frozen=True)

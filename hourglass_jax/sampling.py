@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hourglass_jax.config import check_range
+from hourglass_jax.ranges import check_range
 
 
 @dataclass(frozen=True)

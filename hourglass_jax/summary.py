@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from flax import nnx
 
-from hourglass_jax.config import HourglassConfig, check_range
+from hourglass_jax.config import HourglassConfig
 from hourglass_jax.costs import forward_flops, head_flops, level_lengths
 from hourglass_jax.model import HourglassLM, n_parameters
 from hourglass_jax.nn.attention.choice import describe
+from hourglass_jax.ranges import check_range
 
 
 class Row(NamedTuple):

@@ -9,7 +9,7 @@ from flax import nnx
 
 import hourglass_jax as hg
 from hourglass_jax.checks import check_tokens
-from hourglass_jax.config import MAX_SEED
+from hourglass_jax.run_config import MAX_SEED
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 KEY = jax.random.key(0)

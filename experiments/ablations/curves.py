@@ -36,10 +36,10 @@ from experiments.common import launcher
 from experiments.common.reports import markdown_table, provenance
 from experiments.common.sources import ImageSource, TextSource
 from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, UsageError, check_causality, score
-from hourglass_jax.config import check_choice
 from hourglass_jax.costs import count_parameters
 from hourglass_jax.data.pipeline import Batch
 from hourglass_jax.files import write_whole
+from hourglass_jax.ranges import check_choice
 from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore
 from hourglass_jax.training.manifest import write_manifest
 from hourglass_jax.training.metrics import CURVES, matmul_ceiling

@@ -8,8 +8,9 @@ from typing import Any
 
 from experiments.ablations.tables import Table
 from hourglass_jax import ByteTokenizer, DataConfig, ImageTokenizer, OptimizerConfig, TrainConfig
-from hourglass_jax.config import IMAGE_SIZES, check_choice
 from hourglass_jax.data import letters
+from hourglass_jax.ranges import check_choice
+from hourglass_jax.run_config import IMAGE_SIZES
 
 TEXTS = ("enwik8", "text8")
 DATASETS = (*TEXTS, *IMAGE_SIZES, "letters")

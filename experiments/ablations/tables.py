@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hourglass_jax import UsageError
-from hourglass_jax.config import check_choice
+from hourglass_jax.ranges import check_choice
 from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 
 BUILT_IN = frozenset(SHORTENINGS) | frozenset(UPSAMPLINGS)
@@ -324,10 +324,9 @@ def table_b1() -> Table:
     )
     note = (
         "Groups that end where the text says are expected to have 6 characters, and there is room for 1.5 times as "
-        "many and four more; their FLOPs are those of the whole room, used or not, which is what a program of fixed "
-        "shapes computes. Tokens a group, and the share of events that found no room and waited, are measured on the "
-        "validation data. The published figures are of other data and sizes, those of dynamic pooling second-hand and "
-        "at equal layers: only the order of a column can be compared."
+        "many and four more; their FLOPs are those of the whole room, used or not. Tokens a group, and the share of "
+        "events that found no room and waited, are measured on the validation data. The published figures are of other "
+        "data and sizes, those of dynamic pooling second-hand: only the order of a column can be compared."
     )
     return Table(
         "B1",

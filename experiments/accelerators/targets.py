@@ -18,7 +18,7 @@ import jax
 from jax.experimental import topologies
 
 from hourglass_jax import UsageError
-from hourglass_jax.config import check_choice
+from hourglass_jax.ranges import check_choice
 
 DIRECTORY = Path(__file__).with_name("targets")
 # What the compiler of a platform comes with: packages of which one will do, and the extra that brings it.

@@ -20,8 +20,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
 from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, UsageError, generate, load, load_pretrained
-from hourglass_jax.config import MAX_SEED
 from hourglass_jax.pretrained import pretrained_path
+from hourglass_jax.run_config import MAX_SEED
 from hourglass_jax.tokenizers import Tokenizer
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.sharding import check_batch, make_mesh

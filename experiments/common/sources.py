@@ -12,7 +12,6 @@ from experiments.common import launcher
 from experiments.common.pictures import COLUMNS, draw_images, nothing, save_grid, top_halves
 from experiments.common.vocabulary import check_characters
 from hourglass_jax import CharTokenizer, DataConfig, HourglassLM, ImageTokenizer, UsageError
-from hourglass_jax.config import FOLDER
 from hourglass_jax.data.corpora import load_splits, load_text
 from hourglass_jax.data.folder import load_folder
 from hourglass_jax.data.haiku import make_examples
@@ -25,6 +24,7 @@ from hourglass_jax.data.pipeline import (
     shuffled_examples,
     training_batches,
 )
+from hourglass_jax.run_config import FOLDER
 from hourglass_jax.tokenizers import TextTokenizer, Tokenizer
 from hourglass_jax.training.identity import fingerprint
 from hourglass_jax.training.signals import Signals

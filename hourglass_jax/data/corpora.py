@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hourglass_jax.config import DataConfig
 from hourglass_jax.errors import UsageError
+from hourglass_jax.run_config import DataConfig
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, TextTokenizer
 
 ENWIK8_SPLIT = (90_000_000, 5_000_000, 5_000_000)  # of enwik8 and text8, as in the literature; one token a byte

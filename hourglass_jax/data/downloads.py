@@ -12,8 +12,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
-from hourglass_jax.config import check_choice
 from hourglass_jax.errors import UsageError
+from hourglass_jax.ranges import check_choice
 
 TIMEOUT = 60  # seconds without an answer
 

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hourglass_jax.config import IMAGE_SIZES, check_choice, check_image_size
 from hourglass_jax.data.pipeline import Batch, BatchAt, LazyBatches, Rows, shuffled_order
 from hourglass_jax.errors import UsageError
+from hourglass_jax.ranges import check_choice
+from hourglass_jax.run_config import IMAGE_SIZES, check_image_size
 from hourglass_jax.tokenizers import ImageTokenizer
 
 CIFAR_RECORD = 1 + 3 * 32 * 32  # bytes: the label and an image

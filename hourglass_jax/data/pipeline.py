@@ -13,7 +13,8 @@ from typing import Protocol, overload
 import grain
 import numpy as np
 
-from hourglass_jax.config import DataConfig, check_range
+from hourglass_jax.ranges import check_range
+from hourglass_jax.run_config import DataConfig
 
 Batch = tuple[np.ndarray, np.ndarray]
 Rows = slice | np.ndarray  # of a global batch: a slice, or row numbers int [R]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hourglass_jax.config import HourglassConfig, check_range
+from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.interop.parameters import build_model
 from hourglass_jax.interop.renaming import assemble, rename
@@ -13,6 +13,7 @@ from hourglass_jax.interop.shapes import infer_sizes
 from hourglass_jax.interop.torch_files import read_state_dict
 from hourglass_jax.interop.vocabulary import make_tokenizer, read_vocabulary
 from hourglass_jax.model import HourglassLM
+from hourglass_jax.ranges import check_range
 from hourglass_jax.tokenizers import ByteTokenizer, Tokenizer
 
 NAMES = (

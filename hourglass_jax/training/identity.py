@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hourglass_jax.config import DataConfig, HourglassConfig, OptimizerConfig, TrainConfig
+from hourglass_jax.config import HourglassConfig
+from hourglass_jax.run_config import DataConfig, OptimizerConfig, TrainConfig
 
 PATHS = ("path", "valid_path", "data_path", "pretrained")  # names of settings that say where something lies
 MEANS = ("attention", "remat", "max_unrolled_layers")  # how a model is computed, which leaves what is computed alone

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hourglass_jax.config import OptimizerConfig
+from hourglass_jax.run_config import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -11,7 +11,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from hourglass_jax.config import check_choice
+from hourglass_jax.ranges import check_choice
 
 QUIET_SECONDS = 10  # between two plain lines that only tell the speed
 

@@ -24,10 +24,11 @@ from typing import IO, Any, NamedTuple
 from absl import logging
 from flax import nnx
 
-from hourglass_jax.config import HourglassConfig, OptimizerConfig
+from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.files import is_temporary, write_whole
 from hourglass_jax.model import HourglassLM
+from hourglass_jax.run_config import OptimizerConfig
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, ImageTokenizer, Tokenizer
 from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore
 from hourglass_jax.training.identity import described, differences, identity

@@ -18,8 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from hourglass_jax.config import RuntimeConfig
 from hourglass_jax.errors import UsageError
+from hourglass_jax.run_config import RuntimeConfig
 
 
 def make_mesh(config: RuntimeConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

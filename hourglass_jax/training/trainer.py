@@ -17,13 +17,13 @@ from absl import logging
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from hourglass_jax.config import OptimizerConfig, RuntimeConfig, TrainConfig
 from hourglass_jax.costs import training_flops
 from hourglass_jax.data.pipeline import Batch, BatchAt, evenly_spaced, stream
 from hourglass_jax.errors import UsageError
 from hourglass_jax.evaluation import Evaluation, evaluate_batches
 from hourglass_jax.factors import at_shorten_factor, drawn_factor
 from hourglass_jax.model import HourglassLM
+from hourglass_jax.run_config import OptimizerConfig, RuntimeConfig, TrainConfig
 from hourglass_jax.training import sharding
 from hourglass_jax.training.identity import fingerprint
 from hourglass_jax.training.metrics import CurveWriter, matmul_ceiling, peak_memory_bytes
