@@ -81,6 +81,7 @@ def test_rows_of_each_kind_are_measured_and_shown(monkeypatch):
     assert "3 of 3 parts are done" in text and text.count("\n| --- |") == 3 and "ms, estimate" in text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
 def test_a_wrong_kernel_does_not_pass(monkeypatch):
     monkeypatch.setattr(accelerator, "WINDOWS", (0,))

@@ -39,7 +39,7 @@ def abstract(config):
 
 
 @pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize("hierarchy", ["6@1", "2@1 4@4 2@1", "2@1 1@2 4@4 1@2 2@1"])
+@pytest.mark.parametrize("hierarchy", [pytest.param("6@1", marks=pytest.mark.slow), "2@1 1@2 4@4 1@2 2@1"])
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
 def test_decoding_flops_of_all_levels_are_those_of_the_program(hierarchy, shortening, upsampling, positions):
     options = {"shortening": shortening, "upsampling": upsampling, "positions": positions}

@@ -89,7 +89,9 @@ def test_streamed_parts_add_up(model):
     assert [list(row) for row in out] == parts
 
 
-@pytest.mark.parametrize("positions", ["relative", "rotary", "learned"])
+@pytest.mark.parametrize(
+    "positions", ["relative", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rotary", "learned"))]
+)
 def test_a_growing_cache_changes_nothing(positions, monkeypatch):
     model = make_model(small_config(positions=positions, max_length=200))
     options = {"max_tokens": 150, "key": KEY, "stream": lambda new: None}

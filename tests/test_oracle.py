@@ -31,8 +31,12 @@ def test_every_method_equals_its_formula(shortening, upsampling, positions):
     assert largest_error(config) < 1e-10
 
 
+# One that has all there is is quick.
+ONE_AND_OTHERS = [pytest.param(h, marks=[pytest.mark.slow] * (h != HIERARCHIES[2])) for h in HIERARCHIES]
+
+
 @pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize("hierarchy", HIERARCHIES)
+@pytest.mark.parametrize("hierarchy", ONE_AND_OTHERS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -49,7 +53,7 @@ def test_every_hierarchy_and_option_equals_its_formula(hierarchy, options):
     assert largest_error(small_config(hierarchy=hierarchy, dtype="float64", **options)) < 1e-10
 
 
-@pytest.mark.parametrize("hierarchy", HIERARCHIES)
+@pytest.mark.parametrize("hierarchy", ONE_AND_OTHERS)
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_the_fused_kernel_equals_the_formula_as_far_as_its_float32_goes(hierarchy, positions):
     assert largest_error(small_config(hierarchy=hierarchy, positions=positions, attention="fused")) < 1e-5

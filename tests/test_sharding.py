@@ -159,7 +159,8 @@ def test_two_processes_of_four_devices_learn_as_one(home):
     assert_same_curves(home, "processes")
 
 
-@pytest.mark.parametrize("before, after", [(4, 2), pytest.param(8, 4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(4, 2), (8, 4)])
 def test_a_run_goes_on_with_other_devices_and_loads_on_one(home, before, after):
     out = f"moved{before}"
     pretrain(home, out, f"--fsdp={before}", n_devices=before)

@@ -209,7 +209,9 @@ def test_evaluation_equals_a_loop_over_windows():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("accumulate", [2, 3, 6])
+@pytest.mark.parametrize(
+    "accumulate", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow)]
+)
 def test_accumulated_gradients_are_those_of_the_large_batch(accumulate):
     config = small_config(dtype="float64")
     tokens = np.random.default_rng(0).integers(0, 11, (6, 13))
