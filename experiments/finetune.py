@@ -81,7 +81,7 @@ def finetune(signals: Signals) -> None:
     train, optimizer = schedule(source.n_examples)
     trained_parameters(nnx.state(model), optimizer.train_only)  # before anything is written
     settings |= source.fingerprint | {
-        "pretrained": str(LOAD.value),
+        "pretrained": LOAD.given,
         "pretrained_settings": Run(LOAD.value).read().settings,
         "format": FORMAT.value,
         "optimizer": dataclasses.asdict(optimizer),

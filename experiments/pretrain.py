@@ -17,7 +17,7 @@ from flax import nnx
 
 from experiments.common import launcher, pretraining
 from experiments.common.sources import open_source
-from hourglass_jax import HourglassLM, Run, UsageError, check_causality, load
+from hourglass_jax import HourglassLM, Run, UsageError, load
 from hourglass_jax.model import n_parameters
 from hourglass_jax.training.metrics import plot_curves
 from hourglass_jax.training.signals import Signals
@@ -60,9 +60,9 @@ def pretrain(signals: Signals) -> None:
     batch = source.batches(train.seed)(0)
     pretraining.check_groups(model, *batch)
     groups = pretraining.describe_groups(model, *batch)
-    check_causality(model)
+    causal = launcher.causality(model)
     millions = n_parameters(model) / 1e6
-    print(f"{config.hierarchy}, {millions:.2f}M parameters, vocabulary {config.vocab_size}, causal: yes{groups}")
+    print(f"{config.hierarchy}, {millions:.2f}M parameters, vocabulary {config.vocab_size}, causal: {causal}{groups}")
     print(f"{source.size} -> {run.directory}")
     heading, sample = source.sampler(config.position_limit, train.seed, run.directory, signals)
     result = fit(

@@ -18,6 +18,10 @@ class CausalityError(AssertionError):
     """A prediction depends on a token it may not see; the message names the first such pair. See `check_causality`."""
 
 
+class NotStrictlyCausal(CausalityError):
+    """Nothing leaks through derivatives, but it is known of the configuration that later tokens move predictions."""
+
+
 @jax.jit
 def _gradient_norms(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array) -> jax.Array:
     model = nnx.merge(graph, params)
@@ -66,6 +70,8 @@ def _logits(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array) -> jax.Ar
 def check_causality(model: HourglassLM, length: int | None = None) -> None:
     """Raises CausalityError unless d logits_t / d token_{>t} is exactly zero (section 2 of the paper: the shift).
 
+    LSH attention passes that and raises NotStrictlyCausal, which says what it is (section 3.3).
+
     Derivatives do not see what is decided. So where events end the groups, other tokens from position s on must also
     move no logit before s, and none of another row, by a single bit; and a part of a text must have the logits that it
     has in the whole.
@@ -88,7 +94,7 @@ def check_causality(model: HourglassLM, length: int | None = None) -> None:
             f"among {length} positions); check the shift and the masks of the resampling methods"
         )
     if config.token_attention == "lsh":
-        raise CausalityError(
+        raise NotStrictlyCausal(
             "token_attention='lsh' is not strictly causal: no prediction attends to a later token, but later tokens "
             "decide which earlier ones share its chunk"
         )

@@ -45,13 +45,22 @@ def boundaries(model: HourglassLM, tokens: Array) -> np.ndarray:
     At such a token the deeper level takes a step, and what comes of it serves from there on. Raises UsageError for
     tokens outside the vocabulary.
     """
-    tokens = jnp.asarray(check_tokens("tokens", tokens, model.config.vocab_size, "L"))
-    ends, places = [], np.arange(len(tokens))
-    for when, count, _ in _groups(*nnx.split(model), tokens[None]):
-        when = np.asarray(when[0])[: int(count[0])]
-        places = places[when[when < len(places)]]  # beyond, there is room for more
-        ends.append(np.isin(np.arange(len(tokens)), places))
-    return np.array(ends, bool).reshape(-1, len(tokens))
+    tokens = check_tokens("tokens", tokens, model.config.vocab_size, "L")
+    return boundaries_of_rows(model, np.asarray(tokens)[None])[0]
+
+
+def boundaries_of_rows(model: HourglassLM, tokens: Array) -> np.ndarray:
+    """As `boundaries`, each row by itself: int [B, L] -> bool [B, S, L]."""
+    tokens = jnp.asarray(check_tokens("tokens", tokens, model.config.vocab_size, "B, L"))
+    every = [(np.asarray(when), np.asarray(count)) for when, count, _ in _groups(*nnx.split(model), tokens)]
+    ends = np.zeros((len(tokens), len(every), tokens.shape[1]), bool)
+    for row, of_row in enumerate(ends):
+        places = np.arange(tokens.shape[1])
+        for level, (when, count) in enumerate(every):
+            first = when[row, : count[row]]
+            places = places[first[first < len(places)]]  # beyond, there is room for more
+            of_row[level, places] = True
+    return ends
 
 
 def count_groups(model: HourglassLM, tokens: Array) -> GroupCounts:

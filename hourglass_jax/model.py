@@ -194,11 +194,8 @@ class HourglassLM(nnx.Module):
         """
         if key is not None:
             check_key(key)
-        embedding_key, body_key = split_key(key, 2)
-        x = self.dropout(self.embed(tokens), embedding_key)
-        x, groups = self.hourglass.with_groups(x, body_key, tokens)
-        logits = self.logits(x)
-        weights = jnp.ones(x.shape[:2]) if weights is None else weights
+        logits, groups = self.with_groups(self.embed(tokens), key, tokens)
+        weights = jnp.ones(tokens.shape) if weights is None else weights
         levels = zip(self.hourglass.rules(), groups, strict=True)
         loss, figures = boundary_terms(levels, weights, entropies(logits))
         return logits, self.config.boundary_weight * loss, figures
@@ -250,8 +247,15 @@ class HourglassLM(nnx.Module):
 
     def from_embeddings(self, x: jax.Array, key: jax.Array | None = None, tokens: jax.Array | None = None) -> jax.Array:
         """[B, L, D] -> logits [B, L, V], float32 at least; `tokens` [B, L] where boundaries are read off them."""
+        return self.with_groups(x, key, tokens)[0]
+
+    def with_groups(
+        self, x: jax.Array, key: jax.Array | None, tokens: jax.Array | None
+    ) -> tuple[jax.Array, list[Groups]]:
+        """As `from_embeddings`, and the groups that each shortening makes, outermost first."""
         embedding_key, body_key = split_key(key, 2)
-        return self.logits(self.hourglass(self.dropout(x, embedding_key), body_key, tokens))
+        x, groups = self.hourglass.with_groups(self.dropout(x, embedding_key), body_key, tokens)
+        return self.logits(x), groups
 
     def logits(self, x: jax.Array) -> jax.Array:
         """The Hourglass's output [..., D] -> logits [..., V], float32 at least."""

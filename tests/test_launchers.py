@@ -124,8 +124,11 @@ def test_unknown_characters_of_a_prompt_give_one_warning(home):
 
 
 def test_evaluation_ends_with_its_figures_as_json(home):
-    result = succeed("evaluate", "--data_path=text.txt", "--split=valid", cwd=home)
+    result = succeed("evaluate", "--data_path=text.txt", "--split=valid", "--report=valid", cwd=home)
     figures = json.loads(result.stdout.splitlines()[-1])
+    record = json.loads((home / "valid.json").read_text())
+    assert figures.items() <= record.items() and record["summary"] in (home / "valid.md").read_text()
+    assert "--report=valid" in record["command"]
     assert math.isclose(figures["bpc"], figures["loss"] / math.log(2), rel_tol=1e-6)
     assert math.isclose(figures["perplexity"], math.exp(figures["loss"]), rel_tol=1e-6)
     n_tokens = len((home / "text.txt").read_text())

@@ -285,7 +285,7 @@ def test_predictions_see_no_future_and_decode_as_they_are_read(hierarchy, option
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hierarchy, options", [case for case in GRID if isinstance(case, tuple)])
+@pytest.mark.parametrize("hierarchy, options", GRID)
 def test_decoding_in_float32_away_from_ties(hierarchy, options):
     model = make_model(learned_config(hierarchy=hierarchy, **options))
     assert largest_difference(model) < 1e-5

@@ -55,8 +55,8 @@ def test_a_batch_in_parts_has_the_rates_of_the_whole():
         assert float(results[0][name]) == pytest.approx(float(results[1][name]), rel=1e-4, abs=1e-6)
 
 
-def train(directory, steps):
-    config = learned_config("gumbel", hierarchy="0@1 1@3 0@1", shortening="average", upsampling="repeat")
+def train(directory, steps, hierarchy="0@1 1@3 0@1", boundaries="gumbel"):
+    config = learned_config(boundaries, hierarchy=hierarchy, shortening="average", upsampling="repeat")
     model, text = make_model(config), np.tile(np.arange(8), 100)
     schedule = {"schedule": "constant", "warmup_steps": 0}
     arguments = {"optimizer_config": hg.OptimizerConfig(**schedule), "train_config": hg.TrainConfig(steps=steps)}
@@ -64,16 +64,26 @@ def train(directory, steps):
     return jax.tree.leaves(nnx.state(model))
 
 
-def test_a_run_has_curves_of_its_events_and_a_warning_where_they_find_no_room(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "level, options", [("", {}), ("_2", {"hierarchy": "0@1 0@2 1@4 0@2 0@1", "boundaries": "fixed gumbel"})]
+)
+def test_a_run_has_curves_of_its_events_and_a_warning_where_they_find_no_room(tmp_path, monkeypatch, level, options):
     warnings = []
     monkeypatch.setattr(trainer, "MOST_SUPPRESSED", -1.0)
     monkeypatch.setattr(trainer.logging, "warning", lambda text, *values: warnings.append(text % values))
-    train(tmp_path, 10)
-    [record] = [record for record in metrics.read_curves(tmp_path) if "boundary_rate" in record]
-    assert {"boundary_spread", "boundary_suppressed", "boundary_loss"} <= record.keys()
-    assert metrics.plot_curves(tmp_path).stat().st_size > 10_000
+    train(tmp_path, 10, **options)
+    [record] = [record for record in metrics.read_curves(tmp_path) if "train_loss" in record]
+    curves = {"boundary_rate", "boundary_spread", "boundary_suppressed", "boundary_loss"}
+    assert {name for name in record if name.startswith("boundary")} == {name + level for name in curves}
+    drawn = []
+    plot_rates = metrics.plot_rates
+    monkeypatch.setattr(metrics, "plot_rates", lambda axes, records: [plot_rates(axes, records), drawn.append(axes)])
+    metrics.plot_curves(tmp_path)
+    [axes] = drawn
+    names = f"boundary_rate{level}", f"boundary_suppressed{level}"
+    assert [line.get_ydata()[0] for line in axes.lines] == [record[name] for name in names]
     [warning] = warnings
-    assert warning.startswith(f"{100 * record['boundary_suppressed']:.1f} % of the groups' ends find no room")
+    assert warning.startswith(f"{100 * record[f'boundary_suppressed{level}']:.1f} % of the groups' ends find no room")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_model, small_config
+from launching import run_forked
 
 import hourglass_jax as hg
 from hourglass_jax.costs import forward_flops
@@ -81,6 +82,18 @@ def test_the_model_says_what_it_cannot_do():
     with pytest.raises(hg.UsageError, match="has no decoding") as error:
         hg.generate(model, [np.arange(5)], max_tokens=2, key=jax.random.key(0))
     assert "\n" not in str(error.value)
+
+
+def test_launchers_train_it_and_say_that_it_is_not_strictly_causal(tmp_path):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 20)
+    flags = ["--hierarchy=1@1", "--d_model=16", "--n_heads=2", "--d_ff=16", "--block_size=24", "--batch_size=4"]
+    flags += ["--steps=2", "--data_path=text.txt", "--positions=rotary", "--model.token_attention=lsh"]
+    result = run_forked("pretrain", *flags, "--model.lsh_chunk=8", "--dropout=0.1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "causal: not strictly" in result.stdout and "not strictly causal: no prediction" in result.stderr
+    assert "has no decoding" in result.stdout
+    result = run_forked("evaluate", "--load_model_path=runs/pretrain", "--data_path=text.txt", cwd=tmp_path)
+    assert result.returncode == 0 and "BPC" in result.stdout, result.stderr
 
 
 def test_unfit_options_are_refused():

@@ -133,6 +133,13 @@ def test_a_run_becomes_a_model_of_the_package(tmp_path):
     assert all((before[name] == after[name]).all() for name in before)
 
 
+def test_a_haiku_is_written_from_its_first_line(tmp_path):
+    result = run_forked("generate", "--pretrained=haiku", "--prompt=an old silent pond", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, *more = result.stdout.splitlines()
+    assert first == "an old silent pond" and 1 <= len(more) <= 3 and all(more)
+
+
 @pytest.mark.parametrize(
     "script, flags, message",
     [

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -130,3 +131,17 @@ def test_the_import_prints_nothing_and_changes_nothing():
     command = [sys.executable, "-c", PROBE]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = [
+    path
+    for directory in ("experiments/results", "hourglass_jax/weights")
+    for path in sorted((ROOT / directory).rglob("*"))
+    if path.suffix in (".json", ".md")
+]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_committed_result_says_where_it_was_made(path):
+    assert not re.search(r"/(root|home|Users|work|tmp|usr|opt)/", path.read_text())

@@ -24,7 +24,6 @@ from hourglass_jax import (
     TrainConfig,
     UsageError,
     at_shorten_factor,
-    check_causality,
 )
 from hourglass_jax.cuts import GroupCounts, count_groups
 from hourglass_jax.data import letters
@@ -187,7 +186,7 @@ def train_row(
     if (result := job.result()) is not None:  # another process has trained it since
         return result
     model = nnx.jit(lambda rngs: HourglassLM(job.config, rngs=rngs))(nnx.Rngs(job.train.seed))
-    check_causality(model)
+    launcher.causality(model)
     evaluation = fit(
         model,
         source.batches(job.train.seed),

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.common.surprise import token_names
-from hourglass_jax import HourglassLM, UsageError, boundaries
+from hourglass_jax import HourglassLM, UsageError
+from hourglass_jax.cuts import boundaries_of_rows
 from hourglass_jax.data.pipeline import Batch
 from hourglass_jax.tokenizers import TextTokenizer
 
@@ -25,8 +26,7 @@ def write_boundaries(path: Path, model: HourglassLM, batches: Sequence[Batch], t
     with path.open("w", encoding="utf-8", newline="") as file:
         file.write(HEADER)
         for tokens, weights in batches:
-            for row, counted in zip(tokens[:, :-1], weights > 0, strict=True):
-                levels = boundaries(model, row).sum(axis=0)
-                for token, n in zip(row[counted].tolist(), levels[counted].tolist(), strict=True):
-                    file.write(f"{position}\t{names[token]}\t{n}\n")
-                    position += 1
+            levels, counted = boundaries_of_rows(model, tokens[:, :-1]).sum(axis=1), weights > 0
+            for token, n in zip(tokens[:, :-1][counted].tolist(), levels[counted].tolist(), strict=True):
+                file.write(f"{position}\t{names[token]}\t{n}\n")
+                position += 1

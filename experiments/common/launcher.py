@@ -19,7 +19,17 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
-from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, UsageError, generate, load, load_pretrained
+from hourglass_jax import (
+    HourglassConfig,
+    HourglassLM,
+    RuntimeConfig,
+    UsageError,
+    check_causality,
+    generate,
+    load,
+    load_pretrained,
+)
+from hourglass_jax.causality import NotStrictlyCausal
 from hourglass_jax.pretrained import pretrained_path
 from hourglass_jax.run_config import MAX_SEED
 from hourglass_jax.tokenizers import Tokenizer
@@ -132,10 +142,25 @@ class ModelFlags:
             raise UsageError("--load_model_path and --pretrained are both given; leave out one of them")
         return str(pretrained_path(self._name.value))
 
+    @property
+    def given(self) -> str:
+        """The directory or the name, as a record of what was done says it."""
+        return self._name.value or self.value
+
     def load(self) -> tuple[HourglassLM, Any, HourglassConfig]:
         """(model, tokenizer, config)."""
         directory = self.value
         return load(directory) if self._name.value is None else load_pretrained(self._name.value)
+
+
+def causality(model: HourglassLM) -> str:
+    """Whether the model is causal, as a word; raises CausalityError where it leaks."""
+    try:
+        check_causality(model)
+    except NotStrictlyCausal as error:
+        logging.warning("%s", error)
+        return "not strictly"
+    return "yes"
 
 
 def checkpoints_to_keep(value: str) -> int:

@@ -26,6 +26,7 @@ from hourglass_jax.cuts import count_groups
 from hourglass_jax.data.corpora import load_tokens
 from hourglass_jax.nn.learned import LearnedBoundaries
 from hourglass_jax.tokenizers import Tokenizer, boundary_tokens
+from hourglass_jax.training.trainer import MOST_SUPPRESSED
 
 # Sized so that the built-in corpus trains in about two minutes on two CPU cores.
 MODEL = HourglassConfig(
@@ -146,7 +147,7 @@ def check_groups(model: HourglassLM, tokens: np.ndarray, weights: np.ndarray) ->
             f"boundaries={config.boundaries!r} end no group in {counts.tokens} tokens of the text; choose others, or "
             "fixed"
         )
-    if counts.suppressed > 0.01:
+    if counts.suppressed > MOST_SUPPRESSED:
         logging.warning(
             "%.1f %% of the groups' ends find no room and wait for the next; groups have %.1f tokens, so choose a "
             "smaller factor than that of hierarchy='%s', or a larger boundary_slack",

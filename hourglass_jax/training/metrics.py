@@ -18,6 +18,7 @@ from hourglass_jax.files import write_whole
 from hourglass_jax.nn.platform import platform
 
 CURVES = "metrics.jsonl"
+RATE = "boundary_rate"  # the name of a curve, with the number of the shortening behind it from the second on
 
 
 def read_curves(directory: Path) -> list[dict[str, Any]]:
@@ -63,7 +64,7 @@ def plot_curves(directory: Path) -> Path:
     from matplotlib.figure import Figure
 
     records = read_curves(directory)
-    rates = [r for r in records if "boundary_rate" in r]
+    rates = [r for r in records if any(name.startswith(RATE) for name in r)]
     figure = Figure(figsize=(6, 6 if rates else 4), layout="constrained")
     axes, *below = figure.subplots(2 if rates else 1, sharex=True, squeeze=False)[:, 0]
     for name, style in (("train_loss", {"lw": 1}), ("valid_loss", {"marker": "o", "ms": 4})):
@@ -82,13 +83,14 @@ def plot_curves(directory: Path) -> Path:
 
 def plot_rates(axes: Any, records: list[dict[str, Any]]) -> None:
     """The events a position, with their spread over the rows of a batch, and those that found no room."""
-    steps, rates, spreads, suppressed = (
-        [r[name] for r in records] for name in ("step", "boundary_rate", "boundary_spread", "boundary_suppressed")
-    )
-    low, high = ([rate + sign * spread for rate, spread in zip(rates, spreads, strict=True)] for sign in (-1, 1))
-    axes.fill_between(steps, low, high, alpha=0.2, lw=0)
-    axes.plot(steps, rates, lw=1, label="groups a token")
-    axes.plot(steps, suppressed, lw=1, label="share without room")
+    for level in sorted(name.removeprefix(RATE) for name in records[0] if name.startswith(RATE)):
+        names = "step", RATE + level, f"boundary_spread{level}", f"boundary_suppressed{level}"
+        steps, rates, spreads, suppressed = ([r[name] for r in records] for name in names)
+        low, high = ([rate + sign * spread for rate, spread in zip(rates, spreads, strict=True)] for sign in (-1, 1))
+        shortening = f", shortening {level[1:]}" if level else ""
+        axes.fill_between(steps, low, high, alpha=0.2, lw=0)
+        axes.plot(steps, rates, lw=1, label=f"groups a position{shortening}")
+        axes.plot(steps, suppressed, lw=1, label=f"share without room{shortening}")
     axes.set(xlabel="step", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()

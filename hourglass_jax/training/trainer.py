@@ -285,12 +285,14 @@ class _Training:
         self.progress.show({"loss": f"{values['train_loss']:.3f}", "tokens/s": f"{rate:,.0f}"})
         if "boundary_rate" in values:
             self.progress.show({"tokens/group": f"{1 / values['boundary_rate']:.1f}"})
-        if "boundary_loss" in values and self.step == self.config.steps:
-            self.check_room(values["boundary_suppressed"])
+        if self.step == self.config.steps:
+            for name in values:
+                if name.startswith("boundary_loss"):
+                    self.check_room(values[name.replace("loss", "suppressed")])
         self.start_clock()
 
     def check_room(self, suppressed: float) -> None:
-        """Warns where learned boundaries, once they are trained, want more than there is room for."""
+        """Warns where learned boundaries once they are trained, want more than there is room for."""
         if suppressed > MOST_SUPPRESSED:
             config = self.model.config
             logging.warning(

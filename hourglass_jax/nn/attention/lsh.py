@@ -17,7 +17,7 @@ from flax import nnx
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.nn.attention.pattern import float32_at_least
-from hourglass_jax.nn.layers import Dropout, dropped, linear
+from hourglass_jax.nn.layers import Dropout, dropped, linear, split_key
 from hourglass_jax.nn.positions import rotate
 
 LATER, ITSELF = -1e30, -1e5  # scores of a later position, and of the own one: only where there is nothing else
@@ -41,10 +41,12 @@ class LSHAttention(nnx.Module):
         qk, v = (f(x[:, :, 0]).reshape(*x.shape[:2], self.n_heads, -1) for f in (self.query, self.value))
         if self.rotary:
             qk = rotate(qk, jnp.arange(x.shape[1]))
-        hash_key = jax.random.key(EVALUATION_SEED) if key is None or self.dropout.deterministic else key
+        hash_key, dropout_key = split_key(key, 2)
+        if hash_key is None or self.dropout.deterministic:
+            hash_key = jax.random.key(EVALUATION_SEED)
         shape = (qk.shape[-1], self.n_hashes, max(1, x.shape[1] // self.chunk))
         rotations = jax.random.normal(hash_key, shape, jnp.float32)
-        out = lsh_attention(qk, v, rotations, self.chunk, self.dropout.rate, self.dropout.used(key))
+        out = lsh_attention(qk, v, rotations, self.chunk, self.dropout.rate, self.dropout.used(dropout_key))
         return self.out(out.reshape(*x.shape[:3], -1))
 
     def init_cache(self, batch: int, max_length: int) -> NoReturn:
