@@ -14,7 +14,7 @@ from experiments.ablations.curves import Leg, curve
 from experiments.ablations.gaps import Reading, Record, equal_flops, find, gaps_of, paired, trend
 from experiments.ablations.rows import row_config
 from experiments.ablations.scales import Setup
-from experiments.ablations.tables import Row
+from experiments.ablations.table import Row
 from experiments.common.reports import markdown_table, provenance, read_record, write_report
 from hourglass_jax import UsageError
 from hourglass_jax.costs import count_parameters, training_flops

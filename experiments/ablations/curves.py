@@ -31,7 +31,7 @@ from experiments.ablations.rows import (
     valid_sample,
 )
 from experiments.ablations.scales import Setup
-from experiments.ablations.tables import Row, resampling
+from experiments.ablations.table import Row, resampling
 from experiments.common import launcher
 from experiments.common.reports import markdown_table, provenance
 from experiments.common.sources import ImageSource, TextSource

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from experiments.ablations.costs import TimedStep
 from experiments.ablations.scales import Setup
-from experiments.ablations.tables import TEXT
+from experiments.ablations.table import TEXT
 from experiments.common.reports import markdown_table, provenance, read_record, write_report
 from hourglass_jax import HourglassConfig, UsageError
 from hourglass_jax.costs import activation_bytes, state_bytes, training_flops

@@ -19,7 +19,7 @@ from experiments.ablations.costs import read_cost, step_flops
 from experiments.ablations.pictures import Cost, draw
 from experiments.ablations.rows import RESULT, make_job
 from experiments.ablations.scales import Setup, for_table
-from experiments.ablations.tables import UNITS, Row, Table
+from experiments.ablations.table import UNITS, Row, Table
 from experiments.common.reports import markdown_table, provenance, read_record, write_report
 from hourglass_jax import Hierarchy, UsageError
 from hourglass_jax.costs import count_parameters

@@ -1,71 +1,20 @@
-"""The paper's tables as data, and one of where groups end: each row a configuration and the published figures.
+"""The paper's tables as data: each row a configuration and the published figures.
 
 What the paper leaves open is decided here and said in the table's note.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
+from experiments.ablations.boundary_table import table_b1
+from experiments.ablations.table import IMAGE, TEXT, Row, Table, resampling
 from hourglass_jax import UsageError
 from hourglass_jax.ranges import check_choice
 from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 
 BUILT_IN = frozenset(SHORTENINGS) | frozenset(UPSAMPLINGS)
-UNITS = {"bpc": "bits per character", "bpd": "bits/dim", "accuracy": "accuracy"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table.
-
-    name: the value of what the table varies.
-    options: of HourglassConfig, over those of the data set's set-up; None for models of other papers.
-    paper: the paper's figures by name; 'bpc', 'bpd' or 'accuracy' first, where there is one.
-    factors: shorten factors to draw from in training (section 4.1); there is a figure at each, 'bpc at k=2'.
-    """
-
-    name: str
-    options: Mapping[str, Any] | None
-    paper: Mapping[str, float] = field(default_factory=dict)
-    factors: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table, or one data set's column of it.
-
-    metric: a key of UNITS.
-    baseline: the name of the row that is trained with several seeds.
-    model, warmup_steps, steps: of the paper's set-up, where this table has another than the others of its data set.
-    seeds: of every row; the baseline has at least those that are asked for.
-    published: of other papers, by column: figures by row, of rows that are theirs alone too.
-    """
-
-    number: str
-    dataset: str
-    title: str
-    varied: str
-    metric: str
-    rows: tuple[Row, ...]
-    baseline: str
-    note: str = ""
-    model: Mapping[str, Any] = field(default_factory=dict)
-    warmup_steps: int = 0
-    steps: int = 0
-    seeds: int = 1
-    published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-
-def resampling(shortening: str = "attention_average", upsampling: str = "attention_repeat") -> dict[str, str]:
-    return {"shortening": shortening, "upsampling": upsampling}
-
-
-TEXT = resampling()  # Table 1's parameter counts fit these two
-IMAGE = resampling(upsampling="attention_linear")  # the row that Tables 6, 7 and 8 share on CIFAR-10 (3.012)
-
 LSH = {"token_attention": "lsh", "positions": "rotary", "lsh_chunk": 128, "lsh_hashes": 2}  # as the paper has it
 
 
@@ -266,80 +215,6 @@ def table_a1() -> Table:
         "guessing both letters."
     )
     return Table("A1", "letters", "Vanilla layers and L#L", "vanilla layers", "accuracy", rows, "(1,1)", note)
-
-
-# Bits per character or byte. Dynamic pooling: all rows 12 layers, so the shortened ones cost half. H-Net: equal FLOPs,
-# 100B tokens; plain is LlamaByte, spacelike SpaceByte++. SpaceByte: test, 1e19 FLOPs; its fixed stride is one it chose.
-PUBLISHED_BOUNDARIES = {
-    "dynamic pooling, text8": {
-        "plain": 1.143,
-        "fixed, k=2": 1.149,
-        "fixed, k=3": 1.155,
-        "fixed, k=4": 1.166,
-        "whitespace": 1.133,
-        "unigram pieces": 1.134,
-        "gumbel": 1.136,
-        "entropy": 1.138,
-    },
-    "H-Net L, FineWeb-Edu": {
-        "plain": 0.859,
-        "fixed, k=6": 0.780,
-        "whitespace": 0.755,
-        "spacelike": 0.760,
-        "router": 0.755,
-        "router, two levels": 0.743,
-        "subwords": 0.756,
-    },
-    "H-Net XL, FineWeb-Edu": {
-        "whitespace": 0.726,
-        "spacelike": 0.733,
-        "router": 0.728,
-        "router, two levels": 0.715,
-        "subwords": 0.730,
-    },
-    "SpaceByte, PG-19": {"plain": 1.138, "fixed, k=6": 1.112, "spacelike": 1.009, "MegaByte": 1.083, "subwords": 0.989},
-    "SpaceByte, arXiv": {"plain": 0.909, "fixed, k=6": 0.804, "spacelike": 0.748, "MegaByte": 0.822, "subwords": 0.768},
-    "SpaceByte, GitHub": {
-        "plain": 0.655,
-        "fixed, k=6": 0.552,
-        "spacelike": 0.500,
-        "MegaByte": 0.570,
-        "subwords": 0.508,
-    },
-}
-
-
-def table_b1() -> Table:
-    """Not of the paper: who decides where groups end, at equal FLOPs (to 5 %)."""
-
-    def row(name: str, hierarchy: str, boundaries: str = "fixed") -> Row:
-        return Row(name, resampling("average", "repeat") | {"hierarchy": hierarchy, "boundaries": boundaries})
-
-    rows = (
-        Row("plain", TEXT | {"hierarchy": "6@1"}),  # the run of Table 1
-        row("fixed, k=4", "2@1 10@4 2@1"),
-        row("fixed, k=6", "2@1 15@6 2@1"),
-        row("whitespace", "2@1 9@6 2@1", "whitespace"),
-        row("spacelike", "2@1 9@6 2@1", "spacelike"),
-    )
-    note = (
-        "Groups that end where the text says are expected to have 6 characters, and there is room for 1.5 times as "
-        "many and four more; their FLOPs are those of the whole room, used or not. Tokens a group, and the share of "
-        "events that found no room and waited, are measured on the validation data. The published figures are of other "
-        "data and sizes, those of dynamic pooling second-hand: only the order of a column can be compared."
-    )
-    return Table(
-        "B1",
-        "enwik8",
-        "Where groups end",
-        "boundaries",
-        "bpc",
-        rows,
-        "whitespace",
-        note,
-        seeds=3,
-        published=PUBLISHED_BOUNDARIES,
-    )
 
 
 # BPC read off the plot, to about 0.005.
