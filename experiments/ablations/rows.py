@@ -102,10 +102,10 @@ def plan(tables: Sequence[Table], setup: Setup, directory: Path, n_seeds: int, o
         check_choice("rows", name, names)
     jobs: dict[Path, Job] = {}
     for table in tables:
-        for row in table.rows:
-            if row.options is None or (only and row.name not in only):
-                continue
-            for seed in range(max(table.seeds, n_seeds if row.name == table.baseline else 1)):
+        rows = [row for row in table.rows if row.options is not None and (not only or row.name in only)]
+        n_of_row = [max(table.seeds, n_seeds if row.name == table.baseline else 1) for row in rows]
+        for seed in range(max(n_of_row, default=0)):  # all rows with one seed before any with the next
+            for row in (row for row, n in zip(rows, n_of_row, strict=True) if seed < n):
                 job = make_job(table, row, for_table(setup, table), directory, seed)
                 jobs.setdefault(job.directory, job)
     return list(jobs.values())

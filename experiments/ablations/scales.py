@@ -72,7 +72,7 @@ SETUPS = {
         "peak learning rate 2e-3 for 4e-4, no dropout for 0.15, Xavier initialisation",
     ),
     ("text", "micro"): Setup(  # narrow: on two CPU cores, 20 million characters are 60 a parameter
-        widths(64, 2) | {"initialization": "xavier", "max_length": 256},
+        widths(64, 2) | {"initialization": "xavier", "max_length": 256, "max_unrolled_layers": 16},
         replace(TEXT, block_size=256),
         OptimizerConfig(learning_rate=3e-3, warmup_steps=200),
         TrainConfig(steps=10_000, eval_interval=2500, eval_batches=16),
@@ -106,7 +106,7 @@ SETUPS = {
         "initialisation",
     ),
     ("images", "micro"): Setup(
-        widths(64, 2) | {"initialization": "xavier", "max_length": 768},
+        widths(64, 2) | {"initialization": "xavier", "max_length": 768, "max_unrolled_layers": 16},
         replace(IMAGES, image_size=16, batch_size=4),
         OptimizerConfig(learning_rate=3e-3, warmup_steps=200),
         TrainConfig(steps=5000, eval_interval=1250, eval_batches=16),
