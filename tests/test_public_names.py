@@ -32,6 +32,7 @@ NAMES = [
         "generate",
         "influence",
         "init_cache",
+        "keep_memory",
         "load",
         "load_pretrained",
         "score",
