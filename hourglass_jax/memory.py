@@ -20,7 +20,7 @@ def keep_memory() -> bool:
     Nothing is done with another C library, or where its environment variables (GLIBC_TUNABLES, MALLOC_...) are set.
     """
     chosen = any(name.startswith(VARIABLES) for name in os.environ)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if chosen or mallopt is None:
         return False
     return all(mallopt(option, value) for option, value in SETTINGS)
