@@ -348,6 +348,10 @@ def test_launchers_train_and_generate_with_them(tmp_path):
         "whitespace": [0, 1, 6, 10],
     }
     assert (tmp_path / "cuts.png").read_bytes().startswith(b"\x89PNG")
+    assert run_forked("pretrain", *TINY, "--hierarchy=1@1", "--out=plain", cwd=tmp_path).returncode == 0
+    result = run_forked("checks/draw_cuts", "--load_model_path=plain", "--out=none", cwd=tmp_path)
+    assert result.returncode == 2 and "shortens nowhere" in result.stderr
+    assert not list(tmp_path.glob("none*"))
 
 
 @pytest.mark.parametrize(

@@ -95,14 +95,14 @@ def draw(names: list[str], ends: dict[str, list[int]]) -> Figure:
     return figure
 
 
-def describe(record: dict[str, Any], model: HourglassConfig) -> str:
-    """The record as Markdown."""
+def describe(record: dict[str, Any], model: HourglassConfig, picture: str) -> str:
+    """The record as Markdown, with the picture of that name."""
     lengths = ", ".join(f"{name} {record['tokens'] / len(ends):.1f}" for name, ends in record["ends"].items())
     data, train = record["settings"]["data"], record["settings"]["train"]
     text, windows = data["path"] or "the built-in text", f"{data['batch_size']} x {data['block_size']}"
     return f"""# Where groups end
 
-![Cuts of one text](cuts.png)
+![Cuts of one text]({picture})
 
 Tokens a group here: {lengths}.
 
@@ -117,10 +117,10 @@ def main(_: list[str]) -> None:
     ends = ends_of_groups(model, tokenizer, TEXT.value)
     settings = without_places(Run(LOAD.value).read().settings)
     record = provenance() | {"settings": settings, "text": TEXT.value, "tokens": len(names), "ends": ends}
-    out = Path(OUT.value)
-    write_report(out, record, describe(record, config))
-    draw(names, ends).savefig(out.with_suffix(".png"), dpi=110)
-    print(out.with_suffix(".png"))
+    picture = Path(OUT.value).with_suffix(".png")
+    write_report(picture, record, describe(record, config, picture.name))
+    draw(names, ends).savefig(picture, dpi=110)
+    print(picture)
 
 
 if __name__ == "__main__":
