@@ -40,8 +40,8 @@ def has_pictures(notebook):
     return any("image/png" in output.get("data", {}) for output in outputs(notebook))
 
 
-def test_there_are_five():
-    assert len(NOTEBOOKS) == 5
+def test_there_are_six():
+    assert len(NOTEBOOKS) == 6
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -56,7 +56,7 @@ def test_what_is_committed_is_whole_and_clean(path):
     assert not PRIVATE.search("".join(cell.source for cell in notebook.cells))
 
 
-LONG = ("01_quickstart", "02_anatomy", "03_generation", "05_images")
+LONG = ("01_quickstart", "02_anatomy", "03_generation", "05_images", "06_boundaries")
 
 
 @pytest.mark.parametrize(
