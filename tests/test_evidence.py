@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 from launching import run_forked
@@ -13,7 +14,7 @@ from experiments.ablations.costs import step_flops
 from experiments.ablations.rows import plan
 from experiments.ablations.scales import SCALES, find_setup
 from experiments.ablations.tables import find_table
-from experiments.common.slices import TRIES
+from experiments.common.slices import TRIES, keep_compiled
 
 # A pair of rows that train in seconds, and a curve of one leg and one branch.
 PLUGIN = """
@@ -87,9 +88,8 @@ def slices(tmp_path_factory):
     (home / "plugin.py").write_text(PLUGIN)
     (home / "watch.py").write_text(WATCH)
     (home / "books").write_bytes(b"the quick brown fox jumps over the lazy dog. " * 100)
-    own = {"JAX_COMPILATION_CACHE_DIR": ""}
     stops = ({"STOP_AT": f"{LIGHT} 5"}, {"KILL_AT": f"{LIGHT} 9"}, {}, {})
-    return home, [run_slice(home, **own, **stop) for stop in stops]
+    return home, [run_slice(home, **stop) for stop in stops]
 
 
 def test_a_slice_ends_in_time_and_says_what_is_done_and_next(slices):
@@ -97,9 +97,11 @@ def test_a_slice_ends_in_time_and_says_what_is_done_and_next(slices):
     assert process.returncode == 0, process.stderr
     assert steps == {PLAIN: list(range(1, 13)), LIGHT: list(range(1, 6))}  # the pair, side by side
     assert "stopped at the end of its time after step 5" in process.stdout
-    table, last = process.stdout.splitlines()[-6:-2], process.stdout.splitlines()[-1]
-    assert table[2].startswith("| main pairs | 1 of 2 | ") and table[2].endswith(f"| {LIGHT.replace(' ', '/')} |")
-    assert last == f"1 of 4 parts are done; next is {LIGHT.replace(' ', '/')}; the same command goes on"
+    following = LIGHT.replace(" ", "/")
+    *_, pairs, _, curves, _, last = process.stdout.splitlines()
+    assert pairs.startswith("| main pairs | 1 of 2 | ") and pairs.endswith(f" | {following} |")
+    assert curves == "| learning curves | 0 of 2 | - | curves/1@1/seed0/480-constant |"
+    assert last == f"1 of 4 parts are done; next is {following}; the same command goes on"
 
 
 def test_the_same_command_goes_on_and_trains_nothing_twice(slices):
@@ -128,14 +130,13 @@ def results(directory):
     return {name: json.loads(path.read_text())["figures"] for name, path in paths.items()}
 
 
-def test_reports_and_compiled_programs_stay_and_checkpoints_go(slices):
+def test_reports_stay_and_checkpoints_go(slices):
     out = slices[0] / "runs/evidence"
     assert {path.name for path in (out / "results").iterdir()} == {
         f"{name}-books-micro.{suffix}" for name in ("table1", "curves") for suffix in ("json", "md", "png")
     }
     record = json.loads((out / "results/table1-books-micro.json").read_text())
     assert [len(row["runs"]) for row in record["rows"]] == [1, 1]
-    assert list((out / "compiled").rglob("*-cache"))
     for name in ("checkpoints", "tensorboard", "metrics.jsonl"):
         assert not list(out.rglob(name))
 
@@ -144,6 +145,20 @@ def test_without_time_nothing_begins(slices):
     process, steps = run_slice(slices[0], "--out=none", "--slice_minutes=0")
     assert process.returncode == 0 and not steps, process.stderr
     assert process.stdout.endswith("0 of 4 parts are done; next is 1@1/seed0; the same command goes on\n")
+
+
+def test_compiled_programs_stay_where_the_environment_names_no_other_place(tmp_path, monkeypatch):
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        for place in (str(tmp_path), ""):
+            monkeypatch.setenv(names[0].upper(), place)
+            keep_compiled(tmp_path / "own")
+            assert (jax.config.jax_compilation_cache_dir == str(tmp_path / "own")) == (not place)
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 @pytest.mark.parametrize(
@@ -177,8 +192,8 @@ def test_pairs_come_first_then_tables_then_seeds_then_curves(scale, tmp_path):
     seeds = [part.job.train.seed for part in rows]
     assert seeds == sorted(seeds) and set(seeds) == {0, 1, 2}
     assert {row.job.config.hierarchy for row in rows if row.job.train.seed == 1} >= set(pairs)
-    table_1 = [i for i, part in enumerate(rows) if part in groups["table 1"] and not part.job.train.seed]
-    assert table_1 == list(range(17))
+    of_table_1 = {part.name for part in groups["table 1"]}
+    assert [i for i, part in enumerate(rows) if part.name in of_table_1 and not part.job.train.seed] == list(range(16))
     for i, part in enumerate(parts):
         assert part.before is None or part.before in [earlier.job for earlier in parts[:i]]
 
@@ -188,7 +203,7 @@ def test_pairs_are_of_about_the_same_cost(tmp_path):
     flops = {job.row.name: step_flops(job) for job in plan([table], setup, tmp_path, 1)}
     for plain, hourglass in evidence.PAIRS:
         others = [name for name in flops if "@" in name and " " not in name]
-        assert abs(flops[hourglass] / flops[plain] - 1) < 0.3
+        assert abs(flops[hourglass] / flops[plain] - 1) < 0.35
         assert min(map(flops.get, others)) < flops[hourglass] < max(map(flops.get, others))
 
 

@@ -28,6 +28,7 @@ from hourglass_jax.training.signals import Signals
 # Of Table 1: a plain transformer, and the Hourglass of about its cost or less; 4@1 is where the plain line begins.
 PAIRS = (("6@1", "2@1 4@3 2@1"), ("8@1", "2@1 8@3 2@1"), ("10@1", "3@1 8@4 3@1"), ("4@1", "2@1 1@3 2@1"))
 NUMBERS = ("1", "5", "6", "B1", "7", "8")  # the tables, as they are wanted
+KINDS = ("trained", "failed")  # what may become of a part
 SEEDS = 2  # of the pairs and of each table's baseline, at least
 
 
@@ -82,13 +83,11 @@ def read_progress(path: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
     Raises UsageError where a part was trained with other settings.
     """
     record = read_record(path) or {"rows": {}, "tries": {}}
-    found = {}
+    of_kind = {kind: {n: row for n, row in record["rows"].items() if row["kind"] == kind} for kind in KINDS}
+    found = {name: row for name, row in of_kind["failed"].items() if not is_waiting(name, record)}
     for name, part in parts.items():
-        row = record["rows"].get(name, {"kind": "trained"})
         if part.job.result() is not None:
-            found[name] = row if row["kind"] == "trained" else {"kind": "trained"}
-        elif not is_waiting(name, record):
-            found[name] = row
+            found[name] = of_kind["trained"].get(name, {"kind": "trained"})
     return {"rows": found, "tries": record["tries"]}
 
 
