@@ -14,17 +14,16 @@ the same command goes on.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 
 from experiments.benchmarks import accelerator, boundaries, decoding, models, training
 from experiments.common import launcher
 from experiments.common.reports import PACKAGES, provenance, read_record, write_report
+from experiments.common.slices import Slice, keep_compiled
 from hourglass_jax import UsageError
 
 SUITE = flags.DEFINE_enum("suite", "decoding", ["decoding", "training", "boundaries", "accelerator"], "What to time.")
@@ -68,9 +67,7 @@ def main(_: list[str]) -> None:
 def run_accelerator() -> None:
     """A slice of the accelerator suite; ends with 1 where a kernel is wrong."""
     path = Path(REPORT.value or "runs/benchmark/accelerator")
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(path.parent / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    keep_compiled(path.parent / "compiled")
     sizes = launcher.read_config("accelerator", accelerator.Accelerator)
     settings = json.loads(json.dumps({"sizes": vars(sizes), "repeats": REPEATS.value}))
     record = read_record(path.with_suffix(".json")) or settings | {"rows": {}, "tries": {}}
@@ -81,7 +78,7 @@ def run_accelerator() -> None:
     def save(record: dict[str, Any]) -> None:
         write_report(path, provenance() | record, accelerator.describe(record, sizes, len(parts)))
 
-    for name in accelerator.Slice(record, SLICE_MINUTES.value * 60, save).run(parts):
+    for name in Slice(record, SLICE_MINUTES.value * 60, save).run(parts):
         print(f"{name}: {record['rows'][name]}", flush=True)
     print(accelerator.describe(record, sizes, len(parts)))
     if len(record["rows"]) < len(parts):

@@ -5,8 +5,11 @@ import json
 import pytest
 
 from experiments.benchmarks import accelerator
-from experiments.benchmarks.accelerator import TRIES, Accelerator, Slice, check, decode, describe, parts, train
+from experiments.benchmarks.accelerator import Accelerator, check, decode, describe, parts, train
+from experiments.common.slices import TRIES, Slice
 from hourglass_jax.nn.attention.choice import IMPLEMENTATIONS
+from hourglass_jax.training.run import RunBusy
+from hourglass_jax.training.signals import Interrupted
 
 SIZES = Accelerator(
     hierarchy="1@1 1@2 1@1",
@@ -54,6 +57,20 @@ def test_a_part_that_fails_is_said_and_one_that_ends_the_process_is_given_up():
     assert "ended the process" in record["rows"]["fatal"]["reason"]
     del record["rows"]["good"]
     assert "failed, no such kernel" in describe(record, SIZES, 3)
+
+
+@pytest.mark.parametrize("stop", [Interrupted("at the end of its time"), RunBusy("another process trains here")])
+def test_a_part_that_is_stopped_goes_on_and_none_waits_for_a_long_one(stop):
+    def stopped():
+        raise stop
+
+    record = empty()
+    for _ in range(TRIES + 1):
+        with pytest.raises(type(stop)):
+            list(Slice(record, 60, lambda record: None, whole=False).run({"a": stopped}))
+    resumable = Slice(record, 60, lambda record: None, whole=False)
+    resumable.longest = 100
+    assert list(resumable.run({"a": lambda: {"kind": "trained"}})) == ["a"]
 
 
 def test_every_attention_is_checked_before_anything_is_timed():

@@ -263,6 +263,12 @@ def test_a_signal_at_any_moment_leaves_a_good_checkpoint_and_the_run_goes_on(mom
     assert_same(train(tmp_path), whole[1])
 
 
+def test_the_end_of_a_time_is_a_reason_to_stop():
+    Signals(60).check()
+    with pytest.raises(Interrupted, match="stopped at the end of its time"):
+        Signals(0).check()
+
+
 def test_a_second_signal_interrupts_at_once():
     with Signals(), pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)

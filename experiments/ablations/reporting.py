@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import dataclasses
+import functools
 import json
 import lzma
 import math
@@ -21,7 +22,7 @@ from experiments.ablations.rows import RESULT, make_job
 from experiments.ablations.scales import Setup, for_table
 from experiments.ablations.table import UNITS, Row, Table
 from experiments.common.reports import markdown_table, provenance, read_record, write_report
-from hourglass_jax import Hierarchy, UsageError
+from hourglass_jax import DataConfig, Hierarchy, UsageError
 from hourglass_jax.costs import count_parameters
 from hourglass_jax.data.corpora import map_bytes, split_tokens
 
@@ -69,7 +70,7 @@ def collect(table: Table, setup: Setup, directory: Path, stored: dict[str, Any] 
         "published": {column: dict(known) for column, known in table.published.items()},
         "scaled": setup.scaled,
         "setup": common,
-        "anchors": stored["anchors"] or anchors(setup),
+        "anchors": stored["anchors"] or anchors(setup.data),
         "rows": [collect_row(table, row, setup, directory, known.get(row.name, {})) for row in table.rows],
         "comment": stored["comment"],
         **provenance(),
@@ -100,11 +101,12 @@ def collect_row(table: Table, row: Row, setup: Setup, directory: Path, stored: d
     }
 
 
-def anchors(setup: Setup) -> dict[str, float] | None:
+@functools.cache
+def anchors(data: DataConfig) -> dict[str, float] | None:
     """Bits per character of general compressors on the validation text; None where there is no text, or it is gone."""
-    if setup.letters or setup.data.dataset != "text" or not Path(setup.data.path).is_file():
+    if data.dataset != "text" or not Path(data.path).is_file():
         return None
-    text = split_tokens(map_bytes(setup.data.path), setup.data).valid.tobytes()
+    text = split_tokens(map_bytes(data.path), data).valid.tobytes()
     packed = {"xz -9": lzma.compress(text, preset=9), "bzip2 -9": bz2.compress(text, 9)}
     return {name: 8 * len(part) / len(text) for name, part in packed.items()}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,8 @@ from experiments.accelerators.targets import target_of
 from experiments.benchmarks import timing
 from experiments.benchmarks.training import Step, synthetic
 from experiments.common.reports import markdown_table
-from hourglass_jax import HourglassConfig, HourglassLM, UsageError, generate
+from experiments.common.slices import Part, Row
+from hourglass_jax import HourglassConfig, HourglassLM, generate
 from hourglass_jax.costs import training_flops
 from hourglass_jax.evaluation import score
 from hourglass_jax.nn.attention.choice import IMPLEMENTATIONS
@@ -31,10 +32,6 @@ ORACLE = "plain"
 POSITIONS = ("relative", "rotary", "learned")
 WINDOWS = (0, 64)
 TIMES, ROUNDING = 2.0, 1e-5  # how far from the oracle a kernel may be: so many times as plain attention, and this
-TRIES = 2  # of a part that ends the process, before the next one is taken up
-
-Row = dict[str, Any]
-Part = Callable[[], Row]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,40 +167,6 @@ def decode(sizes: Accelerator, positions: str, batch: int, repeats: int) -> Row:
     [seconds] = timing.in_turn({"decode": run}, repeats).values()
     rate = batch * sizes.decode_length / statistics.median(seconds)
     return {"kind": "decode", "seconds": seconds, "characters_per_second": rate}
-
-
-class Slice:
-    """Runs parts that a record lacks until the time is up. `record` has `rows` and `tries`, both by part's name."""
-
-    def __init__(self, record: dict[str, Any], seconds: float, save: Callable[[dict[str, Any]], None]):
-        self.record, self.save = record, save
-        self.started, self.seconds, self.longest = time.perf_counter(), seconds, 0.0
-
-    def run(self, parts: Mapping[str, Part]) -> Iterator[str]:
-        """The names of the parts that it ran; each is saved before the next begins."""
-        for name in [name for name in parts if name not in self.record["rows"]]:
-            if time.perf_counter() - self.started + self.longest > self.seconds:
-                return
-            self.attempt(name, parts[name])
-            yield name
-
-    def attempt(self, name: str, part: Part) -> None:
-        """A part that raises is done, with the reason; one that ends the process is given up after `TRIES`."""
-        tries = self.record["tries"][name] = self.record["tries"].get(name, 0) + 1
-        if tries > TRIES:
-            self.record["rows"][name] = {"kind": "failed", "reason": f"ended the process {TRIES} times"}
-        else:
-            self.save(self.record)
-            started = time.perf_counter()
-            try:
-                self.record["rows"][name] = part()
-            except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError, UsageError) as error:
-                reason = " ".join(str(error).split())[:300]
-                self.record["rows"][name] = {"kind": "failed", "reason": reason}
-            taken = time.perf_counter() - started
-            self.record["rows"][name]["part_seconds"] = taken
-            self.longest = max(self.longest, taken)
-        self.save(self.record)
 
 
 def describe(record: Mapping[str, Any], sizes: Accelerator, n_parts: int) -> str:

@@ -1,24 +1,29 @@
-"""Stopping on request: SIGTERM and SIGINT become a flag that training, evaluation and sampling poll."""
+"""Stopping on request: SIGTERM, SIGINT and the end of a time become a flag that training, evaluation, sampling poll."""
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from types import FrameType
 
 
 class Interrupted(Exception):
-    """A signal asked the program to stop; the message says which."""
+    """A signal, or the end of its time, asked the program to stop; the message says which."""
 
 
 class Signals:
     """As a context manager, notes SIGTERM and SIGINT instead of dying; a second one interrupts as usual.
 
     Outside the main thread, where Python delivers no signals, it changes nothing.
+
+    seconds: from now on; then it is as if a signal had come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = math.inf) -> None:
         self.received: signal.Signals | None = None
+        self.end = time.monotonic() + seconds
 
     def __enter__(self) -> Signals:
         self._previous = {}
@@ -36,7 +41,14 @@ class Signals:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
-    def check(self) -> None:
-        """Raises Interrupted if a signal has come."""
+    @property
+    def reason(self) -> str:
+        """To stop, in words; empty where there is none."""
         if self.received is not None:
-            raise Interrupted(f"stopped by {self.received.name}")
+            return f"stopped by {self.received.name}"
+        return "stopped at the end of its time" if time.monotonic() >= self.end else ""
+
+    def check(self) -> None:
+        """Raises Interrupted if there is a reason to stop."""
+        if reason := self.reason:
+            raise Interrupted(reason)

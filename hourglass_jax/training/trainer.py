@@ -247,7 +247,7 @@ class _Training:
         """Several processes stop together, at the steps at which they log: to ask the others costs time."""
         if jax.process_count() == 1:
             self.signals.check()
-        elif self.step % LOG_INTERVAL == 0 and sharding.any_process(self.signals.received is not None):
+        elif self.step % LOG_INTERVAL == 0 and sharding.any_process(bool(self.signals.reason)):
             raise Interrupted("stopped by a signal")
 
     def start_clock(self) -> None:
