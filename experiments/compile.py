@@ -42,7 +42,7 @@ def read_pretraining() -> Pretraining:
     if train.shorten_factors:
         raise UsageError("--shorten_factors draws between several programs; leave it out, and give --hierarchy of one")
     vocab_size = pretraining.vocabulary_size(data, pretraining.VOCAB_PATH.value)
-    model = launcher.read_config("model", HourglassConfig, vocab_size=vocab_size)
+    model = HourglassConfig(**pretraining.model_options(vocab_size))
     return Pretraining(model, data, optimizer, train, launcher.read_config("runtime", RuntimeConfig))
 
 

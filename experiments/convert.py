@@ -82,7 +82,8 @@ def main(arguments: list[str]) -> None:
         model, tokenizer = read_model(model_path, vocab_path)
         write_model(model, tokenizer, directory)
     print(f"{describe(model)} -> {out}")
-    print(f"\nnext: python experiments/generate.py --load_model_path={shlex.quote(out)}")
+    script = "generate" if model.config.causal else "evaluate"
+    print(f"\nnext: python experiments/{script}.py --load_model_path={shlex.quote(out)}")
 
 
 def read_paths(arguments: list[str]) -> tuple[str, str | None, str]:

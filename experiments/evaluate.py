@@ -22,6 +22,7 @@ from experiments.common import launcher
 from experiments.common.cuts import write_boundaries
 from experiments.common.recorded import recorded_data, recorded_haiku, recorded_images, recorded_text
 from experiments.common.reports import provenance, write_report
+from experiments.common.sources import UNITS
 from experiments.common.surprise import write_surprise
 from experiments.common.vocabulary import check_characters
 from hourglass_jax import Evaluation, HourglassLM, ImageTokenizer, UsageError, at_shorten_factor
@@ -62,6 +63,10 @@ def main(_: list[str]) -> None:
     model, tokenizer, _ = LOAD.load()
     if FACTOR.value:
         model = at_shorten_factor(model, FACTOR.value)
+    if not model.config.causal:
+        options = {"--protocol": PROTOCOL.value != "consecutive"}
+        options |= {"--per_token": PER_TOKEN.value, "--boundaries": BOUNDARIES.value}
+        refuse(options, "a model that sees both sides, which is asked for masked tokens")
     if isinstance(tokenizer, ImageTokenizer):
         summary, figures = evaluate_images(model)
     elif not DATA_PATH.value and "held_back" in Run(LOAD.value).read().settings:
@@ -77,20 +82,17 @@ def main(_: list[str]) -> None:
 
 def evaluate_images(model: HourglassLM) -> tuple[str, dict[str, Any]]:
     """A line to read, and the figures."""
-    for option, given in (
-        ("--block_size", BLOCK_SIZE.value),
-        ("--protocol", PROTOCOL.value != "consecutive"),
-        ("--per_token", PER_TOKEN.value),
-        ("--boundaries", BOUNDARIES.value),
-    ):
-        if given:
-            raise UsageError(f"{option}: not for {LOAD.value}, a model of images, which have their own length")
+    options = {"--block_size": BLOCK_SIZE.value, "--protocol": PROTOCOL.value != "consecutive"}
+    options |= {"--per_token": PER_TOKEN.value, "--boundaries": BOUNDARIES.value}
+    refuse(options, "a model of images, which have their own length")
     split = SPLIT.value or "valid"
     check_choice("split", split, ImageSplits._fields)
     images = getattr(recorded_images(LOAD.value, DATA_PATH.value), split)
     result = evaluate_batches(model, image_validation(images, BATCH_SIZE.value))
-    figures = {"bits_per_dim": result.bits_per_dim, "n_dims": result.n_characters, "split": split}
-    return f"{result.summary('bits/dim')} | {split}, {len(images):,} images", common(result) | figures
+    summary, figures = result.summary("bits/dim"), {"bits_per_dim": result.bits_per_dim, "n_dims": result.n_characters}
+    if not model.config.causal:
+        summary, figures = masked_figures(result, "bits/dim")
+    return f"{summary} | {split}, {len(images):,} images", common(result) | figures | {"split": split}
 
 
 def evaluate_haiku(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, dict[str, Any]]:
@@ -121,6 +123,8 @@ def evaluate_text(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, di
         batches, windows = consecutive_windows(tokens, block_size, BATCH_SIZE.value), str(block_size)
     result = evaluate_predictions(model, batches, tokenizer)
     summary, figures = text_figures(result, tokens[1:], tokenizer)
+    if not model.config.causal:
+        summary, figures = masked_figures(result, UNITS[tokenizer.kind])
     return f"{summary} in windows of {windows} | {name}", figures | {"n_unknown": n_unknown, "text": name}
 
 
@@ -143,6 +147,19 @@ def text_figures(result: Evaluation, predicted: np.ndarray, tokenizer: TextToken
     figures = {"bits_per_byte": bits, "n_bytes": n_bytes, "bpc": bpc, "n_characters": n_characters}
     words = f"BPC {bpc:.4f} | {n_bytes:,} bytes, {n_characters:,} characters of UTF-8"
     return f"{result.summary('bits/byte')} | {words}", common(result) | figures
+
+
+def masked_figures(result: Evaluation, unit: str) -> tuple[str, dict[str, Any]]:
+    """Bits a masked token, by whatever name a prediction has."""
+    figures = {"masked_bits": result.bits_per_character, "n_masked": result.n_characters}
+    return f"{result.summary(f'masked {unit}')} | {result.n_characters:,} masked", common(result) | figures
+
+
+def refuse(options: dict[str, Any], kind: str) -> None:
+    """Raises UsageError for the first of the options that is given: not for this kind of model."""
+    for option, given in options.items():
+        if given:
+            raise UsageError(f"{option}: not for {LOAD.value}, {kind}")
 
 
 def common(result: Evaluation) -> dict[str, Any]:

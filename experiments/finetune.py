@@ -14,8 +14,9 @@ from flax import nnx
 
 from experiments.common import launcher
 from experiments.common.recorded import recorded_data
-from experiments.common.sources import HaikuSource, TextSource
+from experiments.common.sources import HaikuSource, TextSource, unit_of
 from hourglass_jax import DataConfig, HourglassConfig, OptimizerConfig, TrainConfig, UsageError
+from hourglass_jax.checks import check_causal
 from hourglass_jax.data.corpora import load_text
 from hourglass_jax.data.haiku import load_haiku, usable_haiku
 from hourglass_jax.ranges import check_range
@@ -73,6 +74,8 @@ def finetune(signals: Signals) -> None:
     model, tokenizer, _ = LOAD.load()
     if tokenizer.kind == "image":
         raise UsageError(f"{LOAD.value}: a model of images; give one of text")
+    if FORMAT.value != "text":
+        check_causal(model.config, "and writes no haiku; give --format=text, or another model")
     if EXTEND.value:
         text = load_text(DATA_PATH.value) if FORMAT.value == "text" else "\n".join(load_haiku(DATA_PATH.value))
         model, tokenizer = extend_vocabulary(model, tokenizer, text)
@@ -94,7 +97,8 @@ def finetune(signals: Signals) -> None:
         f"{source.size}, {train.steps} steps ({epochs:.3g} epochs, warm-up {optimizer.warmup_steps} steps) "
         f"-> {run.directory}"
     )
-    heading, sample = source.sampler(model.config.position_limit, train.seed, run.directory, signals)
+    unit = unit_of(source.unit, model.config)
+    heading, sample = source.sampler(model.config, train.seed, run.directory, signals)
     result = fit(
         model,
         source.batches(train.seed),
@@ -104,12 +108,13 @@ def finetune(signals: Signals) -> None:
         train_config=train,
         runtime_config=runtime,
         sample=sample,
-        unit=source.unit,
+        unit=unit,
         signals=signals,
     )
-    print(f"validation: {result.summary(source.unit)} (curves in {plot_curves(run.directory)})")
+    print(f"validation: {result.summary(unit)} (curves in {plot_curves(run.directory)})")
     print(f"sample: {heading}{sample(model)}")
     script, *options = ("generate",) if FORMAT.value == "text" else source.next_command
+    script = script if model.config.causal else "evaluate"
     print("\n" + launcher.next_command(script, f"--load_model_path={run.directory}", *options))
 
 

@@ -24,6 +24,7 @@ from experiments.common import launcher
 from experiments.common.pictures import draw_images, nothing, save_grid, top_halves
 from experiments.common.recorded import recorded_images
 from hourglass_jax import HourglassLM, ImageTokenizer, UsageError, generate
+from hourglass_jax.checks import check_decodes
 from hourglass_jax.data.corpora import decode_text
 from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, to_utf8
 from hourglass_jax.training.run import Run
@@ -72,7 +73,8 @@ def main(_: list[str]) -> None:
         raise UsageError("--stop is empty; give the text before which a sample ends")
     for text in (PROMPT.value, *STOP.value):
         to_utf8(text)
-    model, tokenizer, _ = LOAD.load()
+    model, tokenizer, config = LOAD.load()
+    check_decodes(config)
     images = isinstance(tokenizer, ImageTokenizer)
     given = {f"--gen_mode={mode}"} | {f"--{name}" for name in flags.FLAGS if flags.FLAGS[name].present}
     misplaced = sorted(given & (FOR_TEXT if images else FOR_IMAGES))

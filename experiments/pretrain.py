@@ -3,6 +3,7 @@
 python experiments/pretrain.py
 python experiments/pretrain.py --data_path=books --valid_path=held_out.txt --out=runs/books
 python experiments/pretrain.py --data_path=book.txt --factors=3,1,8,4 --d_model=512 --n_heads=8 --out=runs/book
+python experiments/pretrain.py --model.causal=false --out=runs/masked                      # from both sides
 python experiments/pretrain.py --data.dataset=cifar10 --data_path=cifar-10-batches-bin --out=runs/cifar10
 python experiments/pretrain.py --data.dataset=folder --data_path=photos --data.image_size=32 --out=runs/photos
 """
@@ -16,7 +17,7 @@ from absl import flags
 from flax import nnx
 
 from experiments.common import launcher, pretraining
-from experiments.common.sources import open_source
+from experiments.common.sources import open_source, unit_of
 from hourglass_jax import HourglassLM, Run, UsageError, load
 from hourglass_jax.model import n_parameters
 from hourglass_jax.training.metrics import plot_curves
@@ -64,7 +65,8 @@ def pretrain(signals: Signals) -> None:
     millions = n_parameters(model) / 1e6
     print(f"{config.hierarchy}, {millions:.2f}M parameters, vocabulary {config.vocab_size}, causal: {causal}{groups}")
     print(f"{source.size} -> {run.directory}")
-    heading, sample = source.sampler(config.position_limit, train.seed, run.directory, signals)
+    unit = unit_of(source.unit, config)
+    heading, sample = source.sampler(config, train.seed, run.directory, signals)
     result = fit(
         model,
         source.batches(train.seed),
@@ -74,15 +76,15 @@ def pretrain(signals: Signals) -> None:
         train_config=train,
         runtime_config=runtime,
         sample=sample,
-        unit=source.unit,
+        unit=unit,
         signals=signals,
     )
     plot = plot_curves(run.directory)
     groups = pretraining.describe_groups(model, *batch)
     seconds = time.perf_counter() - started
-    print(f"validation: {result.summary(source.unit)} ({seconds:.0f} s, curves in {plot}{groups})")
+    print(f"validation: {result.summary(unit)} ({seconds:.0f} s, curves in {plot}{groups})")
     print(f"sample: {heading}{sample(model)}")
-    script, *options = source.next_command
+    script, *options = source.next_command if config.causal else ("evaluate",)
     print("\n" + launcher.next_command(script, f"--load_model_path={run.directory}", *options))
 
 

@@ -70,7 +70,8 @@ def _logits(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array) -> jax.Ar
 def check_causality(model: HourglassLM, length: int | None = None) -> None:
     """Raises CausalityError unless d logits_t / d token_{>t} is exactly zero (section 2 of the paper: the shift).
 
-    LSH attention passes that and raises NotStrictlyCausal, which says what it is (section 3.3).
+    LSH attention passes that and raises NotStrictlyCausal, which says what it is (section 3.3). A model that sees both
+    sides by choice, with causal=False, is told so.
 
     Derivatives do not see what is decided. So where events end the groups, other tokens from position s on must also
     move no logit before s, and none of another row, by a single bit; and a part of a text must have the logits that it
@@ -81,6 +82,10 @@ def check_causality(model: HourglassLM, length: int | None = None) -> None:
     or mask.
     """
     config = model.config
+    if not config.causal:
+        raise CausalityError(
+            "causal=False: the model sees both sides by choice, so that predictions depend on later tokens, too"
+        )
     if length is None:
         length = (4 if config.event_levels else 2) * config.parsed_hierarchy.total_factor + 1
         length = int(min(length, config.position_limit))

@@ -65,6 +65,29 @@ def token_mask(name: str, tokens: int | Iterable[int], vocab_size: int) -> np.nd
     return mask
 
 
+def check_mask(mask: Any, shape: tuple[int, ...], config: HourglassConfig) -> Array:
+    """`mask` as bool of this shape; raises UsageError for another shape or type, and for a causal model."""
+    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    if config.causal:
+        raise UsageError("mask: a causal model sees nothing that comes later, and needs none; leave it out")
+    if mask.dtype != bool or mask.shape != shape:
+        raise UsageError(
+            f"mask is {mask.dtype} {list(mask.shape)}; give bool {list(shape)}, True for tokens that count"
+        )
+    return mask
+
+
+def check_causal(config: HourglassConfig, problem: str) -> None:
+    """Raises UsageError, with the problem, for a model that sees both sides."""
+    if not config.causal:
+        raise UsageError(f"causal=False: the model sees both sides, {problem}")
+
+
+def check_decodes(config: HourglassConfig) -> None:
+    """Raises UsageError for a model that sees both sides."""
+    check_causal(config, "so each new token would change all before it, and there is no decoding; choose causal=True")
+
+
 def check_key(key: Any) -> None:
     """Raises UsageError unless this is one random key, typed or raw."""
     if isinstance(key, Array):

@@ -42,6 +42,8 @@ class HourglassConfig:
     initialization: of weight matrices, normal (0.02) | xavier (uniform); embeddings have standard deviation 1.
     norm: stack (after every stack and every upsampling, as Trax) | final (before the head only).
     shift: paper (k-1) | original (k, the original project's, one character staler).
+    causal: whether a prediction sees the past alone. False: it sees both sides, nothing is shifted, and the last token
+        of the vocabulary is the mask, which its tokenizer does not have; see `masking`. There is no decoding then.
     dtype: of the computation, float32 | bfloat16 | float64 (with JAX_ENABLE_X64); parameters stay float32.
     max_unrolled_layers: deeper stacks are one scanned body, so that compile time stays flat; on GPUs those of more than
         twice as many.
@@ -80,6 +82,7 @@ class HourglassConfig:
     initialization: str = "normal"
     norm: str = "stack"
     shift: str = "paper"
+    causal: bool = True
     dtype: str = "float32"
     max_unrolled_layers: int = 4
     attention: str = "auto"
@@ -125,6 +128,24 @@ class HourglassConfig:
             what = f"window={self.window}" if self.window else "positions='relative'"
             raise UsageError(f"token_attention='lsh' knows no {what}; choose other positions, and no window")
         self.check_boundaries()
+        if not isinstance(self.causal, bool):
+            raise UsageError(f"causal={self.causal!r} is unknown; choose True or False")
+        if not self.causal:
+            self.check_bidirectional()
+
+    def check_bidirectional(self) -> None:
+        """Raises UsageError for what has no meaning where a prediction sees both sides."""
+        check_range("vocab_size", self.vocab_size, 2)
+        for name, fits, choice in (
+            ("boundaries", not self.event_levels, "fixed"),
+            ("window", not self.window, "0"),
+            ("token_attention", self.token_attention == "full", "full"),
+            ("shift", self.shift == "paper", "paper, which is none then"),
+            ("attention", self.attention in ("auto", "blocked", "plain"), "auto, blocked or plain"),
+        ):
+            if not fits:
+                given = f"{name}={getattr(self, name)!r}"
+                raise UsageError(f"causal=False: {given} is for models that see the past alone; choose {choice}")
 
     def check_boundaries(self) -> None:
         """Raises UsageError where boundaries do not fit the hierarchy, the vocabulary or the resampling methods."""
@@ -182,6 +203,11 @@ class HourglassConfig:
     def head_dim(self) -> int:
         """Numbers in a head's queries, keys and values."""
         return self.d_head or self.d_model // self.n_heads
+
+    @property
+    def tokenizer_size(self) -> int:
+        """Tokens of its tokenizer: all, but for the mask of a model that is not causal, the last one."""
+        return self.vocab_size if self.causal else self.vocab_size - 1
 
     @property
     def position_limit(self) -> float:

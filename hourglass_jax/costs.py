@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
+from hourglass_jax.checks import check_decodes
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.hierarchy import Level
 from hourglass_jax.model import HourglassLM, n_parameters
@@ -118,6 +119,11 @@ class Seen(NamedTuple):
         width = min(window or length, length)
         return cls(width - width * (width - 1) / (2 * length), width / length, length)
 
+    @classmethod
+    def by(cls, config: HourglassConfig, length: int, window: int = 0) -> Seen:
+        """As the model has it: causally, or all of them, before and after."""
+        return cls.causally(length, window) if config.causal else cls(length, (2 * length - 1) / length, length)
+
 
 SeenAt = Callable[[Level, int], Seen]  # a level, and the window of its layers or 0
 
@@ -190,19 +196,21 @@ def decoding_flops(config: HourglassConfig, length: int) -> dict[int, float]:
     """Floating-point operations of matrix products each time a level runs, by its factor f: once every f tokens.
 
     With `length` tokens in the cache; the shortening that feeds a level counts as its own, the head as the tokens'.
-    So a token costs the sum of flops / factor: the point of the hierarchy.
+    So a token costs the sum of flops / factor: the point of the hierarchy. Raises UsageError for a model that sees both
+    sides.
     """
+    check_decodes(config)
     return position_flops(config, lambda level, window: Seen(min(length / level.factor, window or length), 0, length))
 
 
 def forward_flops(config: HourglassConfig, length: int) -> dict[int, float]:
     """Floating-point operations of matrix products over one sequence of `length` tokens, by level as its factor.
 
-    Attention counts the pairs that the causal mask and the window leave. Relative keys, which a batch shares, count in
-    full, and so does the room for groups of any length; see `level_lengths`.
+    Attention counts the pairs that the causal mask, if there is one, and the window leave. Relative keys, which a batch
+    shares, count in full, and so does the room for groups of any length; see `level_lengths`.
     """
     positions = level_lengths(config, length)
-    flops = position_flops(config, lambda level, window: Seen.causally(positions[level.factor], window))
+    flops = position_flops(config, lambda level, window: Seen.by(config, positions[level.factor], window))
     return {f: positions[f] * per_position for f, per_position in flops.items()}
 
 
@@ -242,7 +250,7 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
     lengths = level_lengths(config, length)
 
     def seen(level: Level, window: int) -> Seen:
-        return Seen.causally(lengths[level.factor], window)
+        return Seen.by(config, lengths[level.factor], window)
 
     for level, layer, resampling in work_by_level(config, seen):
         positions = lengths[level.factor]

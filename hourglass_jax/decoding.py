@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hourglass_jax.checks import check_key, check_prompts, token_mask
+from hourglass_jax.checks import check_decodes, check_key, check_prompts, token_mask
 from hourglass_jax.errors import UsageError
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.nn.cache import Cache, forgotten
@@ -37,8 +37,8 @@ def init_cache(model: HourglassLM, batch: int, max_length: int) -> Cache:
     """An empty cache for `batch` rows of at least `max_length` tokens, prompt included.
 
     `logits, cache = model.step(tokens, cache)` takes one token a row, int [B] -> [B, V]; `model.prefill` reads prompts
-    in one pass. `generate` does both. `costs.cache_bytes` says how large it is. Raises UsageError below 1, and for more
-    than learned positions reach.
+    in one pass. `generate` does both. `costs.cache_bytes` says how large it is. Raises UsageError below 1, for more
+    than learned positions reach, and for a model that sees both sides.
     """
     check_range("batch", batch, 1)
     check_range("max_length", max_length, 1, model.config.position_limit)
@@ -203,9 +203,10 @@ def generate(
     this thread alone (`with jax.enable_x64(True)`), all are one part, in this thread. A KeyboardInterrupt ends it at
     the next block of 64 tokens. Threads may share one model.
 
-    Raises UsageError for empty prompts, tokens outside the vocabulary, options out of range, and a text that
-    would outgrow learned positions.
+    Raises UsageError for empty prompts, tokens outside the vocabulary, options out of range, a text that would outgrow
+    learned positions, and a model that sees both sides.
     """
+    check_decodes(model.config)
     check_range("max_tokens", max_tokens, 1)
     check_key(key)
     sampler = Sampler(temperature, top_k, top_p)

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hourglass_jax.checks import Array, check_tokens
+from hourglass_jax.checks import Array, check_causal, check_tokens
 from hourglass_jax.data.pipeline import consecutive_windows, sliding_windows
 from hourglass_jax.errors import UsageError
+from hourglass_jax.masking import Task, task_of
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.ranges import check_range
 
@@ -48,13 +49,14 @@ class Evaluation:
 def score(model: HourglassLM, tokens: Array, key: jax.Array | None = None) -> jax.Array:
     """log p(token t + 1 | tokens <= t) in nats: int [B, L + 1] -> float [B, L].
 
-    `key` turns dropout on, in a model that trains. Raises UsageError for tokens outside the vocabulary, and for more
-    than `max_length` of them to read with learned positions.
+    `key` turns dropout on, in a model that trains. Raises UsageError for tokens outside the vocabulary, for more than
+    `max_length` of them to read with learned positions, and for a model that sees both sides.
 
     Compile it for many calls, which is when tokens are no longer looked at: `nnx.jit(hg.score)`. Where threads share
     a model, compile it on a split one, since nnx.jit empties and refills the modules it is given:
     `graph, params = nnx.split(model)` and `jax.jit(lambda params, tokens: hg.score(nnx.merge(graph, params), tokens))`.
     """
+    _check_predicts(model)
     tokens = jnp.asarray(check_tokens("tokens", tokens, model.config.vocab_size, "B, L + 1"))
     if tokens.shape[1] < 2:
         raise UsageError("tokens has rows of 1 token; score needs at least 2, one to read and one to predict")
@@ -67,15 +69,23 @@ def log_probabilities(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return target - jax.nn.logsumexp(logits, axis=-1)
 
 
+def _answer(model: HourglassLM, tokens: Array, weights: Array) -> tuple[Task, jax.Array]:
+    """What a batch asks for, and the model's answer."""
+    task = task_of(model.config, jnp.asarray(tokens), jnp.asarray(weights))
+    return task, model(task.inputs, mask=task.mask)
+
+
 @jax.jit
 def _batch_sums(graph: nnx.GraphDef, params: nnx.State, tokens: Array, weights: Array) -> tuple[jax.Array, jax.Array]:
-    return -(score(nnx.merge(graph, params), tokens) * weights).sum(), weights.sum()
+    task, logits = _answer(nnx.merge(graph, params), tokens, weights)
+    return -(log_probabilities(logits, task.targets) * task.weights).sum(), task.weights.sum()
 
 
 def evaluate_batches(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -> Evaluation:
     """The mean loss over `batches` of tokens int [B, L + 1] and weights [B, L]; see `data.pipeline`.
 
-    Raises UsageError where there is nothing to predict.
+    Of a model that sees both sides, over masked tokens, of a text always the same ones; see `masking`. Raises
+    UsageError where there is nothing to predict.
     """
     split = nnx.split(model)
     loss = count = 0.0
@@ -89,12 +99,13 @@ def evaluate_batches(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -
 
 @jax.jit
 def _batch_hits(graph: nnx.GraphDef, params: nnx.State, tokens: Array, weights: Array) -> tuple[jax.Array, jax.Array]:
-    hits = nnx.merge(graph, params)(tokens[:, :-1]).argmax(axis=-1) == tokens[:, 1:]
-    return (hits * weights).sum(), weights.sum()
+    task, logits = _answer(nnx.merge(graph, params), tokens, weights)
+    hits = logits.argmax(axis=-1) == task.targets
+    return (hits * task.weights).sum(), task.weights.sum()
 
 
 def accuracy(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -> float:
-    """The weighted share of `batches`' tokens that are the most likely ones."""
+    """The weighted share of what `batches` ask for that is the most likely token."""
     split = nnx.split(model)
     hits, count = np.sum([[float(part) for part in _batch_hits(*split, *batch)] for batch in batches], axis=0)
     return float(hits / count)
@@ -104,9 +115,10 @@ def evaluate(model: HourglassLM, tokens: np.ndarray, *, block_size: int, batch_s
     """A text int [N] in consecutive windows of `block_size` predictions, each without context before it.
 
     Every token but the first is predicted once. `batch_size` windows go at once; a text may be memory-mapped. Raises
-    UsageError for fewer than 2 tokens, or some outside the vocabulary. See `evaluate_sliding` for more context, at more
-    cost.
+    UsageError for fewer than 2 tokens, some outside the vocabulary, or a model that sees both sides. See
+    `evaluate_sliding` for more context, at more cost.
     """
+    _check_predicts(model)
     check_range("block_size", block_size, 1)
     check_range("batch_size", batch_size, 1)
     tokens = check_text(tokens, model)
@@ -124,8 +136,10 @@ def evaluate_sliding(
     `evaluate` with `block_size=window`.
 
     It costs N / step forward passes over a window, `batch_size` at a time; a text may be memory-mapped. Raises
-    UsageError for a step beyond the window, a text of fewer than 2 tokens, a window longer than learned positions.
+    UsageError for a step beyond the window, a text of fewer than 2 tokens, a window longer than learned positions, and
+    a model that sees both sides.
     """
+    _check_predicts(model)
     check_range("window", window, 1)
     check_range("step", step, 1, window)
     check_range("batch_size", batch_size, 1)
@@ -136,6 +150,13 @@ def evaluate_sliding(
             f"{model.config.max_length}; choose a smaller window"
         )
     return evaluate_batches(model, sliding_windows(tokens, window, step, batch_size))
+
+
+def _check_predicts(model: HourglassLM) -> None:
+    """Raises UsageError for a model that sees what it would be asked to predict."""
+    check_causal(
+        model.config, "and so what it would be asked to predict; `evaluation.evaluate_batches` masks tokens first"
+    )
 
 
 def check_text(tokens: Array, model: HourglassLM) -> np.ndarray:

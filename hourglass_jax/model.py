@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from hourglass_jax.checks import check_key, check_tokens, check_x64
+from hourglass_jax.checks import check_decodes, check_key, check_mask, check_tokens, check_x64
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Level
@@ -34,8 +34,9 @@ def n_parameters(module: nnx.Module | None) -> int:
 class Hourglass(nnx.Module):
     """Pre stack, shorten, inner Hourglass, upsample, post stack; at the innermost level a stack alone (Algorithm 1).
 
-    `y = hourglass(x)`: [B, L, D] -> [B, L, D], y[:, t] a function of x[:, :t + 1]. Built of the levels of a hierarchy,
-    `Hourglass(config, config.parsed_hierarchy.levels, rngs=rngs)`; vocabulary and embedding are `HourglassLM`'s.
+    `y = hourglass(x)`: [B, L, D] -> [B, L, D], y[:, t] a function of x[:, :t + 1], not causal of all x. Built of the
+    levels of a hierarchy, `Hourglass(config, config.parsed_hierarchy.levels, rngs=rngs)`; vocabulary and embedding are
+    `HourglassLM`'s.
     """
 
     def __init__(self, config: HourglassConfig, levels: Sequence[Level], *, rngs: nnx.Rngs):
@@ -52,23 +53,28 @@ class Hourglass(nnx.Module):
             self.upsample_norm = layer_norm(config, rngs=rngs) if normed else None
             self.post = Stack(config, level.post_layers, level.factor, rngs=rngs)
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None, tokens: jax.Array | None = None) -> jax.Array:
-        """[B, L, D] -> [B, L, D], for any L; `key` turns dropout on, `tokens` are for boundaries that ask for them."""
-        return self.with_groups(x, key, tokens)[0]
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None = None, tokens: jax.Array | None = None, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """[B, L, D] -> [B, L, D], for any L; `key` turns dropout on, `tokens` are for boundaries that ask for them.
+
+        mask: bool [B, L], the positions that are no padding; where it is not causal.
+        """
+        return self.with_groups(x, key, tokens, mask)[0]
 
     def with_groups(
-        self, x: jax.Array, key: jax.Array | None = None, tokens: jax.Array | None = None
+        self, x: jax.Array, key: jax.Array | None = None, tokens: jax.Array | None = None, mask: jax.Array | None = None
     ) -> tuple[jax.Array, list[Groups]]:
         """As a call, and the groups that each shortening makes, outermost first."""
         keys = split_key(key, 6)
-        x = self.pre(x, keys[0])
+        x = self.pre(x, keys[0], mask)
         if self.inner is None:
             return x, []
-        groups = self.boundaries(x, tokens, key=keys[5])
+        groups = self.boundaries(x, tokens, mask, key=keys[5])
         short = self.shorten(groups.shift_right(x), groups, key=keys[1])
-        short, deeper = self.inner.with_groups(short, keys[2])
+        short, deeper = self.inner.with_groups(short, keys[2], mask=groups.mask)
         up = self.upsample(x, short, groups, key=keys[3])
-        return self.post(self.add_upsampled(x, up), keys[4]), [groups, *deeper]
+        return self.post(self.add_upsampled(x, up), keys[4], mask), [groups, *deeper]
 
     def groups(self, x: jax.Array, tokens: jax.Array | None = None) -> list[Groups]:
         """Those that each shortening makes of a sequence [B, L, D], outermost first."""
@@ -158,7 +164,8 @@ class HourglassLM(nnx.Module):
 
     `logits = model(tokens)`: int [B, L] -> float [B, L, vocab_size], for any L; `logits[:, t]` predicts token t + 1
     from the tokens <= t. `model(tokens, key)` draws dropout from `key`; without a key, or after `model.eval()`, there
-    is none.
+    is none. With causal=False `logits[:, t]` are for token t, from all tokens; `model(tokens, mask=mask)`, bool [B, L],
+    from those where it is True: the others are padding.
 
     Raises UsageError for more than `max_length` tokens with learned positions, for tokens outside the vocabulary,
     unless they are traced, and for dtype='float64' where JAX has it switched off.
@@ -180,13 +187,18 @@ class HourglassLM(nnx.Module):
         self.norm = layer_norm(config, rngs=rngs) if config.norm == "final" else None
         self.head = linear(config, config.d_model, config.vocab_size, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, tokens: jax.Array, key: jax.Array | None = None, *, mask: jax.Array | None = None) -> jax.Array:
         if key is not None:
             check_key(key)
-        return self.from_embeddings(self.embed(tokens), key, tokens)
+        return self.with_groups(self.embed(tokens), key, tokens, mask)[0]
 
     def with_losses(
-        self, tokens: jax.Array, key: jax.Array | None = None, weights: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        key: jax.Array | None = None,
+        weights: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """As a call; what learned boundaries add to the mean loss in nats, float []; and figures of all events.
 
@@ -194,7 +206,7 @@ class HourglassLM(nnx.Module):
         """
         if key is not None:
             check_key(key)
-        logits, groups = self.with_groups(self.embed(tokens), key, tokens)
+        logits, groups = self.with_groups(self.embed(tokens), key, tokens, mask)
         weights = jnp.ones(tokens.shape) if weights is None else weights
         levels = zip(self.hourglass.rules(), groups, strict=True)
         loss, figures = boundary_terms(levels, weights, entropies(logits))
@@ -204,6 +216,7 @@ class HourglassLM(nnx.Module):
         c = self.config
         sizes = f"d_model={c.d_model}, n_heads={c.n_heads}, d_ff={c.d_ff}, vocab_size={c.vocab_size}"
         methods = f"{c.shortening} down, {c.upsampling} up, {c.positions} positions"
+        methods += "" if c.causal else ", both ways"
         return f"HourglassLM({c.hierarchy!r}, {sizes}, {methods}): {n_parameters(self):,} parameters"
 
     __str__ = __repr__
@@ -250,11 +263,13 @@ class HourglassLM(nnx.Module):
         return self.with_groups(x, key, tokens)[0]
 
     def with_groups(
-        self, x: jax.Array, key: jax.Array | None, tokens: jax.Array | None
+        self, x: jax.Array, key: jax.Array | None, tokens: jax.Array | None, mask: jax.Array | None = None
     ) -> tuple[jax.Array, list[Groups]]:
         """As `from_embeddings`, and the groups that each shortening makes, outermost first."""
+        if mask is not None:
+            mask = jnp.asarray(check_mask(mask, x.shape[:2], self.config))
         embedding_key, body_key = split_key(key, 2)
-        x, groups = self.hourglass.with_groups(self.dropout(x, embedding_key), body_key, tokens)
+        x, groups = self.hourglass.with_groups(self.dropout(x, embedding_key), body_key, tokens, mask)
         return self.logits(x), groups
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -264,6 +279,7 @@ class HourglassLM(nnx.Module):
 
     def init_cache(self, batch: int, max_length: int, context: int | None = None) -> Cache:
         """Room for `max_length` tokens a row, of which it may see `context` (default: all); multiples of K."""
+        check_decodes(self.config)
         check_x64(self.config)
         factor = self.config.shared_factor
         context = max_length if context is None else context
@@ -283,6 +299,7 @@ class HourglassLM(nnx.Module):
 
         Row b begins at start[b], or did so at origin[b] <= start[b] and is read from there on. All are multiples of K.
         """
+        check_decodes(self.config)
         if not tokens.shape[1]:
             return jnp.zeros((*tokens.shape, self.config.vocab_size)), cache
         clock = Clock(jnp.asarray(tokens.shape[1], jnp.int32), start if origin is None else origin, start)
@@ -292,6 +309,7 @@ class HourglassLM(nnx.Module):
 
     def step(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """One token a row, int [B] -> logits [B, V] of the next one. Raises UsageError where the cache is full."""
+        check_decodes(self.config)
         tokens = jnp.asarray(check_tokens("tokens", tokens, self.config.vocab_size, "B"))
         cache.check_room(len(tokens))
         clock = cache.now()

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hourglass_jax.checks import check_causal
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.tokenizers import CharTokenizer, TextTokenizer
 
@@ -20,11 +21,12 @@ def extend_vocabulary(model: HourglassLM, tokenizer: Tokenizer, text: str) -> tu
 
     New tokens come after the old ones. In the embedding and the head they start as the mean of the old ones, so that
     the logits of the old tokens are what they were and those of the new ones never stand out. Where all characters are
-    known, as bytes always are, the two come back.
+    known, as bytes always are, the two come back. Raises UsageError for a model that sees both sides.
     """
     new = tokenizer.unknown(text)
     if not new or not isinstance(tokenizer, CharTokenizer):
         return model, tokenizer
+    check_causal(model.config, "and its mask is the last token, after which none can be added; choose a text it knows")
     extended = type(tokenizer)([*tokenizer.characters, *new], clean=tokenizer.clean)
     config = dataclasses.replace(model.config, vocab_size=extended.vocab_size)
     graph, shapes = nnx.split(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))

@@ -40,7 +40,11 @@ def rotated(x, position):
 
 
 def attention(p, config, x_q, x_k, positions_q, positions_k, slack, window=math.inf):
-    """Query i sees key j where its distance is at least -slack and less than the window; positions in tokens."""
+    """Query i sees key j where its distance is at least -slack and less than the window; positions in tokens.
+
+    Where it is not causal, it sees all keys.
+    """
+    slack = slack if config.causal else math.inf
     heads, size = config.n_heads, config.head_dim
     q, k, v = (project(p[n], x).reshape(-1, heads, size) for n, x in (("query", x_q), ("key", x_k), ("value", x_k)))
     out = np.zeros_like(q)
@@ -86,12 +90,12 @@ def stack(p, config, n_layers, x, unit):
     return norm(p["norm"], x) if config.norm == "stack" else x
 
 
-def pool(p, method, shifted, k):
+def pool(p, method, shifted, k, config):
     groups = shifted.reshape(-1, k, shifted.shape[1])
     if method == "average":
         return np.stack([sum(group) / k for group in groups])
     if method == "select":
-        return groups[:, -1]
+        return groups[:, -1 if config.causal else 0]
     return np.stack([project(p["project"], np.concatenate(list(group))) for group in groups])
 
 
@@ -104,8 +108,10 @@ def shorten(p, config, x, k, unit, shift):
             shifted[slot] = x[slot - shift]
     kind, _, base = config.shortening.rpartition("_")
     if not kind:
-        return pool(p, base, shifted, k)
-    pooled = pool(p.get("pool", {}), base, shifted, k)
+        return pool(p, base, shifted, k, config)
+    pooled = pool(p.get("pool", {}), base, shifted, k, config)
+    if not config.causal:
+        shifted = x  # without what fills up the last group
     group_positions, slot_positions = np.arange(n_groups) * k * unit, np.arange(len(shifted)) * unit
     return block(p["block"], config, pooled, group_positions, shifted, slot_positions, slack=(k - 1) * unit)
 
@@ -132,7 +138,7 @@ def hourglass(p, config, levels, x):
     if not inner:
         return x
     k = level.shorten_factor
-    shift = k - 1 if config.shift == "paper" else k
+    shift = {"paper": k - 1, "original": k}[config.shift] if config.causal else 0
     short = shorten(p.get("shorten", {}), config, x, k, level.factor, shift)
     short = hourglass(p["inner"], config, inner, short)
     up = upsample(p.get("upsample", {}), config, x, short, k, level.factor)

@@ -27,7 +27,7 @@ def make_inputs(query_slots, key_slots, relative):
 def naive(inputs, pattern, first):
     """One query at a time, in NumPy."""
     out = np.zeros(inputs.q.shape)
-    query_slots, key_slots, _, window = pattern
+    query_slots, key_slots, _, window, _ = pattern
     for b, h, i in np.ndindex(out.shape[:3]):
         group, slot = divmod(i, query_slots)
         scores = {}

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from experiments.accelerators.targets import Target
 from hourglass_jax import DataConfig, HourglassConfig, HourglassLM, OptimizerConfig, RuntimeConfig, TrainConfig
-from hourglass_jax.evaluation import score
+from hourglass_jax.evaluation import log_probabilities
 from hourglass_jax.training.optimizer import make_optimizer
 from hourglass_jax.training.selection import trained_parameters
 from hourglass_jax.training.sharding import abstract, batch_sharding, check_batch, make_mesh, state_shardings
@@ -162,8 +162,11 @@ def activation_bytes(graph: nnx.GraphDef, params: nnx.State, run: Pretraining, m
         tokens = jax.ShapeDtypeStruct((n_rows, run.data.block_size + 1), jnp.int32)
         key = jax.random.key(0) if run.model.dropout else None
 
+        def loss(params: nnx.State, tokens: jax.Array) -> jax.Array:
+            return log_probabilities(nnx.merge(graph, params)(tokens[:, :-1], key), tokens[:, 1:]).sum()
+
         def backward(params: nnx.State, tokens: jax.Array) -> Any:
-            return jax.vjp(lambda params: score(nnx.merge(graph, params), tokens, key).sum(), params)[1]
+            return jax.vjp(lambda params: loss(params, tokens), params)[1]
 
         leaves = jax.tree.leaves(jax.eval_shape(backward, params, tokens))
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

@@ -155,7 +155,9 @@ class ModelFlags:
 
 
 def causality(model: HourglassLM) -> str:
-    """Whether the model is causal, as a word; raises CausalityError where it leaks."""
+    """Whether the model is causal, in words; raises CausalityError where it leaks."""
+    if not model.config.causal:
+        return "no, it sees both sides"
     try:
         check_causality(model)
     except NotStrictlyCausal as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags, logging
@@ -94,12 +95,19 @@ launcher.define_alias("shorten_factors", "train.shorten_factors", parse_numbers)
 BETAS = flags.DEFINE_string("betas", None, "Short for --optimizer.beta1 and --optimizer.beta2, e.g. 0.9,0.98.")
 
 
+def model_options(tokenizer_size: int, base: HourglassConfig | None = None) -> dict[str, Any]:
+    """The model's flags, for a tokenizer of so many tokens; where it is not causal, as `base` may be, with a mask."""
+    options = launcher.read_config("model", dict, vocab_size=tokenizer_size)
+    options["vocab_size"] += not (options["causal"] and (base is None or base.causal))
+    return options
+
+
 def read_model(tokenizer: Tokenizer, base: HourglassConfig | None = None) -> HourglassConfig:
     """From its flags; where there is a `base`, that one with the options that differ from the defaults.
 
     Boundaries that the text decides are told the tokenizer's characters, unless they are given tokens of their own.
     """
-    options = launcher.read_config("model", dict, vocab_size=tokenizer.vocab_size)
+    options = model_options(tokenizer.vocab_size, base)
     options["boundary_tokens"] = options["boundary_tokens"] or boundary_tokens(tokenizer, options["boundaries"])
     asked = HourglassConfig(**options)
     if base is None:

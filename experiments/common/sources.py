@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from experiments.common import launcher
+from experiments.common.filling import make_filler
 from experiments.common.pictures import COLUMNS, draw_images, nothing, save_grid, top_halves
 from experiments.common.vocabulary import check_characters
-from hourglass_jax import CharTokenizer, DataConfig, HourglassLM, ImageTokenizer, UsageError
+from hourglass_jax import CharTokenizer, DataConfig, HourglassConfig, HourglassLM, ImageTokenizer, UsageError
 from hourglass_jax.data.corpora import load_splits, load_text
 from hourglass_jax.data.folder import load_folder
 from hourglass_jax.data.haiku import make_examples
@@ -31,6 +32,11 @@ from hourglass_jax.training.signals import Signals
 
 UNITS = {"char": "BPC", "byte": "bits/byte"}
 Sampler = Callable[[HourglassLM], str]
+
+
+def unit_of(unit: str, config: HourglassConfig) -> str:
+    """What bits a prediction are called, where it may be of masked tokens."""
+    return unit if config.causal else f"masked {unit}"
 
 
 class TextSource:
@@ -58,9 +64,11 @@ class TextSource:
     def validation(self) -> LazyBatches:
         return consecutive_windows(self.valid, self.config.block_size, self.config.batch_size)
 
-    def sampler(self, position_limit: float, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
+    def sampler(self, config: HourglassConfig, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
         """A heading of the samples, and the function that makes one."""
-        prompt = self.valid[: int(min(32, position_limit / 2))]
+        if not config.causal:
+            return make_filler(self.tokenizer, self.valid[: self.n_positions], seed)
+        prompt = self.valid[: int(min(32, config.position_limit / 2))]
         sample = launcher.make_sampler(self.tokenizer, prompt, 200, seed, signals)
         return f"{self.tokenizer.decode(prompt)!r} goes on:\n", sample
 
@@ -102,7 +110,7 @@ class HaikuSource:
         """The held-back haiku, or those to train on, once."""
         return all_examples(getattr(self, split), self.batch_size)
 
-    def sampler(self, position_limit: float, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
+    def sampler(self, config: HourglassConfig, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
         """As of a text; a sample ends by itself, and begins with the first line where that is given."""
         given = f"{self.first_line}\n" if self.first_line else ""
         prompt = np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(given)])
@@ -130,8 +138,10 @@ class ImageSource:
     def validation(self) -> LazyBatches:
         return image_validation(self.valid, self.config.batch_size)
 
-    def sampler(self, position_limit: float, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
+    def sampler(self, config: HourglassConfig, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
         """As of a text; a sample is a picture in `directory`: images, their completions, and new images."""
+        if not config.causal:
+            return "", lambda model: "(none: a model that sees both sides draws no images)"
         images, path = self.valid[:COLUMNS], directory / "samples.png"
 
         def sample(model: HourglassLM) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
+from hourglass_jax.interop.original import NEVER
 from hourglass_jax.interop.parameters import build_model
-from hourglass_jax.interop.renaming import assemble, rename
+from hourglass_jax.interop.renaming import Tensors, assemble, rename
 from hourglass_jax.interop.shapes import infer_sizes
 from hourglass_jax.interop.torch_files import read_state_dict
 from hourglass_jax.interop.vocabulary import make_tokenizer, read_vocabulary
@@ -50,11 +53,10 @@ def from_pypi(
     """A .pth file with the model's state dict -> (model, tokenizer); the logits are the same.
 
     `n_heads`, `shorten_factor` (unless resampling is linear) and `causal` are arguments of its constructor that weights
-    do not tell. Without a vocabulary of characters, 256 tokens are bytes. Raises UsageError for attention resampling,
-    which this library does otherwise, for models that are not causal, and for files that hold something else.
+    do not tell. Without a vocabulary of characters, 256 tokens are bytes. A model that is not causal gets a mask token
+    beside its own, see `masking`; its padding is zero in shortening, too, which it is not in the package. Raises
+    UsageError for attention resampling, which this library does otherwise, and for files that hold something else.
     """
-    if not causal:
-        raise UsageError("causal=False: a model that sees the future has no equal here, where all are causal")
     state, _ = read_state_dict(path)
     if any(".attn_resampling_" in name for name in state):
         raise UsageError(
@@ -68,16 +70,31 @@ def from_pypi(
         check_range("shorten_factor", factor, 2)
     if len(factors) not in (0, n_factors):
         raise UsageError(f"shorten_factor={factors}: {path} shortens {n_factors} times; give one factor for each")
+    sizes = infer_sizes(tensors, n_heads, factors, path)
+    if not causal:
+        tensors = _with_mask(tensors)
+        sizes["vocab_size"] += 1
     linear = "hourglass.shorten.project.kernel" in tensors
     config = HourglassConfig(
-        **infer_sizes(tensors, n_heads, factors, path),
+        **sizes,
         shortening="linear" if linear else "average",
         upsampling="linear" if linear else "repeat",
         positions="learned",
         activation="gelu_exact",
         norm="final",
+        causal=causal,
     )
-    return build_model(config, tensors, path), _tokenizer(vocab_path, config.vocab_size, path)
+    return build_model(config, tensors, path), _tokenizer(vocab_path, config.tokenizer_size, path)
+
+
+def _with_mask(tensors: Tensors) -> Tensors:
+    """With a mask token after the others: it starts as their mean, and is never predicted."""
+    longer = {
+        "embedding.embedding": lambda x: np.concatenate([x, x.mean(0, keepdims=True)]),
+        "head.kernel": lambda x: np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)]),
+        "head.bias": lambda x: np.pad(x, [(0, 1)], constant_values=NEVER),
+    }
+    return tensors | {name: f(tensors[name]) for name, f in longer.items() if name in tensors}
 
 
 def _tokenizer(vocab_path: str | Path | None, vocab_size: int, path: str | Path) -> Tokenizer:

@@ -27,9 +27,9 @@ def export_safetensors(model: HourglassLM, tokenizer: Tokenizer, directory: str 
 
     Raises UsageError, too, for a tokenizer that is not of the model's size.
     """
-    if tokenizer.vocab_size != model.config.vocab_size:
+    if tokenizer.vocab_size != model.config.tokenizer_size:
         raise UsageError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {model.config.vocab_size}; "
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {model.config.tokenizer_size}; "
             "give the one it was trained with"
         )
     with whole_directory(Path(directory)) as temporary:

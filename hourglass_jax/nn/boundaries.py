@@ -66,11 +66,23 @@ class FixedBoundaries(nnx.Module):
         # The shift by k-1 is the smallest that leaks nothing: a group's vector serves all k positions of the group, so
         # it may hold nothing newer than the group's first position.
         self.shift = self.k if config.shift == "original" else self.k - 1
+        self.causal = config.causal
+        if not self.causal:
+            self.shift = 0
         self.d_model, self.dtype = config.d_model, config.dtype
 
-    def __call__(self, x: jax.Array, tokens: jax.Array | None = None, key: jax.Array | None = None) -> FixedGroups:
-        """Of a sequence [B, L, D]."""
-        return FixedGroups(self.k, x.shape[1], self.shift)
+    def __call__(
+        self,
+        x: jax.Array,
+        tokens: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        *,
+        key: jax.Array | None = None,
+    ) -> FixedGroups:
+        """Of a sequence [B, L, D], where all is seen with the `mask` of what counts (default: all of it)."""
+        if mask is None and not self.causal:  # what fills up the last group is not to be seen
+            mask = jnp.ones(x.shape[:2], bool)
+        return FixedGroups(self.k, x.shape[1], self.shift, mask)
 
     def n_groups(self, length: int) -> int:
         """That a sequence of `length` positions has room for."""
@@ -132,8 +144,10 @@ class Boundaries(nnx.Module):
         """That a sequence of `length` positions has room for."""
         return min(self.room(length), length)
 
-    def __call__(self, x: jax.Array, tokens: jax.Array | None = None, key: jax.Array | None = None) -> EventGroups:
-        """Of a sequence [B, L, D] with its tokens int [B, L], if any."""
+    def __call__(
+        self, x: jax.Array, tokens: jax.Array | None = None, mask: None = None, *, key: jax.Array | None = None
+    ) -> EventGroups:
+        """Of a sequence [B, L, D] with its tokens int [B, L], if any; a `mask` is for fixed boundaries alone."""
         return self.events(x, tokens, jnp.zeros(1, jnp.int32), x.shape[1], key)
 
     def events(

@@ -51,6 +51,8 @@ class Groups:
     when: int [B or 1, G], the first position that each group's vector serves.
     served: int [B, L], the group whose vector serves each position.
     count, wanted: int [B or 1], how many groups there are, and would be if none had to wait.
+    mask, slot_mask: bool [B, G] and [B, G k], which groups, and which positions of them, are seen where all are;
+        causally None.
     p: float [B, L], see `Decision`.
     share, certainty: 1, as a [B, L, 1] whose derivative says what a position's p changes: how much of its group each
         position is, and how far it may rely on the vector that serves it (p where an event fires, elsewhere 1 - p).
@@ -63,6 +65,8 @@ class Groups:
     served: jax.Array
     count: jax.Array
     wanted: jax.Array
+    mask: jax.Array | None = None
+    slot_mask: jax.Array | None = None
     p: jax.Array | None = None
     share: jax.Array | int = 1
     certainty: jax.Array | int = 1
@@ -126,15 +130,27 @@ class Groups:
 
 
 class FixedGroups(Groups):
-    """Groups of k positions each of a sequence of `length`, the last of them not always whole: plain reshapes."""
+    """Groups of k positions each of a sequence of `length`, the last of them not always whole: plain reshapes.
 
-    def __init__(self, k: int, length: int, shift: int = 0):
-        self.k, self.length, self.shift, self.rest = k, length, shift, []
+    What is padding, and what fills up the last group, is zero in shortening.
+    """
+
+    def __init__(self, k: int, length: int, shift: int = 0, valid: jax.Array | None = None):
+        """`valid`: bool [B, L], which positions count, where all are seen; causally None.
+
+        A group counts if any of its positions does.
+        """
+        self.k, self.length, self.shift, self.rest, self.valid = k, length, shift, [], valid
+        if valid is not None:
+            slots = self.slots(valid[..., None])[..., 0]
+            self.mask, self.slot_mask = slots.any(axis=2), slots.reshape(len(valid), -1)
         self.when = jnp.arange(0, length, k)[None]
         self.count = self.wanted = jnp.full(1, self.when.shape[1])
 
     def shift_right(self, x: jax.Array) -> jax.Array:
         """Moved by k - 1 (section 2 of the paper) and cut or filled up to whole groups."""
+        if self.valid is not None:
+            x = jnp.where(self.valid[..., None], x, 0)
         return to_groups(x, self.k, self.shift).reshape(x.shape[0], -1, x.shape[2])
 
     def sum(self, x: jax.Array) -> jax.Array:
@@ -146,7 +162,7 @@ class FixedGroups(Groups):
         return (jax.nn.softmax(self.slots(logits), axis=2) * self.slots(x)).sum(axis=2)
 
     def select(self, x: jax.Array) -> jax.Array:
-        return self.slots(x)[:, :, -1]
+        return self.slots(x)[:, :, -1 if self.valid is None else 0]  # the first position, where the shift has put it
 
     def spread(self, z: jax.Array) -> jax.Array:
         return self.positions(jnp.broadcast_to(z[:, :, None], (*z.shape[:2], self.k, z.shape[2])))

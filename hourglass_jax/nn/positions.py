@@ -24,9 +24,13 @@ def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
-def slot_distances(groups: int, query_slots: int, key_slots: int, unit: int) -> jax.Array:
-    """[G, P, S] in tokens; row e is for groups that lie G - 1 - e apart (farthest first)."""
-    lag = jnp.arange(groups)[::-1, None, None] * (query_slots * key_slots)
+def slot_distances(groups: int, query_slots: int, key_slots: int, unit: int, *, causal: bool = True) -> jax.Array:
+    """[G, P, S] in tokens; row e is for groups that lie G - 1 - e apart (farthest first).
+
+    Not causal, [2 G - 1, P, S]: they go on to the keys that lie as far ahead.
+    """
+    lags = jnp.arange(0 if causal else 1 - groups, groups)
+    lag = lags[::-1, None, None] * (query_slots * key_slots)
     return unit * (lag + jnp.arange(query_slots)[:, None] - jnp.arange(key_slots))
 
 
@@ -34,7 +38,8 @@ def align_lags(x: jax.Array) -> jax.Array:
     """Turns scores by lag into scores by key: [..., b, N, S] -> [..., b, N, S].
 
     Row i belongs to query group N - b + i. Its entry e comes in for lag N - 1 - e and goes out at key group m,
-    lag N - b + i - m; what lies beyond the diagonal is left undefined for the causal mask to cover.
+    lag N - b + i - m; what lies beyond the diagonal is left undefined for the causal mask to cover. Where lags go on
+    below 0, row i belongs to query group i, entry e is for lag b - 1 - e, and the first groups that come out are keys.
     """
     return align_padded_lags(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)]))
 

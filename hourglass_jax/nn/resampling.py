@@ -79,7 +79,7 @@ class LinearShortening(Shortening):
 class AttentionShortening(Shortening):
     """x' = S(x) + Attention(Q=S(x), K=V=x), then a feed-forward: a block whose queries are pooled groups.
 
-    A query sees its own group and those before it; with groups of any length it stands where its event fires.
+    A query sees its own group and those before it, or all; with groups of any length it stands where its event fires.
     """
 
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, pool: type, rngs: nnx.Rngs):
@@ -92,7 +92,7 @@ class AttentionShortening(Shortening):
         pooled = self.pool(x, groups)
         if self.by_event:
             return self.block.attend_from(pooled, x, groups.when, key=key)[0]
-        return self.block(pooled[:, :, None], groups.slots(x), key=key)[:, :, 0]
+        return self.block(pooled[:, :, None], groups.slots(x), mask=groups.slot_mask, key=key)[:, :, 0]
 
     def init_cache(self, x: jax.Array, groups: Groups, max_length: int) -> dict[str, Any]:
         pool = self.pool.init_cache(x, groups, max_length)
@@ -242,7 +242,7 @@ class AttentionUpsampling(Upsampling):
         queries = self.queries(x, short, groups)
         if self.by_event:
             return self.block.attend_from(queries, short, groups.served, key=key)[0]
-        return groups.positions(self.block(queries, short[:, :, None], key=key))
+        return groups.positions(self.block(queries, short[:, :, None], mask=groups.mask, key=key))
 
     def queries(self, x: jax.Array, short: jax.Array, groups: Groups) -> jax.Array:
         """[B, G, k, D], with groups of any length [B, L, D]."""

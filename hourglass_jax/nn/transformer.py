@@ -68,10 +68,18 @@ class Block(nnx.Module):
         self.feed_forward = FeedForward(config, rngs=rngs)
         self.dropout = Dropout(config.dropout)
 
-    def __call__(self, x: jax.Array, memory: jax.Array | None = None, *, key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        memory: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
         """x [B, G, P, D], memory [B, G, S, D] (none: x itself) -> [B, G, P, D]; see `nn.attention`."""
         attention_key, *residual_keys = split_key(key, 3)
-        return self.residual(x, self.attention(*self.normalize(x, memory), key=attention_key), *residual_keys)
+        y = self.attention(*self.normalize(x, memory), mask=mask, key=attention_key)
+        return self.residual(x, y, *residual_keys)
 
     def attend_from(
         self,
@@ -134,22 +142,22 @@ class Stack(nnx.Module):
         self.layers: Any = make_layers(rngs.fork(split=n_layers)) if n_layers else None
         self.norm = layer_norm(config, rngs=rngs) if config.norm == "stack" else None
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """[B, L, D] -> [B, L, D]."""
+    def __call__(self, x: jax.Array, key: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
+        """[B, L, D] -> [B, L, D]; `mask` [B, L] says which positions are seen, where attention is not causal."""
         if self.layers is not None:
-            x = self.run_layers(x[:, :, None], key)[:, :, 0]
+            x = self.run_layers(x[:, :, None], key, mask)[:, :, 0]
         return self.normalize(x)
 
     def normalize(self, x: jax.Array) -> jax.Array:
         return x if self.norm is None else self.norm(x)
 
-    def run_layers(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    def run_layers(self, x: jax.Array, key: jax.Array | None, mask: jax.Array | None) -> jax.Array:
         graph, state = nnx.split(self.layers)
         keys = None if key is None else jax.random.split(key, self.n_layers)
 
         def layer(x, inputs):
             state, key = inputs
-            return nnx.merge(graph, state)(x, key=key), None
+            return nnx.merge(graph, state)(x, mask=mask, key=key), None
 
         unrolled = is_unrolled(self.config, self.n_layers)
         remat = self.config.remat_of(unrolled=unrolled)

@@ -106,25 +106,25 @@ class Run:
                     "use the library version that wrote it"
                 )
             config = HourglassConfig(**record["model"])
-            tokenizer = self._read_tokenizer(record)
+            tokenizer = self._read_tokenizer(record, config)
             settings, history = record["settings"], record.get("history", [])
         except UsageError:
             raise
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise UsageError(f"{path}: not a configuration of this library ({error!r})") from error
-        if tokenizer and tokenizer.vocab_size != config.vocab_size:
+        if tokenizer and tokenizer.vocab_size != config.tokenizer_size:
             raise UsageError(
                 f"{self.directory}: the vocabulary has {tokenizer.vocab_size} tokens, but the checkpoint's model has "
-                f"{config.vocab_size}; put back the vocab.json the model was trained with"
+                f"{config.tokenizer_size}; put back the vocab.json the model was trained with"
             )
         return Record(config, tokenizer, settings, history)
 
-    def _read_tokenizer(self, record: dict[str, Any]) -> Tokenizer | None:
+    def _read_tokenizer(self, record: dict[str, Any], config: HourglassConfig) -> Tokenizer | None:
         if record["tokenizer"] == "char":
             return CharTokenizer.load(self.directory / VOCABULARY)
         if record["tokenizer"] == "image":
             return ImageTokenizer(record["image_shape"])
-        return ByteTokenizer(record["model"]["vocab_size"]) if record["tokenizer"] == "byte" else None
+        return ByteTokenizer(config.tokenizer_size) if record["tokenizer"] == "byte" else None
 
     def write(self, record: Record) -> None:
         """Makes the directory describe itself, with the files that `read` reads."""
@@ -191,7 +191,7 @@ class Run:
         changes = differences(identity({name: known.get(name) for name in asked}), identity(asked))
         changes = {name: values for name, values in changes.items() if name.partition(".")[0] in known}
         if None not in (tokenizer, found.tokenizer) and vars(tokenizer) != vars(found.tokenizer):
-            changes["vocabulary"] = (f"{found.config.vocab_size} tokens", "another one")
+            changes["vocabulary"] = (f"{found.config.tokenizer_size} tokens", "another one")
         longer = changes.get(LONGER, (0, 0))
         if changes.keys() - {LONGER} or longer[0] > longer[1]:
             raise UsageError(

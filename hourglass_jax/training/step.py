@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from hourglass_jax.evaluation import log_probabilities
+from hourglass_jax.masking import Task, task_of
 from hourglass_jax.training.selection import ALL, Filter
 
 
@@ -47,54 +48,51 @@ def make_train_step(
     """A jitted (state, tokens [B, L + 1], weights [B, L]) -> (state, metrics); the state's buffers are donated.
 
     `accumulate` takes the batch in so many parts, one after another: the gradient of the whole in the memory of a
-    part. Dropout draws from (seed, step) alone, and so do boundaries. `shardings` pins where the new state lies.
-    Gradients, updates and norms are of the parameters that are `trained`.
+    part. Dropout draws from (seed, step) alone, and so do boundaries and masked tokens. `shardings` pins where the new
+    state lies. Gradients, updates and norms are of the parameters that are `trained`.
 
     What is minimised has the losses of learned boundaries, too, each part's by itself; the metrics have it apart.
     """
 
-    def loss_of(params: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss_of(params: nnx.State, task: Task, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """What is minimised and the metrics, summed over the predictions."""
         model = nnx.merge(graph, params)
-        logits, boundary_loss, metrics = model.with_losses(tokens[:, :-1], key, weights)
-        loss = -(log_probabilities(logits, tokens[:, 1:]) * weights).sum()
-        n_predictions = weights.sum()
+        logits, boundary_loss, metrics = model.with_losses(task.inputs, key, task.weights, mask=task.mask)
+        loss = -(log_probabilities(logits, task.targets) * task.weights).sum()
+        n_predictions = task.weights.sum()
         metrics = {name: n_predictions * value for name, value in metrics.items()}
         return loss + n_predictions * boundary_loss, {"train_loss": loss} | metrics
 
-    def weighted_loss(
-        params: nnx.State, frozen: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    def weighted_loss(params: nnx.State, frozen: nnx.State, task: Task, key: jax.Array) -> tuple[jax.Array, Metrics]:
         params = nnx.merge_state(params, frozen)
         if shardings is None:
-            return loss_of(params, tokens, weights, key)
+            return loss_of(params, task, key)
         # Parameters whole, as the step's number is, or XLA may divide activations as it divides them.
         params = jax.lax.with_sharding_constraint(params, shardings.step)
         with jax.sharding.use_abstract_mesh(jax.tree.leaves(shardings)[0].mesh.abstract_mesh):
-            return loss_of(params, tokens, weights, key)
+            return loss_of(params, task, key)
 
     gradient_of = jax.grad(weighted_loss, has_aux=True)
 
-    def accumulated(
-        params: nnx.State, frozen: nnx.State, tokens: jax.Array, weights: jax.Array, key: jax.Array
-    ) -> tuple[nnx.State, Metrics]:
+    def accumulated(params: nnx.State, frozen: nnx.State, task: Task, key: jax.Array) -> tuple[nnx.State, Metrics]:
         def add_part(total, part):
-            tokens, weights, index = part
-            gradients, metrics = gradient_of(params, frozen, tokens, weights, jax.random.fold_in(key, index))
+            task, index = part
+            gradients, metrics = gradient_of(params, frozen, task, jax.random.fold_in(key, index))
             return jax.tree.map(jnp.add, total, gradients), metrics
 
         # Every accumulate-th row: so each device keeps the rows it has.
-        tokens, weights = (x.reshape(-1, accumulate, x.shape[1]).swapaxes(0, 1) for x in (tokens, weights))
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, x.shape[1]).swapaxes(0, 1), task)
         nothing = jax.tree.map(jnp.zeros_like, params)
-        gradients, metrics = jax.lax.scan(add_part, nothing, (tokens, weights, jnp.arange(accumulate)))
+        gradients, metrics = jax.lax.scan(add_part, nothing, (parts, jnp.arange(accumulate)))
         return gradients, jax.tree.map(lambda values: values.sum(axis=0), metrics)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
     def train_step(state: TrainState, tokens: jax.Array, weights: jax.Array):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        task = task_of(nnx.merge(graph, state.params).config, tokens, weights, key)
         params, frozen = nnx.split_state(state.params, trained, ...)
-        sums = (gradient_of if accumulate == 1 else accumulated)(params, frozen, tokens, weights, key)
-        n_predictions = weights.sum()
+        sums = (gradient_of if accumulate == 1 else accumulated)(params, frozen, task, key)
+        n_predictions = task.weights.sum()
         gradients, metrics = jax.tree.map(lambda total: total / n_predictions, sums)
         updates, opt_state = optimizer.update(gradients, state.opt_state, params)
         params = optax.apply_updates(params, updates)

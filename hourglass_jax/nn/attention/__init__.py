@@ -1,4 +1,4 @@
-"""Causal attention at group granularity: `Attention`, the module; one formula, in one file for each way to compute it.
+"""Attention at group granularity: `Attention`, the module; one formula, in one file for each way to compute it.
 
 `pattern` says who sees whom, `choice` which implementation computes it.
 """

@@ -1,8 +1,8 @@
-"""Causal attention in blocks of queries, with a backward pass of its own: memory grows linearly with length.
+"""Attention in blocks of queries, with a backward pass of its own: memory grows linearly with length.
 
-Keys beyond a block's last query are hardly touched, and with a window none before what its first query sees. Of the
-scores only each query's log-sum-exp is kept; from it the backward pass has a block's probabilities again, without a sum
-over keys.
+Where it is causal, keys beyond a block's last query are hardly touched, and with a window none before what its first
+query sees. Of the scores only each query's log-sum-exp is kept; from it the backward pass has a block's probabilities
+again, without a sum over keys.
 """
 
 from __future__ import annotations
@@ -66,13 +66,14 @@ class Segment(NamedTuple):
     def seen(self, inputs: Inputs, slots: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """The keys, values and relative keys, as columns, that the segment's queries meet."""
         k, v, r, n = inputs.k, inputs.v, inputs.r, self.met * slots
+        ahead = 0 if r is None else max(r.shape[-1] - k.shape[-1], 0)  # of lags below 0, where they are seen
         if r is not None:  # in front, lags beyond the largest, all hidden; behind, one for `align_padded_lags`
-            r = pad_columns(r[..., -n:], max(n - r.shape[-1], 0), slots)
+            r = pad_columns(r[..., -n - ahead :], max(n - r.shape[-1], 0), slots)
         if self.reach is not None:
             k, v = (pad_columns(x, self.reach * slots, self.missing * slots) for x in (k, v))
             return k, v, r
         if r is not None:  # in front the lags of groups that do not exist, behind those of keys yet to come
-            r = pad_columns(r, self.missing * slots, (self.n_blocks * self.block - 1) * slots)
+            r = pad_columns(r, self.missing * slots, (self.n_blocks * self.block - 1) * slots - ahead)
         return k[..., :n], v[..., :n], r
 
     def near(self, i: jax.Array, seen: jax.Array, slots: int) -> jax.Array:
@@ -114,6 +115,8 @@ def pad_columns(x: jax.Array, before: int, after: int) -> jax.Array:
 def segments(pattern: Pattern, groups: int) -> list[Segment]:
     rows = QUERY_ROWS if platform() == "cpu" else 8 * QUERY_ROWS
     block = max(1, min(rows // pattern.query_slots, groups))
+    if not pattern.causal:
+        return [Segment(0, groups, block, -(-groups // block))]
     if pattern.window:
         narrow = min(block, max(pattern.window, QUERY_ROWS // pattern.query_slots))
         if narrow + pattern.window <= groups // 2:  # otherwise about as much would be met without a band
@@ -135,7 +138,7 @@ def block_scores(
     if r is not None:
         groups, slots = segment.met + 1, pattern.key_slots
         if segment.reach is None:
-            groups += segment.missing
+            groups += segment.missing if pattern.causal else segment.block - 1
             r = lax.dynamic_slice_in_dim(r, (segment.n_blocks - 1 - i) * segment.block * slots, groups * slots, axis=4)
         batch, heads, _, size = q.shape
         q_position = q_position.reshape(batch, heads, segment.block, pattern.query_slots, size)
@@ -146,13 +149,13 @@ def block_scores(
     return float32_at_least(scores)
 
 
-def block_visible(pattern: Pattern, segment: Segment, i: jax.Array, first: jax.Array | None) -> jax.Array:
-    """bool [B or 1, 1, block P, N S]."""
+def block_visible(pattern: Pattern, segment: Segment, i: jax.Array, padding: jax.Array | None) -> jax.Array:
+    """bool [B or 1, 1, block P or 1, N S or 1]."""
     queries = segment.start + i * segment.block + jnp.arange(segment.block * pattern.query_slots) // pattern.query_slots
     keys = jnp.arange(segment.met * pattern.key_slots) // pattern.key_slots
     if segment.reach is not None:
         keys += i * segment.block - segment.reach
-    return pattern.visible(queries, keys, first)
+    return pattern.visible(queries, keys, padding)
 
 
 def drop(pattern: Pattern, x: jax.Array, key: DropoutKey, segment: Segment, i: jax.Array) -> jax.Array:
@@ -163,9 +166,9 @@ def drop(pattern: Pattern, x: jax.Array, key: DropoutKey, segment: Segment, i: j
 
 
 def blocked_attention(
-    pattern: Pattern, inputs: Inputs, first: jax.Array | None = None, key: jax.Array | None = None
+    pattern: Pattern, inputs: Inputs, padding: jax.Array | None = None, key: jax.Array | None = None
 ) -> jax.Array:
-    """-> [B, H, G P, K]. Groups before `first` [B] are padding; `key` turns dropout on.
+    """-> [B, H, G P, K]. For `padding` see `Pattern`; `key` turns dropout on.
 
     On one CPU it takes a few rows of the batch at a time, whose scores fit into its cache.
     """
@@ -173,22 +176,22 @@ def blocked_attention(
     inputs = with_columns(inputs)
     rows = max(1, HEADS_IN_CACHE // heads)
     if not on_one_cpu() or batch <= rows or batch % rows:
-        return _attention(pattern, inputs, first, None if key is None else (key, 0))
+        return _attention(pattern, inputs, padding, None if key is None else (key, 0))
 
     def some_rows(part: Any) -> jax.Array:
-        rows_before, inputs, first = part
-        return _attention(pattern, inputs, first, None if key is None else (key, rows_before))
+        rows_before, inputs, padding = part
+        return _attention(pattern, inputs, padding, None if key is None else (key, rows_before))
 
-    parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), (inputs, first))
+    parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), (inputs, padding))
     return lax.map(some_rows, (jnp.arange(0, batch, rows), *parts)).reshape(inputs.q.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(pattern: Pattern, inputs: Inputs, first: jax.Array | None, key: DropoutKey) -> jax.Array:
-    return _forward(pattern, inputs, first, key)[0]
+def _attention(pattern: Pattern, inputs: Inputs, padding: jax.Array | None, key: DropoutKey) -> jax.Array:
+    return _forward(pattern, inputs, padding, key)[0]
 
 
-def _forward(pattern: Pattern, inputs: Inputs, first: Any, key: DropoutKey) -> tuple[jax.Array, tuple[Any, ...]]:
+def _forward(pattern: Pattern, inputs: Inputs, padding: Any, key: DropoutKey) -> tuple[jax.Array, tuple[Any, ...]]:
     parts = []
     for segment in segments(pattern, inputs.q.shape[2] // pattern.query_slots):
         k, v, r = segment.seen(inputs, pattern.key_slots)
@@ -197,7 +200,7 @@ def _forward(pattern: Pattern, inputs: Inputs, first: Any, key: DropoutKey) -> t
             i, (q, q_position) = block
             k, v = (segment.near(i, x, pattern.key_slots) for x in (k, v))
             scores = block_scores(pattern, segment, i, q, q_position, k, r)
-            scores += jnp.where(block_visible(pattern, segment, i, first), 0.0, -jnp.inf).astype(scores.dtype)
+            scores += jnp.where(block_visible(pattern, segment, i, padding), 0.0, -jnp.inf).astype(scores.dtype)
             largest = scores.max(-1, keepdims=True)
             weights = jnp.exp(scores - largest)
             total = weights.sum(-1, keepdims=True)
@@ -208,11 +211,11 @@ def _forward(pattern: Pattern, inputs: Inputs, first: Any, key: DropoutKey) -> t
         _, results = segment.loop(one_block, None, blocks)
         parts.append([segment.rows_of(x, pattern.query_slots) for x in results])
     out, log_total = (jnp.concatenate(part, axis=2) for part in zip(*parts, strict=True))
-    return out, (inputs, first, key, out, log_total)
+    return out, (inputs, padding, key, out, log_total)
 
 
 def _backward(pattern: Pattern, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[Inputs, None, None]:
-    inputs, first, key, out, log_total = residuals
+    inputs, padding, key, out, log_total = residuals
     correction = (d_out * out).astype(log_total.dtype).sum(-1, keepdims=True)  # probabilities times their gradients
     d_queries: list[Any] = []
     d_seen: Any = None
@@ -223,7 +226,7 @@ def _backward(pattern: Pattern, residuals: tuple[Any, ...], d_out: jax.Array) ->
             i, (q, q_position, d_out, log_total, correction) = block
             k, v = (segment.near(i, x, pattern.key_slots) for x in (k, v))
             scores, of_scores = jax.vjp(partial(block_scores, pattern, segment, i), q, q_position, k, r)
-            weights = jnp.exp(jnp.where(block_visible(pattern, segment, i, first), scores - log_total, -jnp.inf))
+            weights = jnp.exp(jnp.where(block_visible(pattern, segment, i, padding), scores - log_total, -jnp.inf))
             d_v = jnp.einsum("bhqk,bhqm->bhkm", d_out, drop(pattern, weights, key, segment, i).astype(v.dtype))
             d_weights = jnp.einsum("bhqk,bhkm->bhqm", d_out, v).astype(weights.dtype)
             d_weights = drop(pattern, d_weights, key, segment, i)

@@ -28,19 +28,20 @@ LARGEST_HEAD = 128  # numbers; of larger ones a GPU's shared memory has no room 
 
 
 def attend(
-    name: str, pattern: Pattern, inputs: Inputs, first: jax.Array | None = None, key: jax.Array | None = None
+    name: str, pattern: Pattern, inputs: Inputs, padding: jax.Array | None = None, key: jax.Array | None = None
 ) -> jax.Array:
-    """-> [B, H, G P, K]. Groups before `first` [B] are padding, seen by themselves alone; `key` turns dropout on."""
-    more = {"relative positions": inputs.r is not None, "padding": first is not None, "dropout": key is not None}
+    """-> [B, H, G P, K]. For `padding` see `Pattern`; `key` turns dropout on."""
+    more = {"relative positions": inputs.r is not None, "padding": padding is not None, "dropout": key is not None}
     q = inputs.q
-    name, _ = choose(name, q.dtype, q.shape[-1], tuple(what for what, wanted in more.items() if wanted))
-    return IMPLEMENTATIONS[name](pattern, inputs, first, key)
+    name, _ = choose(name, q.dtype, q.shape[-1], tuple(what for what, wanted in more.items() if wanted), pattern.causal)
+    return IMPLEMENTATIONS[name](pattern, inputs, padding, key)
 
 
-def choose(name: str, dtype: Any, size: int, more: tuple[str, ...] = ()) -> tuple[str, str]:
+def choose(name: str, dtype: Any, size: int, more: tuple[str, ...] = (), causal: bool = True) -> tuple[str, str]:
     """The implementation for heads of so many numbers, and why; `more` is what fused attention knows nothing of."""
     if name == "auto":
-        name, reason = best(platform(), jnp.dtype(dtype), size, more)
+        not_causal = "blocked", "the kernels are causal"
+        name, reason = best(platform(), jnp.dtype(dtype), size, more) if causal else not_causal
         say(f"attention: {name} ({reason})")
         return name, reason
     if name == "fused" and more:
@@ -78,6 +79,6 @@ def describe(config: HourglassConfig) -> str:
     """What `config.attention` means on this platform in training, in words."""
     more = {"relative positions": config.positions == "relative", "dropout": config.dropout > 0}
     wanted = tuple(what for what, is_wanted in more.items() if is_wanted)
-    name, reason = choose(config.attention, config.dtype, config.head_dim, wanted)
+    name, reason = choose(config.attention, config.dtype, config.head_dim, wanted, config.causal)
     window = f", window {config.window} on the tokens" if config.window else ""
     return f"attention: {config.attention}" + (f" = {name}, {reason}" if name != config.attention else "") + window

@@ -36,8 +36,8 @@ class LSHAttention(nnx.Module):
         self.out = linear(config, d_heads, d_model, rngs=rngs)
         self.dropout = Dropout(config.dropout)
 
-    def __call__(self, x: jax.Array, _: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """[B, L, 1, D] -> [B, L, 1, D]; `key` draws the hash anew, and turns dropout on."""
+    def __call__(self, x: jax.Array, _: jax.Array, *, mask: None = None, key: jax.Array | None = None) -> jax.Array:
+        """[B, L, 1, D] -> [B, L, 1, D], without a mask; `key` draws the hash anew, and turns dropout on."""
         qk, v = (f(x[:, :, 0]).reshape(*x.shape[:2], self.n_heads, -1) for f in (self.query, self.value))
         if self.rotary:
             qk = rotate(qk, jnp.arange(x.shape[1]))

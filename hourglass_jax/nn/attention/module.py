@@ -1,7 +1,7 @@
-"""Causal attention at group granularity: one formula for self-attention, shortening and upsampling.
+"""Attention at group granularity: one formula for self-attention, shortening and upsampling.
 
 Queries come as [B, G, P, D] and keys as [B, G, S, D]: G groups of P query slots and S key slots, where P or S
-is 1. Query group g sees the key groups m <= g, whole. That is
+is 1. Query group g sees the key groups m <= g, whole; not causal, all of them. Causally, that is
     self-attention       P = S = 1        position i sees positions j <= i
     attention shortening P = 1, S = k     group g sees all shifted positions of groups <= g
     attention upsampling P = k, S = 1     position t sees the shortened vectors of groups <= t // k
@@ -37,7 +37,7 @@ class Attention(nnx.Module):
         self.unit, self.query_slots, self.key_slots = unit, query_slots, key_slots
         self.n_heads, self.head_dim = config.n_heads, config.head_dim
         self.window = config.window if unit == query_slots == key_slots == 1 else 0
-        self.positions, self.implementation = config.positions, config.attention
+        self.positions, self.implementation, self.causal = config.positions, config.attention, config.causal
         self.query = linear(config, d_model, d_heads, bias=bias, rngs=rngs)
         self.key = linear(config, d_model, d_heads, bias=bias, rngs=rngs)
         self.value = linear(config, d_model, d_heads, bias=bias, rngs=rngs)
@@ -64,9 +64,14 @@ class Attention(nnx.Module):
         """q + u, which meets keys, and q + v, which meets relative keys."""
         return q + self.content_bias[...].astype(q.dtype), q + self.position_bias[...].astype(q.dtype)
 
-    def __call__(self, queries: jax.Array, keys: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """[B, G, P, D], [B, G, S, D] -> [B, G, P, D]; `key` turns dropout on."""
-        return self.merge_heads(self.attend(*self.project(queries, keys), key=key))
+    def __call__(
+        self, queries: jax.Array, keys: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None
+    ) -> jax.Array:
+        """[B, G, P, D], [B, G, S, D] -> [B, G, P, D]; `key` turns dropout on.
+
+        mask: bool [B, G S], the keys that count; for attention that is not causal.
+        """
+        return self.merge_heads(self.attend(*self.project(queries, keys), padding=mask, key=key))
 
     def project(self, queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q [B, G, P, H, K], k and v [B, G, S, H, K]; q and k turned where positions are rotary."""
@@ -78,21 +83,21 @@ class Attention(nnx.Module):
         return q, k, v
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, *, first: jax.Array | None = None, key: jax.Array | None = None
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, padding: jax.Array | None = None, key: Any = None
     ) -> jax.Array:
-        """-> [B, G, P, H, K]. Groups before `first` [B] are padding, seen by themselves alone."""
+        """-> [B, G, P, H, K]. For `padding` see `Pattern`."""
         scale = self.head_dim**-0.5
         q_position = r = None
         if self.positions == "relative":
             lags = min(q.shape[1], self.window or q.shape[1])
-            distances = slot_distances(lags, self.query_slots, self.key_slots, self.unit)
+            distances = slot_distances(lags, self.query_slots, self.key_slots, self.unit, causal=self.causal)
             r = jnp.einsum("gpshk->phgsk", self.relative_keys(distances))
             r = r.reshape(*r.shape[:2], -1, self.head_dim)
             q, q_position = self.content_and_position(q)
             q_position = heads_first(q_position * scale)
         inputs = Inputs(heads_first(q * scale), heads_first(k), heads_first(v), q_position, r)
-        pattern = Pattern(self.query_slots, self.key_slots, self.dropout.rate, self.window)
-        out = attend(self.implementation, pattern, inputs, first, self.dropout.used(key))
+        pattern = Pattern(self.query_slots, self.key_slots, self.dropout.rate, self.window, self.causal)
+        out = attend(self.implementation, pattern, inputs, padding, self.dropout.used(key))
         return out.swapaxes(1, 2).reshape(q.shape)
 
     def attend_from(
@@ -138,7 +143,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, KeyValueCache]:
         """A call on rows that begin at `start` [B] tokens, whose keys and values fill the cache from the front."""
         q, k, v = self.project(queries, keys)
-        out = self.attend(q, k, v, first=start // (self.unit * self.query_slots * self.key_slots))
+        out = self.attend(q, k, v, padding=start // (self.unit * self.query_slots * self.key_slots))
         k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v))
         return self.merge_heads(out), cache.write(k, v, row=0)
 

@@ -1,6 +1,7 @@
 """Who sees whom, and what every implementation of attention is given.
 
 A query of group g sees the keys of the groups `lowest` .. g, whole: padding and a window only move what is lowest.
+Where it is not causal, it sees all keys that count.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ class Inputs(NamedTuple):
     q: [B, H, G P, K], scaled.
     k, v: [B, H, G S, K].
     q_position: as q, with the other bias of the Transformer-XL formula; None without relative positions.
-    r: [P, H, N S, K], W_r R for each query slot; its groups of S rows are for lags of N - 1 groups down to 0, the
-        largest lag there is.
+    r: [P, H, N S, K], W_r R for each query slot; its groups of S rows are for lags of N - 1 groups, the largest lag
+        there is, down to 0; or, not causal, for lags of G - 1 down to 1 - G.
     """
 
     q: jax.Array
@@ -41,25 +42,36 @@ class Pattern(NamedTuple):
     query_slots, key_slots: P and S, of a group.
     dropout: probability by which a weight is zeroed.
     window: groups that a query sees, its own included; 0: all.
+    causal: whether it sees no group after its own.
+
+    What is `padding` where it is given: the groups before int [B]; not causal, the keys but those of bool [B, G S].
     """
 
     query_slots: int
     key_slots: int
     dropout: float = 0.0
     window: int = 0
+    causal: bool = True
 
     def lowest(self, groups: jax.Array, first: jax.Array | int) -> jax.Array:
         """The lowest group that queries of `groups` see; those before `first` are padding, seen by themselves alone."""
         lowest = jnp.maximum(first, groups - self.window + 1) if self.window else first
         return jnp.minimum(lowest, groups)
 
-    def visible(self, queries: jax.Array, keys: jax.Array, first: jax.Array | None) -> jax.Array:
-        """bool [B or 1, 1, n, m], for the groups of queries [n] and keys [m]; `first` is [B]."""
+    def visible(self, queries: jax.Array, keys: jax.Array, padding: jax.Array | None) -> jax.Array:
+        """bool [B or 1, 1, n or 1, m or 1], for the groups of queries [n] and keys [m].
+
+        In a row of nothing but padding, which nobody reads, all is seen, so that its numbers are finite.
+        """
+        if not self.causal:
+            if padding is None:
+                return jnp.ones((1, 1, 1, 1), bool)
+            return (padding | ~padding.any(axis=1, keepdims=True))[:, None, None]
         queries = queries[None, None, :, None]
         visible = keys <= queries
-        if first is None and not self.window:
+        if padding is None and not self.window:
             return visible
-        return visible & (keys >= self.lowest(queries, 0 if first is None else first[:, None, None, None]))
+        return visible & (keys >= self.lowest(queries, 0 if padding is None else padding[:, None, None, None]))
 
 
 def float32_at_least(x: jax.Array) -> jax.Array:

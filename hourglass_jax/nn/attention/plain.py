@@ -14,21 +14,22 @@ from hourglass_jax.nn.positions import align_lags
 
 
 def plain_attention(
-    pattern: Pattern, inputs: Inputs, first: jax.Array | None = None, key: jax.Array | None = None
+    pattern: Pattern, inputs: Inputs, padding: jax.Array | None = None, key: jax.Array | None = None
 ) -> jax.Array:
-    """-> [B, H, G P, K]. Groups before `first` [B] are padding; `key` turns dropout on."""
+    """-> [B, H, G P, K]. For `padding` see `Pattern`; `key` turns dropout on."""
     q, k, v, q_position, _ = inputs
-    r = inputs.nearest(k.shape[2])
     batch, heads, n_queries, size = q.shape
     groups = n_queries // pattern.query_slots
+    lags = groups if pattern.causal else 2 * groups - 1
+    r = inputs.nearest(lags * pattern.key_slots)
     scores = jnp.einsum("bhqk,bhmk->bhqm", q, k)
     if r is not None and q_position is not None:
         q_position = q_position.reshape(batch, heads, groups, pattern.query_slots, size)
         by_lag = jnp.einsum("bhgpk,phmk->bhpgm", q_position, r)
-        by_key = align_lags(by_lag.reshape(*by_lag.shape[:-1], groups, pattern.key_slots))
-        scores += by_key.reshape(by_lag.shape).swapaxes(2, 3).reshape(scores.shape)
+        by_key = align_lags(by_lag.reshape(*by_lag.shape[:-1], lags, pattern.key_slots))[..., :groups, :]
+        scores += by_key.reshape(*by_lag.shape[:-1], -1).swapaxes(2, 3).reshape(scores.shape)
     visible = pattern.visible(
-        jnp.arange(n_queries) // pattern.query_slots, jnp.arange(k.shape[2]) // pattern.key_slots, first
+        jnp.arange(n_queries) // pattern.query_slots, jnp.arange(k.shape[2]) // pattern.key_slots, padding
     )
     weights = jax.nn.softmax(jnp.where(visible, float32_at_least(scores), -jnp.inf))
     if key is not None:
