@@ -16,7 +16,7 @@ from experiments.ablations.scales import SCALES, find_setup
 from experiments.ablations.tables import find_table
 from experiments.common.slices import TRIES, keep_compiled
 
-# A pair of rows that train in seconds, and a curve of one leg and one branch.
+# A pair of rows that train in seconds.
 PLUGIN = """
 from dataclasses import replace
 
@@ -38,9 +38,9 @@ light = resampling("average", "repeat") | {"hierarchy": "0@1 1@2 1@1"}
 rows = (Row("light", light, {"bpc": 1.1}), Row("1@1", TEXT | {"hierarchy": "1@1"}, {"bpc": 1.2}))
 TABLES["1", "enwik8"] = replace(TABLES["1", "enwik8"], rows=rows, baseline="1@1")
 evidence.PAIRS, evidence.NUMBERS, evidence.SEEDS = (("1@1", "light"),), ("1",), 1
-curves.POINTS, curves.BRANCHES, curves.DECAY = (480,), (480,), 0.4
-curves.PAIRS = (curves.Pair(curves.plain("1@1"), ()),)
+curves.POINTS, curves.BRANCHES, curves.DECAY, curves.PAIRS = (480, 960), (960,), 0.4, ()
 """
+CURVE = "curves.PAIRS = (curves.Pair(curves.light('0@1 1@2 1@1'), ()),)"  # two legs and a branch
 # Notes every step, kills the process before one, and lets the time be up after one.
 WATCH = """
 import os
@@ -66,7 +66,13 @@ def watched(self, step, batch):
 trainer._Training.train_on = watched
 """
 PLAIN, LIGHT = "1@1 seed0", "0@1_1@2_1@1-average-repeat seed0"
-LEGS = "seed0 480-constant", "seed0 480-decayed"
+
+
+def make_home(home, plugin):
+    (home / "plugin.py").write_text(plugin)
+    (home / "watch.py").write_text(WATCH)
+    (home / "books").write_bytes(b"the quick brown fox jumps over the lazy dog. " * 100)
+    return home
 
 
 def run_slice(home, *flags, **environment):
@@ -81,13 +87,18 @@ def run_slice(home, *flags, **environment):
     return process, steps
 
 
+def reached(directory):
+    """Figures and losses of sequences, of each run."""
+    paths = {path.parent.relative_to(directory).as_posix(): path for path in directory.rglob("result.json")}
+    figures = {name: json.loads(path.read_text())["figures"] for name, path in paths.items()}
+    losses = {path.parent.name: np.load(path).tobytes() for path in directory.rglob("losses.npy")}
+    return figures, losses
+
+
 @pytest.fixture(scope="module")
 def slices(tmp_path_factory):
     """A directory, and the slices in it: the time is up in the second row; it is killed there; the rest; once more."""
-    home = tmp_path_factory.mktemp("evidence")
-    (home / "plugin.py").write_text(PLUGIN)
-    (home / "watch.py").write_text(WATCH)
-    (home / "books").write_bytes(b"the quick brown fox jumps over the lazy dog. " * 100)
+    home = make_home(tmp_path_factory.mktemp("evidence"), PLUGIN)
     stops = ({"STOP_AT": f"{LIGHT} 5"}, {"KILL_AT": f"{LIGHT} 9"}, {}, {})
     return home, [run_slice(home, **stop) for stop in stops]
 
@@ -98,53 +109,58 @@ def test_a_slice_ends_in_time_and_says_what_is_done_and_next(slices):
     assert steps == {PLAIN: list(range(1, 13)), LIGHT: list(range(1, 6))}  # the pair, side by side
     assert "stopped at the end of its time after step 5" in process.stdout
     following = LIGHT.replace(" ", "/")
-    *_, pairs, _, curves, _, last = process.stdout.splitlines()
-    assert pairs.startswith("| main pairs | 1 of 2 | ") and pairs.endswith(f" | {following} |")
-    assert curves == "| learning curves | 0 of 2 | - | curves/1@1/seed0/480-constant |"
-    assert last == f"1 of 4 parts are done; next is {following}; the same command goes on"
+    *_, pairs, table, _, _, last = process.stdout.splitlines()
+    for line, title in ((pairs, "main pairs"), (table, "table 1")):
+        assert line.startswith(f"| {title} | 1 of 2 | ") and line.endswith(f" | {following} |")
+    assert last == f"1 of 2 parts are done; next is {following}; the same command goes on"
 
 
 def test_the_same_command_goes_on_and_trains_nothing_twice(slices):
     (killed, of_killed), (rest, of_rest), (again, of_again) = slices[1][1:]
-    assert killed.returncode == -9 and of_killed == {LIGHT: [6, 7, 8]}
-    assert rest.returncode == 0, rest.stderr
-    assert of_rest == {LIGHT: list(range(7, 13)), LEGS[0]: list(range(1, 6)), LEGS[1]: [6, 7]}
+    assert killed.returncode == -9 and of_killed == {LIGHT: [6, 7, 8]}  # the last checkpoint is that of step 6
+    assert rest.returncode == 0 and of_rest == {LIGHT: list(range(7, 13))}, rest.stderr
     assert again.returncode == 0 and of_again == {}
     for process in (rest, again):
-        assert process.stdout.endswith("4 of 4 parts are done; nothing is left to train\n")
+        assert process.stdout.endswith("2 of 2 parts are done; nothing is left to train\n")
 
 
 def test_slices_leave_what_one_run_leaves(slices):
-    home = slices[0]
-    process, steps = run_slice(home, "--out=whole")
-    assert process.returncode == 0 and sum(map(len, steps.values())) == 31, process.stderr
-    found, whole = (results(home / out / "books-micro") for out in ("runs/evidence", "whole"))
-    assert found == whole and len(found) == 4
-    for leg in (name for name in found if name.startswith("curves")):
-        a, b = (np.load(home / out / "books-micro" / leg / "losses.npy") for out in ("runs/evidence", "whole"))
-        np.testing.assert_array_equal(a, b)
-
-
-def results(directory):
-    paths = {path.parent.relative_to(directory).as_posix(): path for path in directory.rglob("result.json")}
-    return {name: json.loads(path.read_text())["figures"] for name, path in paths.items()}
+    process, steps = run_slice(slices[0], "--out=whole")
+    assert process.returncode == 0 and sum(map(len, steps.values())) == 24, process.stderr
+    found, whole = (reached(slices[0] / out / "books-micro") for out in ("runs/evidence", "whole"))
+    assert found == whole and len(found[0]) == 2
 
 
 def test_reports_stay_and_checkpoints_go(slices):
     out = slices[0] / "runs/evidence"
-    assert {path.name for path in (out / "results").iterdir()} == {
-        f"{name}-books-micro.{suffix}" for name in ("table1", "curves") for suffix in ("json", "md", "png")
-    }
+    assert {path.suffix for path in (out / "results").glob("table1-books-micro.*")} == {".json", ".md", ".png"}
     record = json.loads((out / "results/table1-books-micro.json").read_text())
     assert [len(row["runs"]) for row in record["rows"]] == [1, 1]
     for name in ("checkpoints", "tensorboard", "metrics.jsonl"):
         assert not list(out.rglob(name))
 
 
+@pytest.mark.slow
+def test_a_curve_goes_on_across_slices_too(tmp_path):
+    home = make_home(tmp_path, f"{PLUGIN}{CURVE}\n")
+    for stop in ("960-constant 8", "960-decayed 12"):  # of ten steps, five of them before, and of four more
+        process, steps = run_slice(home, STOP_AT=f"seed0 {stop}")
+        name, _, step = f"seed0 {stop}".rpartition(" ")
+        assert process.returncode == 0 and steps[name][-1] == int(step), process.stderr
+        assert len(list(home.rglob("checkpoints"))) == 2  # of the leg, and of the one before
+    for flags in ((), ("--out=whole",)):
+        process, steps = run_slice(home, *flags)
+        assert process.stdout.endswith("5 of 5 parts are done; nothing is left to train\n"), process.stderr
+    found, whole = (reached(home / out / "books-micro") for out in ("runs/evidence", "whole"))
+    assert found == whole and len(found[0]) == 5 and len(found[1]) == 3
+    assert (home / "runs/evidence/results/curves-books-micro.md").exists()
+    assert not list(home.rglob("checkpoints"))
+
+
 def test_without_time_nothing_begins(slices):
     process, steps = run_slice(slices[0], "--out=none", "--slice_minutes=0")
     assert process.returncode == 0 and not steps, process.stderr
-    assert process.stdout.endswith("0 of 4 parts are done; next is 1@1/seed0; the same command goes on\n")
+    assert process.stdout.endswith("0 of 2 parts are done; next is 1@1/seed0; the same command goes on\n")
 
 
 def test_compiled_programs_stay_where_the_environment_names_no_other_place(tmp_path, monkeypatch):
@@ -201,10 +217,10 @@ def test_pairs_come_first_then_tables_then_seeds_then_curves(scale, tmp_path):
 def test_pairs_are_of_about_the_same_cost(tmp_path):
     table, setup = find_table("1", "enwik8"), find_setup("enwik8", "micro")
     flops = {job.row.name: step_flops(job) for job in plan([table], setup, tmp_path, 1)}
-    for plain, hourglass in evidence.PAIRS:
-        others = [name for name in flops if "@" in name and " " not in name]
-        assert abs(flops[hourglass] / flops[plain] - 1) < 0.35
-        assert min(map(flops.get, others)) < flops[hourglass] < max(map(flops.get, others))
+    for plain, hourglass in evidence.PAIRS[:3]:
+        assert 0.85 < flops[hourglass] / flops[plain] < 1.15
+    costs = [flops[plain] for plain, _ in evidence.PAIRS]
+    assert all(min(costs) < flops[hourglass] < max(costs) for _, hourglass in evidence.PAIRS)
 
 
 def leave(directory, **sizes):
