@@ -97,10 +97,9 @@ def reached(directory):
 
 @pytest.fixture(scope="module")
 def slices(tmp_path_factory):
-    """A directory, and the slices in it: the time is up in the second row; it is killed there; the rest; once more."""
+    """A directory, and the slices in it: the time is up in the second row; the rest."""
     home = make_home(tmp_path_factory.mktemp("evidence"), PLUGIN)
-    stops = ({"STOP_AT": f"{LIGHT} 5"}, {"KILL_AT": f"{LIGHT} 9"}, {}, {})
-    return home, [run_slice(home, **stop) for stop in stops]
+    return home, [run_slice(home, STOP_AT=f"{LIGHT} 5"), run_slice(home)]
 
 
 def test_a_slice_ends_in_time_and_says_what_is_done_and_next(slices):
@@ -116,19 +115,9 @@ def test_a_slice_ends_in_time_and_says_what_is_done_and_next(slices):
 
 
 def test_the_same_command_goes_on_and_trains_nothing_twice(slices):
-    (killed, of_killed), (rest, of_rest), (again, of_again) = slices[1][1:]
-    assert killed.returncode == -9 and of_killed == {LIGHT: [6, 7, 8]}  # the last checkpoint is that of step 6
-    assert rest.returncode == 0 and of_rest == {LIGHT: list(range(7, 13))}, rest.stderr
-    assert again.returncode == 0 and of_again == {}
-    for process in (rest, again):
-        assert process.stdout.endswith("2 of 2 parts are done; nothing is left to train\n")
-
-
-def test_slices_leave_what_one_run_leaves(slices):
-    process, steps = run_slice(slices[0], "--out=whole")
-    assert process.returncode == 0 and sum(map(len, steps.values())) == 24, process.stderr
-    found, whole = (reached(slices[0] / out / "books-micro") for out in ("runs/evidence", "whole"))
-    assert found == whole and len(found[0]) == 2
+    process, steps = slices[1][1]
+    assert process.returncode == 0 and steps == {LIGHT: list(range(6, 13))}, process.stderr
+    assert process.stdout.endswith("2 of 2 parts are done; nothing is left to train\n")
 
 
 def test_reports_stay_and_checkpoints_go(slices):
@@ -141,16 +130,20 @@ def test_reports_stay_and_checkpoints_go(slices):
 
 
 @pytest.mark.slow
-def test_a_curve_goes_on_across_slices_too(tmp_path):
+def test_slices_that_are_stopped_or_killed_leave_what_one_run_leaves(tmp_path):
     home = make_home(tmp_path, f"{PLUGIN}{CURVE}\n")
+    process, steps = run_slice(home, KILL_AT=f"{LIGHT} 9")
+    assert process.returncode == -9 and steps == {PLAIN: list(range(1, 13)), LIGHT: list(range(1, 9))}
     for stop in ("960-constant 8", "960-decayed 12"):  # of ten steps, five of them before, and of four more
         process, steps = run_slice(home, STOP_AT=f"seed0 {stop}")
         name, _, step = f"seed0 {stop}".rpartition(" ")
         assert process.returncode == 0 and steps[name][-1] == int(step), process.stderr
+        assert PLAIN not in steps and steps.get(LIGHT, range(7, 13))[0] == 7  # the last checkpoint is that of step 6
         assert len(list(home.rglob("checkpoints"))) == 2  # of the leg, and of the one before
-    for flags in ((), ("--out=whole",)):
+    for flags, n_steps in (((), 2), ((), 0), (("--out=whole",), 38)):
         process, steps = run_slice(home, *flags)
         assert process.stdout.endswith("5 of 5 parts are done; nothing is left to train\n"), process.stderr
+        assert sum(map(len, steps.values())) == n_steps
     found, whole = (reached(home / out / "books-micro") for out in ("runs/evidence", "whole"))
     assert found == whole and len(found[0]) == 5 and len(found[1]) == 3
     assert (home / "runs/evidence/results/curves-books-micro.md").exists()
