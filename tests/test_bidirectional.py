@@ -222,7 +222,6 @@ STEPS = 200
 
 def test_training_learns_from_both_sides_and_goes_on_where_it_stopped(tmp_path):
     model, result = train(tmp_path / "whole", STEPS)
-    print(result, np.log(8) / 2)
     assert result.loss < 0.8 * np.log(8) / 2  # what a causal model could reach at best
     for n_steps in (STEPS // 2, STEPS):
         resumed, again = train(tmp_path / "parts", n_steps)
