@@ -20,14 +20,19 @@ def config(name: str, **options: Any) -> HourglassConfig:
     return HourglassConfig(**SIZES, **METHODS[name], **options)
 
 
-def make_peer(max_length: int) -> Any:
-    """The peer's language model at the same sizes, a torch module; raises UsageError where it is not installed."""
+def find_peer() -> Any:
+    """The peer's module; raises UsageError where it is not installed."""
     try:
         import hourglass_transformer_pytorch.hourglass_transformer_pytorch as peer
     except ImportError as error:
         raise UsageError(f"{error}; pip install -e '.[bench]', or give --nopeer") from None
     peer.math = math  # which it uses without importing it, at lengths that are no multiple of its factor
-    return peer.HourglassTransformerLM(
+    return peer
+
+
+def make_peer(max_length: int) -> Any:
+    """The peer's language model at the same sizes, a torch module."""
+    return find_peer().HourglassTransformerLM(
         num_tokens=256,
         dim=256,
         max_seq_len=max_length,

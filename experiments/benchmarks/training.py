@@ -6,6 +6,7 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from hourglass_jax import HourglassConfig, HourglassLM, OptimizerConfig
 from hourglass_jax.costs import training_flops
 from hourglass_jax.data.corpora import builtin_text
 from hourglass_jax.data.pipeline import Batch, random_windows, stream
+from hourglass_jax.memory import keep_memory
 from hourglass_jax.tokenizers import ByteTokenizer
 from hourglass_jax.training.metrics import matmul_ceiling
 from hourglass_jax.training.optimizer import make_optimizer
@@ -26,7 +28,7 @@ from hourglass_jax.training.step import TrainState, make_train_step
 
 LENGTH, BATCH = 512, 8
 DROPOUTS = (0.0, 0.1)
-PEER_KEEPING = "peer, memory kept"
+PEER, PEER_KEEPING = ("peer", 0.0, "synthetic"), ("peer, memory kept", 0.0, "synthetic")
 
 
 class Step:
@@ -80,35 +82,42 @@ def peer_step() -> Callable[[], None]:
     return step
 
 
-_steps: list[Callable[[], None]] = []  # of a process that does nothing else
+def make_step(name: str, dropout: float, source: str) -> Step:
+    """A step of ours on `synthetic` or `real` input."""
+    batches = real() if source == "real" else synthetic(BATCH, LENGTH)
+    return Step(models.config(name, dropout=dropout, max_length=LENGTH), batches)
 
 
-def _begin() -> None:
-    _steps.append(peer_step())
+_steps: list[Callable[[], None]] = []  # the one of a process that does nothing else
+
+
+def _begin(make: Callable[[], Callable[[], None]], *, keep: bool) -> None:
+    if keep:
+        keep_memory()
+    _steps.append(make())
 
 
 def _go_on() -> None:
     _steps[0]()
 
 
-def peer_step_apart() -> Callable[[], None]:
-    """The same in a process that has not called `keep_memory`, as the peer's users run it."""
-    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_begin)
+def apart(make: Callable[[], Callable[[], None]], *, keep: bool) -> Callable[[], None]:
+    """`make()` and its calls in a process of their own, so that no model's memory is in another's way."""
+    begin = partial(_begin, make, keep=keep)
+    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=begin)
     return lambda: process.submit(_go_on).result()
 
 
 def measure(repeats: int, *, peer: bool) -> list[dict[str, Any]]:
     """One row for each model, dropout and source of input."""
-    runs: dict[tuple[str, float, str], Callable[[], None]] = {}
-    for name in models.METHODS:
-        for dropout in DROPOUTS:
-            config = models.config(name, dropout=dropout, max_length=LENGTH)
-            runs[name, dropout, "synthetic"] = Step(config, synthetic(BATCH, LENGTH))
-    runs["learned", 0.0, "real"] = Step(models.config("learned", max_length=LENGTH), real())
+    ours = [(name, dropout, "synthetic") for name in models.METHODS for dropout in DROPOUTS]
+    ours.append(("learned", 0.0, "real"))
+    runs = {key: apart(partial(make_step, *key), keep=True) for key in ours}
     if peer:
-        runs["peer", 0.0, "synthetic"] = peer_step_apart()
-        runs[PEER_KEEPING, 0.0, "synthetic"] = peer_step()
-    seconds = timing.in_turn(runs, repeats)
+        models.find_peer()  # or say so here
+        runs[PEER] = apart(peer_step, keep=False)
+        runs[PEER_KEEPING] = apart(peer_step, keep=True)
+    seconds = timing.in_turn(runs, repeats, warm=True)
     ceiling = matmul_ceiling("float32")
     rows = []
     for (name, dropout, source), taken in seconds.items():
@@ -116,7 +125,7 @@ def measure(repeats: int, *, peer: bool) -> list[dict[str, Any]]:
         row = {"model": name, "dropout": dropout, "input": source, "seconds": taken}
         row |= {"characters_per_second": BATCH * LENGTH / median, "matmul_ceiling": ceiling}
         if name in models.METHODS:
-            flops = BATCH * training_flops(runs[name, dropout, source].config, LENGTH)
+            flops = BATCH * training_flops(models.config(name, max_length=LENGTH), LENGTH)
             row |= {"flops": flops, "utilisation": flops / median / ceiling}
         rows.append(row)
     return rows
@@ -140,7 +149,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         key = (row["model"], row["dropout"], row["input"])
         milliseconds = f"{statistics.median(row['seconds']) * 1e3:,.0f}"
         share = f"{row['utilisation']:.0%}" if "utilisation" in row else ""
-        beside_peer = times(paired(rows, key, ("peer", 0.0, "synthetic")))
+        beside_peer = times(paired(rows, key, PEER))
         cells.append([*key, milliseconds, f"{row['characters_per_second']:,.0f}", beside_peer, share])
     return markdown_table(header, cells)
 
@@ -154,10 +163,11 @@ def describe(rows: list[dict[str, Any]], repeats: int) -> str:
     return f"""# Characters per second of training
 
 {models.SIZES["hierarchy"]}, d_model {models.SIZES["d_model"]}, {models.SIZES["n_heads"]} heads, vocabulary 256, length
-{LENGTH}, batch {BATCH}, AdamW, float32; {repeats} steps of each in turn, compilation left out. The peer is
-{models.PEER}, eager, without dropout, in a process of its own, as its users run it; and once more in the
-process of the others, which keeps the memory it frees, as our launchers have it (`keep_memory`). Ratios are medians
-over rounds, times are medians. `learned` is the peer's architecture, `relative` this library's default.
+{LENGTH}, batch {BATCH}, AdamW, float32; {repeats} pairs of steps of each in turn, the second counts. The peer is
+{models.PEER}, eager, without dropout. Each has a process of its own, which keeps the memory that it frees
+(`keep_memory`, as our launchers have it); the peer is there without that too, as its users run it, and `times the peer`
+is times that one. Ratios are medians over rounds, times are medians. `learned` is the peer's architecture, `relative`
+this library's default.
 
 {table(rows)}
 
