@@ -220,6 +220,7 @@ def train(directory, steps):
 STEPS = 200
 
 
+@pytest.mark.slow
 def test_training_learns_from_both_sides_and_goes_on_where_it_stopped(tmp_path):
     model, result = train(tmp_path / "whole", STEPS)
     assert result.loss < 0.8 * np.log(8) / 2  # what a causal model could reach at best
@@ -293,6 +294,7 @@ def test_costs_and_summary_count_both_sides(shortening, upsampling, positions):
     assert "both ways" in text and "blocked" in text
 
 
+@pytest.mark.slow
 def test_launchers_train_it_and_evaluate_what_is_masked(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 40)
     flags = ["--hierarchy=1@1 1@2 1@1", "--d_model=16", "--n_heads=2", "--d_ff=16", "--block_size=24", "--batch_size=4"]

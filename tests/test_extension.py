@@ -107,6 +107,7 @@ TINY = ["--hierarchy=1@1 1@2 1@1", "--d_model=16", "--n_heads=2", "--d_ff=16", "
 TINY += ["--steps=2", "--data_path=text.txt", "--shortening=gated"]
 
 
+@pytest.mark.slow
 def test_launchers_take_it_as_a_plugin(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 20)
     (tmp_path / "gated.py").write_text(METHOD)
