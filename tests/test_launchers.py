@@ -180,6 +180,7 @@ def test_the_pretraining_of_a_book_as_documented_is_a_model(tmp_path, flags):
     assert result.returncode == 2 and "accumulate=3" in result.stderr, result.stderr
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_a_run_of_another_configuration(home, tmp_path):
     out = copy_of_run(home, tmp_path)
     succeed("pretrain", *TINY, "--data_path=text.txt", "--steps=2", "--overwrite", cwd=tmp_path)

@@ -232,7 +232,7 @@ MOMENTS = {  # what is about to be called when the signal comes, for which time,
 }
 
 
-RARE = ("start", "compilation", "evaluation", "sample")
+RARE = ("start", "compilation", "evaluation", "seal", "sample")
 
 
 @pytest.mark.parametrize(
