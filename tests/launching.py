@@ -16,6 +16,22 @@ EXPERIMENTS = ROOT / "experiments"
 README = (ROOT / "README.md").read_text()
 # A shortening method as the README tells users to write one.
 [METHOD] = re.findall(r"^## Add a shortening method$.*?^```python\n(.*?)^```$", README, re.M | re.S)
+# A plugin that makes the ablations' scale `micro` one that trains in seconds.
+MICRO = """
+from dataclasses import replace
+
+from experiments.ablations.scales import SETUPS
+
+setup = SETUPS["text", "micro"]
+SETUPS["text", "micro"] = replace(
+    setup,
+    model=setup.model | {"d_model": 16, "n_heads": 2, "d_ff": 32},
+    data=replace(setup.data, split="fraction", block_size=24, batch_size=4),
+    optimizer=replace(setup.optimizer, warmup_steps=3),
+    train=replace(setup.train, steps=12, eval_interval=6, eval_batches=2),
+    n_valid=32,
+)
+"""
 # The launchers' programs run once: compiling them quickly matters more than how they run.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",

@@ -87,7 +87,9 @@ def test_the_paper_s_set_ups():
 def test_boundaries_are_compared_at_equal_flops(scale, tmp_path):
     table, setup = find_table("B1", "enwik8"), find_setup("enwik8", scale)
     flops = {row.name: step_flops(make_job(table, row, setup, tmp_path, 0)) for row in table.rows}
-    assert all(abs(of_row / flops["plain"] - 1) < 0.06 for of_row in flops.values())
+    assert all(
+        abs(of_row / flops["plain"] - 1) < (0.06 if name == "gumbel" else 0.05) for name, of_row in flops.items()
+    )
     assert flops["spacelike"] == flops["whitespace"] <= min(flops["fixed, k=4"], flops["fixed, k=6"])
     jobs = plan([table, find_table("1", "enwik8")], setup, tmp_path, 2)
     assert len(jobs) == 21 + 17 - 2  # three seeds of every row; the plain one is Table 1's baseline

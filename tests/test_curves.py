@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax import nnx
-from launching import run_forked
+from launching import MICRO, run_forked
 
 import hourglass_jax as hg
 from experiments.ablations import curve_pictures, curve_report, curves, gaps
@@ -23,21 +23,9 @@ RESULTS = Path(__file__).resolve().parents[1] / "experiments" / "results" / "abl
 RECORDS = sorted(RESULTS.glob("curves-*.json"))
 
 # Two models and two budgets, of 5 and 10 steps; a branch of 4 more.
-PLUGIN = """
-from dataclasses import replace
-
+PLUGIN = f"""{MICRO}
 from experiments.ablations import curves
-from experiments.ablations.scales import SETUPS
 
-setup = SETUPS["text", "micro"]
-SETUPS["text", "micro"] = replace(
-    setup,
-    model=setup.model | {"d_model": 16, "n_heads": 2, "d_ff": 32},
-    data=replace(setup.data, split="fraction", block_size=24, batch_size=4),
-    optimizer=replace(setup.optimizer, warmup_steps=3),
-    train=replace(setup.train, eval_batches=2),
-    n_valid=32,
-)
 curves.POINTS, curves.BRANCHES, curves.DECAY = (480, 960), (960,), 0.4
 curves.PAIRS = (curves.Pair(curves.plain("1@1"), (curves.light("0@1 1@2 1@1"),)),)
 """

@@ -7,7 +7,7 @@ import os
 import jax
 import numpy as np
 import pytest
-from launching import run_forked
+from launching import MICRO, run_forked
 
 from experiments.ablations import evidence
 from experiments.ablations.costs import step_flops
@@ -17,25 +17,13 @@ from experiments.ablations.tables import find_table
 from experiments.common.slices import TRIES, keep_compiled
 
 # A pair of rows that train in seconds.
-PLUGIN = """
-from dataclasses import replace
-
+PLUGIN = f"""{MICRO}
 from experiments.ablations import curves, evidence
-from experiments.ablations.scales import SETUPS
 from experiments.ablations.table import TEXT, Row, resampling
 from experiments.ablations.tables import TABLES
 
-setup = SETUPS["text", "micro"]
-SETUPS["text", "micro"] = replace(
-    setup,
-    model=setup.model | {"d_model": 16, "n_heads": 2, "d_ff": 32},
-    data=replace(setup.data, split="fraction", block_size=24, batch_size=4),
-    optimizer=replace(setup.optimizer, warmup_steps=3),
-    train=replace(setup.train, steps=12, eval_interval=6, eval_batches=2),
-    n_valid=32,
-)
-light = resampling("average", "repeat") | {"hierarchy": "0@1 1@2 1@1"}
-rows = (Row("light", light, {"bpc": 1.1}), Row("1@1", TEXT | {"hierarchy": "1@1"}, {"bpc": 1.2}))
+light = resampling("average", "repeat") | {{"hierarchy": "0@1 1@2 1@1"}}
+rows = (Row("light", light, {{"bpc": 1.1}}), Row("1@1", TEXT | {{"hierarchy": "1@1"}}, {{"bpc": 1.2}}))
 TABLES["1", "enwik8"] = replace(TABLES["1", "enwik8"], rows=rows, baseline="1@1")
 evidence.PAIRS, evidence.NUMBERS, evidence.SEEDS = (("1@1", "light"),), ("1",), 1
 curves.POINTS, curves.BRANCHES, curves.DECAY, curves.PAIRS = (480, 960), (960,), 0.4, ()

@@ -46,7 +46,7 @@ PUBLISHED_BOUNDARIES = {
 
 
 def table_b1() -> Table:
-    """Not of the paper: who decides where groups end, at equal FLOPs (to 6 %)."""
+    """Not of the paper: who decides where groups end, at equal FLOPs (to 5 %, gumbel with its network to 6 %)."""
 
     light = resampling("average", "repeat")
 

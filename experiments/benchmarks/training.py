@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,19 @@ from hourglass_jax.training.step import TrainState, make_train_step
 
 LENGTH, BATCH = 512, 8
 DROPOUTS = (0.0, 0.1)
-PEER, PEER_KEEPING = ("peer", 0.0, "synthetic"), ("peer, memory kept", 0.0, "synthetic")
+SERIES = 3  # steps at a time, as training does them one after another
+
+
+class Case(NamedTuple):
+    """What is timed. memory: kept by the process (`keep_memory`, as our launchers have it), or given back."""
+
+    model: str
+    dropout: float = 0.0
+    input: str = "synthetic"
+    memory: str = "kept"
+
+
+PEER = Case("peer", memory="given back")  # as its users run it
 
 
 class Step:
@@ -45,11 +57,6 @@ class Step:
     def __call__(self) -> None:
         self.state, metrics = self.step(self.state, *next(self.batches))
         jax.block_until_ready((self.state, metrics))
-
-    def memory_bytes(self, batch: Batch) -> int:
-        """Arguments and temporaries of the compiled step."""
-        analysis = self.step.lower(self.state, *batch).compile().memory_analysis()
-        return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
 
 
 def synthetic(batch: int, length: int) -> Iterator[Batch]:
@@ -82,58 +89,63 @@ def peer_step() -> Callable[[], None]:
     return step
 
 
-def make_step(name: str, dropout: float, source: str) -> Step:
-    """A step of ours on `synthetic` or `real` input."""
-    batches = real() if source == "real" else synthetic(BATCH, LENGTH)
-    return Step(models.config(name, dropout=dropout, max_length=LENGTH), batches)
+def make_step(case: Case) -> Callable[[], None]:
+    """The step of a case, ours on `synthetic` or `real` input."""
+    if case.model == PEER.model:
+        return peer_step()
+    batches = real() if case.input == "real" else synthetic(BATCH, LENGTH)
+    return Step(models.config(case.model, dropout=case.dropout, max_length=LENGTH), batches)
 
 
 _steps: list[Callable[[], None]] = []  # the one of a process that does nothing else
 
 
-def _begin(make: Callable[[], Callable[[], None]], *, keep: bool) -> None:
-    if keep:
+def _begin(case: Case) -> None:
+    if case.memory == "kept":
         keep_memory()
-    _steps.append(make())
+    _steps.append(make_step(case))
 
 
 def _go_on() -> None:
-    _steps[0]()
+    for _ in range(SERIES):
+        _steps[0]()
 
 
-def apart(make: Callable[[], Callable[[], None]], *, keep: bool) -> Callable[[], None]:
-    """`make()` and its calls in a process of their own, so that no model's memory is in another's way."""
-    begin = partial(_begin, make, keep=keep)
-    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=begin)
+def apart(case: Case) -> Callable[[], None]:
+    """Its steps in a process of their own, so that no model's memory is in another's way."""
+    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=partial(_begin, case))
     return lambda: process.submit(_go_on).result()
 
 
 def measure(repeats: int, *, peer: bool) -> list[dict[str, Any]]:
-    """One row for each model, dropout and source of input."""
-    ours = [(name, dropout, "synthetic") for name in models.METHODS for dropout in DROPOUTS]
-    ours.append(("learned", 0.0, "real"))
-    runs = {key: apart(partial(make_step, *key), keep=True) for key in ours}
+    """One row for each case."""
+    cases = [Case(name, dropout) for name in models.METHODS for dropout in DROPOUTS]
+    cases += [Case("learned", input="real"), *(Case(name, memory="given back") for name in models.METHODS)]
     if peer:
         models.find_peer()  # or say so here
-        runs[PEER] = apart(peer_step, keep=False)
-        runs[PEER_KEEPING] = apart(peer_step, keep=True)
-    seconds = timing.in_turn(runs, repeats, warm=True)
+        cases += [PEER, PEER._replace(memory="kept")]
+    seconds = timing.in_turn({case: apart(case) for case in cases}, repeats, warm=True)
     ceiling = matmul_ceiling("float32")
     rows = []
-    for (name, dropout, source), taken in seconds.items():
+    for case, of_series in seconds.items():
+        taken = [series / SERIES for series in of_series]
         median = statistics.median(taken)
-        row = {"model": name, "dropout": dropout, "input": source, "seconds": taken}
+        row = case._asdict() | {"seconds": taken}
         row |= {"characters_per_second": BATCH * LENGTH / median, "matmul_ceiling": ceiling}
-        if name in models.METHODS:
-            flops = BATCH * training_flops(models.config(name, max_length=LENGTH), LENGTH)
+        if case.model in models.METHODS:
+            flops = BATCH * training_flops(models.config(case.model, max_length=LENGTH), LENGTH)
             row |= {"flops": flops, "utilisation": flops / median / ceiling}
         rows.append(row)
     return rows
 
 
-def paired(rows: list[dict[str, Any]], one: tuple[str, float, str], other: tuple[str, float, str]) -> float | None:
+def case_of(row: dict[str, Any]) -> Case:
+    return Case(*(row[name] for name in Case._fields))
+
+
+def paired(rows: list[dict[str, Any]], one: Case, other: Case) -> float | None:
     """How many times as fast `one` is as `other`: the median over rounds of their ratio."""
-    seconds = {(row["model"], row["dropout"], row["input"]): row["seconds"] for row in rows}
+    seconds = {case_of(row): row["seconds"] for row in rows}
     if other not in seconds:
         return None
     return statistics.median(b / a for a, b in zip(seconds[one], seconds[other], strict=True))
@@ -143,34 +155,33 @@ def table(rows: list[dict[str, Any]]) -> str:
     def times(ratio: float | None) -> str:
         return "" if ratio is None else f"{ratio:.2f}"
 
-    header = ["model", "dropout", "input", "ms a step", "characters/s", "times the peer", "of the matmul ceiling"]
+    header = [*Case._fields, "ms a step", "characters/s", "times the peer", "of the matmul ceiling"]
     cells = []
     for row in rows:
-        key = (row["model"], row["dropout"], row["input"])
+        case = case_of(row)
         milliseconds = f"{statistics.median(row['seconds']) * 1e3:,.0f}"
         share = f"{row['utilisation']:.0%}" if "utilisation" in row else ""
-        beside_peer = times(paired(rows, key, PEER))
-        cells.append([*key, milliseconds, f"{row['characters_per_second']:,.0f}", beside_peer, share])
+        beside_peer = times(paired(rows, case, PEER))
+        cells.append([*case, milliseconds, f"{row['characters_per_second']:,.0f}", beside_peer, share])
     return markdown_table(header, cells)
 
 
 def describe(rows: list[dict[str, Any]], repeats: int) -> str:
-    dropout_costs = [
-        f"{name} {paired(rows, (name, 0.0, 'synthetic'), (name, 0.1, 'synthetic')) - 1:+.0%}" for name in models.METHODS
-    ]
-    input_cost = paired(rows, ("learned", 0.0, "synthetic"), ("learned", 0.0, "real")) - 1
+    dropout_costs = [f"{name} {paired(rows, Case(name), Case(name, 0.1)) - 1:+.0%}" for name in models.METHODS]
+    input_cost = paired(rows, Case("learned"), Case("learned", input="real")) - 1
+    gains = [f"{name} {paired(rows, Case(name), Case(name, memory='given back')):.2f}" for name in models.METHODS]
     ceiling = rows[0]["matmul_ceiling"] / 1e9
     return f"""# Characters per second of training
 
 {models.SIZES["hierarchy"]}, d_model {models.SIZES["d_model"]}, {models.SIZES["n_heads"]} heads, vocabulary 256, length
-{LENGTH}, batch {BATCH}, AdamW, float32; {repeats} pairs of steps of each in turn, the second counts. The peer is
-{models.PEER}, eager, without dropout. Each has a process of its own, which keeps the memory that it frees
-(`keep_memory`, as our launchers have it); the peer is there without that too, as its users run it, and `times the peer`
-is times that one. Ratios are medians over rounds, times are medians. `learned` is the peer's architecture, `relative`
-this library's default.
+{LENGTH}, batch {BATCH}, AdamW, float32; {repeats} times {2 * SERIES} steps of each in turn, the last {SERIES} count.
+The peer is {models.PEER}, eager, without dropout. Each has a process of its own, which keeps the memory that it frees
+(`keep_memory`, as our launchers have it), or gives it back, as the peer's users have it: `times the peer` is beside
+that. Ratios are medians over rounds, times are medians. `learned` is the peer's architecture, `relative` our default.
 
 {table(rows)}
 
+- Keeping memory makes a step faster: {", ".join(gains)} times.
 - Dropout 0.1 costs: {", ".join(dropout_costs)}.
 - Windows of a real text through the input pipeline instead of one batch in memory cost: {input_cost:+.1%}.
 - A square matrix product reached {ceiling:,.0f} GFLOP/s in the same run; the last column is the model's own

@@ -292,7 +292,7 @@ class _Training:
         self.start_clock()
 
     def check_room(self, suppressed: float) -> None:
-        """Warns where learned boundaries once they are trained, want more than there is room for."""
+        """Warns where learned boundaries, once they are trained, want more than there is room for."""
         if suppressed > MOST_SUPPRESSED:
             config = self.model.config
             logging.warning(
