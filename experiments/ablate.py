@@ -29,7 +29,7 @@ from hourglass_jax.training.signals import Signals
 
 DOWNLOADS = "data"
 
-TABLE = flags.DEFINE_list("table", [], "Tables of the paper by number, 1 to 8 and A1, and B1, where groups end.")
+TABLE = flags.DEFINE_list("table", [], "Tables of the paper by number, 1 to 8, A1 and F7; B1, where groups end.")
 DATASET = flags.DEFINE_string("dataset", "enwik8", " | ".join(DATASETS))
 SCALE = flags.DEFINE_string(
     "scale", "tiny", f"{' | '.join(SCALES)}: the paper's set-up, one GPU, two CPU cores, those for longer."

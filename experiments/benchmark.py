@@ -22,7 +22,7 @@ from absl import flags
 
 from experiments.benchmarks import accelerator, boundaries, decoding, models, training
 from experiments.common import launcher
-from experiments.common.reports import PACKAGES, provenance, read_record, write_report
+from experiments.common.reports import PACKAGES, provenance, read_record, report_file, write_report
 from experiments.common.slices import Slice, keep_compiled
 from hourglass_jax import UsageError
 
@@ -57,7 +57,7 @@ def main(_: list[str]) -> None:
         path = Path(REPORT.value)
         if SUITE.value == "decoding":
             path.parent.mkdir(parents=True, exist_ok=True)
-            decoding.plot(rows, path.with_suffix(".png"))
+            decoding.plot(rows, report_file(path, ".png"))
             text += f"\n![characters per second]({path.name}.png)\n"
         with_peer = PEER.value and SUITE.value != "boundaries"
         packages = (*PACKAGES, "torch", models.PEER) if with_peer else PACKAGES
@@ -70,7 +70,7 @@ def run_accelerator() -> None:
     keep_compiled(path.parent / "compiled")
     sizes = launcher.read_config("accelerator", accelerator.Accelerator)
     settings = json.loads(json.dumps({"sizes": vars(sizes), "repeats": REPEATS.value}))
-    record = read_record(path.with_suffix(".json")) or settings | {"rows": {}, "tries": {}}
+    record = read_record(report_file(path, ".json")) or settings | {"rows": {}, "tries": {}}
     if different := launcher.difference({name: record[name] for name in settings}, settings):
         raise UsageError(f"{path}.json: was measured with {', '.join(different)}; give another --report")
     parts = accelerator.parts(sizes, REPEATS.value)

@@ -22,9 +22,10 @@ from flax import nnx
 
 from experiments.common import launcher
 from experiments.common.cards import model_card
-from hourglass_jax import HourglassLM, UsageError, load
+from hourglass_jax import HourglassLM, UsageError
 from hourglass_jax.files import whole_directory
 from hourglass_jax.interop import export_safetensors, from_original, from_pypi, import_safetensors
+from hourglass_jax.model import n_parameters
 from hourglass_jax.pretrained import save_pretrained
 from hourglass_jax.run_config import IMAGE_SIZES, DataConfig
 from hourglass_jax.tokenizers import ImageTokenizer, Tokenizer
@@ -63,15 +64,31 @@ DATASET = flags.DEFINE_enum(
     "dataset", "cifar10", list(IMAGE_SIZES), "Of a model of images: what evaluate.py and generate.py shall read."
 )
 
+PYTORCH, PACKAGE = ("--from=original", "--from=pypi"), ("--to=package",)
+TAKEN_BY = {
+    "vocab": PYTORCH,
+    "n_heads": PYTORCH,
+    "shorten_factor": ("--from=pypi",),
+    "causal": ("--from=pypi",),
+    "format": (*PYTORCH, "--from=safetensors"),
+    "dataset": ("--from=safetensors",),
+    "base": PACKAGE,
+    "about": PACKAGE,
+    "evaluations": PACKAGE,
+}
+
 
 def main(arguments: list[str]) -> None:
     model_path, vocab_path, out = read_paths(arguments[1:])
     if (FROM.value is None) == (TO.value is None):
         raise UsageError("give one of --from=original|pypi|safetensors and --to=safetensors|package")
-    if vocab_path and FROM.value not in ("original", "pypi"):
-        raise UsageError(f"{vocab_path}: only --from=original and --from=pypi take a vocabulary")
+    mode = f"--from={FROM.value}" if FROM.value else f"--to={TO.value}"
+    given = {name for name in TAKEN_BY if flags.FLAGS[name].present} | ({"vocab"} if vocab_path else set())
+    for option in sorted(given):
+        if mode not in TAKEN_BY[option]:
+            raise UsageError(f"--{option} is for {' and '.join(TAKEN_BY[option])}, not for {mode}; leave it out")
     if TO.value:
-        model, tokenizer, _ = load(model_path)
+        model, tokenizer, _ = launcher.load_run(model_path)
         if TO.value == "package":
             write_package(model, Run(model_path).read(), out)
         else:
@@ -82,7 +99,7 @@ def main(arguments: list[str]) -> None:
         model, tokenizer = read_model(model_path, vocab_path)
         write_model(model, tokenizer, directory)
     print(f"{describe(model)} -> {out}")
-    script = "generate" if model.config.causal else "evaluate"
+    script = "generate" if model.config.decodes else "evaluate"
     print(f"\nnext: python experiments/{script}.py --load_model_path={shlex.quote(out)}")
 
 
@@ -144,8 +161,9 @@ def write_package(model: HourglassLM, record: Record, out: str) -> None:
 
 
 def describe(model: HourglassLM) -> str:
-    n_parameters = sum(leaf.size for _, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    return f"{model.config.hierarchy}, {n_parameters / 1e6:.2f}M parameters, vocabulary {model.config.vocab_size}"
+    return (
+        f"{model.config.hierarchy}, {n_parameters(model) / 1e6:.2f}M parameters, vocabulary {model.config.vocab_size}"
+    )
 
 
 if __name__ == "__main__":

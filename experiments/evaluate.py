@@ -66,7 +66,11 @@ def main(_: list[str]) -> None:
     if not model.config.causal:
         options = {"--protocol": PROTOCOL.value != "consecutive"}
         options |= {"--per_token": PER_TOKEN.value, "--boundaries": BOUNDARIES.value}
-        refuse(options, "a model that sees both sides, which is asked for masked tokens")
+        refuse(options, f"{LOAD.value}, a model that sees both sides, which is asked for masked tokens")
+    if PROTOCOL.value == "sliding":
+        refuse({"--block_size": BLOCK_SIZE.value}, "sliding windows; give their length as --window")
+    else:
+        refuse({"--window": WINDOW.present, "--step": STEP.present}, "consecutive windows; pass --protocol=sliding too")
     if isinstance(tokenizer, ImageTokenizer):
         summary, figures = evaluate_images(model)
     elif not DATA_PATH.value and "held_back" in Run(LOAD.value).read().settings:
@@ -84,7 +88,7 @@ def evaluate_images(model: HourglassLM) -> tuple[str, dict[str, Any]]:
     """A line to read, and the figures."""
     options = {"--block_size": BLOCK_SIZE.value, "--protocol": PROTOCOL.value != "consecutive"}
     options |= {"--per_token": PER_TOKEN.value, "--boundaries": BOUNDARIES.value}
-    refuse(options, "a model of images, which have their own length")
+    refuse(options, f"{LOAD.value}, a model of images, which have their own length")
     split = SPLIT.value or "valid"
     check_choice("split", split, ImageSplits._fields)
     images = getattr(recorded_images(LOAD.value, DATA_PATH.value), split)
@@ -97,9 +101,8 @@ def evaluate_images(model: HourglassLM) -> tuple[str, dict[str, Any]]:
 
 def evaluate_haiku(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, dict[str, Any]]:
     """As `evaluate_images`, of the haiku that a model was fine-tuned on, in their own form."""
-    if BLOCK_SIZE.value or PROTOCOL.value != "consecutive":
-        option = "--block_size" if BLOCK_SIZE.value else "--protocol"
-        raise UsageError(f"{option}: haiku have their own length; give a text as --data_path")
+    options = {"--block_size": BLOCK_SIZE.value, "--protocol": PROTOCOL.value != "consecutive"}
+    refuse(options, "haiku, which have their own length; give a text as --data_path")
     split = SPLIT.value or "valid"
     check_choice("split", split, ("train", "valid"))
     source = recorded_haiku(LOAD.value)
@@ -155,11 +158,11 @@ def masked_figures(result: Evaluation, unit: str) -> tuple[str, dict[str, Any]]:
     return f"{result.summary(f'masked {unit}')} | {result.n_characters:,} masked", common(result) | figures
 
 
-def refuse(options: dict[str, Any], kind: str) -> None:
-    """Raises UsageError for the first of the options that is given: not for this kind of model."""
+def refuse(options: dict[str, Any], what: str) -> None:
+    """Raises UsageError for the first of the options that is given: not for this."""
     for option, given in options.items():
         if given:
-            raise UsageError(f"{option}: not for {LOAD.value}, {kind}")
+            raise UsageError(f"{option}: not for {what}")
 
 
 def common(result: Evaluation) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def finetune(signals: Signals) -> None:
     print(f"validation: {result.summary(unit)} (curves in {plot_curves(run.directory)})")
     print(f"sample: {heading}{sample(model)}")
     script, *options = ("generate",) if FORMAT.value == "text" else source.next_command
-    script = script if model.config.causal else "evaluate"
+    script = script if model.config.decodes else "evaluate"
     print("\n" + launcher.next_command(script, f"--load_model_path={run.directory}", *options))
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 
 from experiments.common import launcher, pretraining
 from experiments.common.sources import open_source, unit_of
-from hourglass_jax import HourglassLM, Run, UsageError, load
+from hourglass_jax import HourglassLM, Run, UsageError
 from hourglass_jax.model import n_parameters
 from hourglass_jax.training.metrics import plot_curves
 from hourglass_jax.training.signals import Signals
@@ -38,7 +38,7 @@ def pretrain(signals: Signals) -> None:
     data, optimizer, train = pretraining.read_configs()
     model = tokenizer = begun = None
     if origin := pretraining.INIT_FROM.value:
-        model, tokenizer, _ = load(origin)
+        model, tokenizer, _ = launcher.load_run(origin)
         begun = {"path": origin, "settings": Run(origin).read().settings}
         if data.dataset == "text":
             data = dataclasses.replace(data, tokenizer=tokenizer.kind)
@@ -84,7 +84,7 @@ def pretrain(signals: Signals) -> None:
     seconds = time.perf_counter() - started
     print(f"validation: {result.summary(unit)} ({seconds:.0f} s, curves in {plot}{groups})")
     print(f"sample: {heading}{sample(model)}")
-    script, *options = source.next_command if config.causal else ("evaluate",)
+    script, *options = source.next_command if config.decodes else ("evaluate",)
     print("\n" + launcher.next_command(script, f"--load_model_path={run.directory}", *options))
 
 

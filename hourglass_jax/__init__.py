@@ -11,7 +11,7 @@ Figures     evaluate, evaluate_sliding, score, Evaluation
 Runs        load, load_pretrained, Run, DataConfig, OptimizerConfig, TrainConfig, RuntimeConfig, keep_memory
 Errors      UsageError, CausalityError
 Modules     costs (FLOPs and memory of a configuration), registry (add a resampling method), nn (the layers),
-            data (corpora and batches), training (loop, checkpoints, devices)
+            data (corpora and batches), training (loop, checkpoints, devices), interop (weights of other projects)
 
 Shapes: B batch, L length in tokens, V vocabulary, D d_model. Losses are in nats.
 """

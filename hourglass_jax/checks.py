@@ -84,8 +84,10 @@ def check_causal(config: HourglassConfig, problem: str) -> None:
 
 
 def check_decodes(config: HourglassConfig) -> None:
-    """Raises UsageError for a model that sees both sides."""
+    """Raises UsageError for a model that sees both sides, or has LSH attention."""
     check_causal(config, "so each new token would change all before it, and there is no decoding; choose causal=True")
+    if not config.decodes:
+        raise UsageError("token_attention='lsh' has no decoding: later tokens move what a position sees; choose 'full'")
 
 
 def check_key(key: Any) -> None:

@@ -205,6 +205,11 @@ class HourglassConfig:
         return self.d_head or self.d_model // self.n_heads
 
     @property
+    def decodes(self) -> bool:
+        """Whether it can generate: no later token moves what an earlier one has made."""
+        return self.causal and self.token_attention == "full"
+
+    @property
     def tokenizer_size(self) -> int:
         """Tokens of its tokenizer: all, but for the mask of a model that is not causal, the last one."""
         return self.vocab_size if self.causal else self.vocab_size - 1

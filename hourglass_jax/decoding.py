@@ -38,7 +38,7 @@ def init_cache(model: HourglassLM, batch: int, max_length: int) -> Cache:
 
     `logits, cache = model.step(tokens, cache)` takes one token a row, int [B] -> [B, V]; `model.prefill` reads prompts
     in one pass. `generate` does both. `costs.cache_bytes` says how large it is. Raises UsageError below 1, for more
-    than learned positions reach, and for a model that sees both sides.
+    than learned positions reach, and for a model that sees both sides or has LSH attention.
     """
     check_range("batch", batch, 1)
     check_range("max_length", max_length, 1, model.config.position_limit)
@@ -204,7 +204,7 @@ def generate(
     the next block of 64 tokens. Threads may share one model.
 
     Raises UsageError for empty prompts, tokens outside the vocabulary, options out of range, a text that would outgrow
-    learned positions, and a model that sees both sides.
+    learned positions, and a model that sees both sides or has LSH attention.
     """
     check_decodes(model.config)
     check_range("max_tokens", max_tokens, 1)

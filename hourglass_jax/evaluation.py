@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import jax
@@ -17,6 +17,8 @@ from hourglass_jax.errors import UsageError
 from hourglass_jax.masking import Task, task_of
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.ranges import check_range
+
+Sums = tuple[jax.Array, jax.Array]  # of a batch: a figure, and the weight that it is of
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def _answer(model: HourglassLM, tokens: Array, weights: Array) -> tuple[Task, ja
 
 
 @jax.jit
-def _batch_sums(graph: nnx.GraphDef, params: nnx.State, tokens: Array, weights: Array) -> tuple[jax.Array, jax.Array]:
+def _batch_losses(graph: nnx.GraphDef, params: nnx.State, tokens: Array, weights: Array) -> Sums:
     task, logits = _answer(nnx.merge(graph, params), tokens, weights)
     return -(log_probabilities(logits, task.targets) * task.weights).sum(), task.weights.sum()
 
@@ -87,28 +89,33 @@ def evaluate_batches(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -
     Of a model that sees both sides, over masked tokens, of a text always the same ones; see `masking`. Raises
     UsageError where there is nothing to predict.
     """
-    split = nnx.split(model)
-    loss = count = 0.0
-    for tokens, weights in batches:
-        batch_loss, batch_count = _batch_sums(*split, tokens, weights)
-        loss, count = loss + float(batch_loss), count + float(batch_count)
-    if not count:
-        raise UsageError("there is nothing to predict: no batch, or none whose weights are above 0")
+    loss, count = _total(_batch_losses, model, batches)
     return Evaluation(loss / count, int(count))
 
 
 @jax.jit
-def _batch_hits(graph: nnx.GraphDef, params: nnx.State, tokens: Array, weights: Array) -> tuple[jax.Array, jax.Array]:
+def _batch_hits(graph: nnx.GraphDef, params: nnx.State, tokens: Array, weights: Array) -> Sums:
     task, logits = _answer(nnx.merge(graph, params), tokens, weights)
     hits = logits.argmax(axis=-1) == task.targets
     return (hits * task.weights).sum(), task.weights.sum()
 
 
 def accuracy(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -> float:
-    """The weighted share of what `batches` ask for that is the most likely token."""
+    """The weighted share of what `batches` ask for that is the most likely token; raises as `evaluate_batches`."""
+    hits, count = _total(_batch_hits, model, batches)
+    return hits / count
+
+
+def _total(sums: Callable[..., Sums], model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -> tuple[float, float]:
+    """What `sums` has of all batches together: a figure, and the weight that it is of."""
     split = nnx.split(model)
-    hits, count = np.sum([[float(part) for part in _batch_hits(*split, *batch)] for batch in batches], axis=0)
-    return float(hits / count)
+    figure = count = 0.0
+    for batch in batches:
+        of_batch, weight = sums(*split, *batch)
+        figure, count = figure + float(of_batch), count + float(weight)
+    if not count:
+        raise UsageError("there is nothing to predict: no batch, or none whose weights are above 0")
+    return figure, count
 
 
 def evaluate(model: HourglassLM, tokens: np.ndarray, *, block_size: int, batch_size: int = 16) -> Evaluation:

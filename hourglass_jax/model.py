@@ -188,9 +188,7 @@ class HourglassLM(nnx.Module):
         self.head = linear(config, config.d_model, config.vocab_size, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, key: jax.Array | None = None, *, mask: jax.Array | None = None) -> jax.Array:
-        if key is not None:
-            check_key(key)
-        return self.with_groups(self.embed(tokens), key, tokens, mask)[0]
+        return self.read(tokens, key, mask)[0]
 
     def with_losses(
         self,
@@ -204,13 +202,17 @@ class HourglassLM(nnx.Module):
 
         `weights` [B, L]: how much each token counts there (default: 1). See `nn.rates.boundary_terms`.
         """
-        if key is not None:
-            check_key(key)
-        logits, groups = self.with_groups(self.embed(tokens), key, tokens, mask)
-        weights = jnp.ones(tokens.shape) if weights is None else weights
+        logits, groups = self.read(tokens, key, mask)
+        weights = jnp.ones(logits.shape[:2]) if weights is None else jnp.asarray(weights)
         levels = zip(self.hourglass.rules(), groups, strict=True)
         loss, figures = boundary_terms(levels, weights, entropies(logits))
         return logits, self.config.boundary_weight * loss, figures
+
+    def read(self, tokens: jax.Array, key: jax.Array | None, mask: jax.Array | None) -> tuple[jax.Array, list[Groups]]:
+        """A call, and the groups that each shortening makes, outermost first."""
+        if key is not None:
+            check_key(key)
+        return self.with_groups(self.embed(tokens), key, jnp.asarray(tokens), mask)
 
     def __repr__(self) -> str:
         c = self.config

@@ -60,12 +60,17 @@ def save_pretrained(
     """Writes `directory`, which must be empty or absent; raises UsageError where it is not.
 
     record: what the model's run says of itself; of its paths, the last names are kept.
-    base: the name of a model beside `directory`, whose parameters it takes where they are the same in bfloat16.
+    base: the name of a model beside `directory`, whose parameters it takes where they are the same in bfloat16; it may
+        have no others.
     """
     directory = Path(directory)
     tensors = {name: tensor.astype(jnp.bfloat16) for name, tensor in named_parameters(model).items()}
     if base:
         shared = _read(pretrained_path(base, directory.parent))
+        if foreign := sorted(shared.keys() - tensors.keys()):
+            raise UsageError(
+                f"base={base!r} has {foreign[0]}, which the model has not; give the one it grew out of, or none"
+            )
         tensors = {name: own for name, own in tensors.items() if not _same(own, shared.get(name))}
     with whole_directory(directory) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "flax"} | ({"base": base} if base else {}))

@@ -16,6 +16,7 @@ from experiments.ablations.costs import step_flops
 from experiments.ablations.rows import make_job, plan, row_config
 from experiments.ablations.scales import SCALES, find_setup, for_table
 from experiments.ablations.tables import TABLES, find_table
+from experiments.common.reports import provenance, write_report
 from hourglass_jax.training.run import RunBusy
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import Diverged
@@ -366,3 +367,10 @@ def test_names_of_points_lie_in_the_frame_and_never_on_one_another(monkeypatch, 
 def test_names_would_overlap_at_the_first_place(monkeypatch):
     monkeypatch.setattr(pictures, "overlap", lambda a, b: False)
     assert any(a.overlaps(b) for _, boxes in names_in_panels() for a, b in itertools.combinations(boxes, 2))
+
+
+def test_a_dot_in_a_report_s_name_ends_nothing(tmp_path):
+    for scale in ("tiny", "micro"):
+        write_report(tmp_path / f"table1-book.txt-{scale}", provenance(), scale)
+    names = [f"table1-book.txt-{scale}.{ending}" for scale in ("micro", "tiny") for ending in ("json", "md")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names

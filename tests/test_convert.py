@@ -87,6 +87,12 @@ def test_a_model_of_images_goes_and_comes_back(home, tmp_path):
         (["--from=safetensors", "out", "new"], "model.safetensors: no such file"),
         (["--to=safetensors", "nowhere", "new"], "no such directory"),
         (["model.pth", "new"], "give one of --from"),
+        (
+            ["--from=original", "--shorten_factor=2", "model.pth", "vocab.json", "new"],
+            "is for --from=pypi, not for",
+        ),
+        (["--from=safetensors", "out", "vocab.json", "new"], "--vocab is for --from=original and --from=pypi, not for"),
+        (["--to=safetensors", "--about=vocab.json", "out", "new"], "--about is for --to=package, not for"),
         (["--from=original", "model.pth"], "in this order"),
         (["--from=original", "--out=new", "model.pth", "vocab.json"], "either as --model"),
     ],

@@ -7,7 +7,7 @@ from conftest import forward, make_model, small_config
 
 import hourglass_jax as hg
 from hourglass_jax.data.pipeline import sliding_windows
-from hourglass_jax.evaluation import evaluate_batches
+from hourglass_jax.evaluation import accuracy, evaluate_batches
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 # Texts longer and shorter than a window, with and without a shorter last step, one token more and less than fits.
@@ -98,5 +98,6 @@ def test_windows_up_to_the_learned_positions_are_scored():
 def test_nothing_to_predict_is_told(weights):
     model = make_model(small_config())
     batches = [] if weights is None else [(np.zeros((2, 9), np.int32), np.full((2, 8), weights, np.float32))]
-    with pytest.raises(hg.UsageError, match="nothing to predict"):
-        evaluate_batches(model, batches)
+    for measure in (evaluate_batches, accuracy):
+        with pytest.raises(hg.UsageError, match="nothing to predict"):
+            measure(model, batches)

@@ -120,6 +120,28 @@ def test_launchers_take_it_as_a_plugin(tmp_path):
     assert "BPC" in result.stdout, result.stderr
 
 
+LEAKY = """
+from hourglass_jax.nn.resampling import AverageShortening
+from hourglass_jax.registry import SHORTENINGS
+
+
+class Reversed(AverageShortening):
+    def __call__(self, x, groups, *, key=None):
+        return super().__call__(x[:, ::-1], groups)
+
+
+SHORTENINGS["gated"] = Reversed
+"""
+
+
+def test_a_method_that_sees_the_future_is_one_line(tmp_path):
+    (tmp_path / "text.txt").write_text("a text to train on. " * 40)
+    (tmp_path / "leaky.py").write_text(LEAKY)
+    result = run_forked("pretrain", *TINY, "--hierarchy=0@1 1@2 0@1", "--plugin=leaky.py", cwd=tmp_path)
+    [line] = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith("pretrain.py: error: ") and "depend" in line
+
+
 def test_help_shows_the_shared_flags(tmp_path):
     shown = run_forked("pretrain", "--help", cwd=tmp_path).stdout
     assert all(f"--{flag}:" in shown for flag in ("plugin", "hierarchy", "out"))

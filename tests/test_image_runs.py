@@ -134,6 +134,9 @@ BAD_INPUT = [
     ("generate", ["--load_model_path=run", "--gen_mode=complete", "--data_path=nowhere"], "nowhere"),
     ("generate", ["--load_model_path=text", "--gen_mode=complete"], "model of text"),
     ("generate", ["--load_model_path=text", "--out=new.png"], "model of text"),
+    ("generate", ["--load_model_path=bare"], "bare: a run of bare tokens"),
+    ("pretrain", ["--init_from=bare", "--data_path=small"], "bare: a run of bare tokens"),
+    ("convert", ["--to=safetensors", "bare", "new"], "bare: a run of bare tokens"),
     ("evaluate", ["--load_model_path=run", "--split=test"], "split"),
     ("evaluate", ["--load_model_path=run", "--block_size=5"], "block_size"),
     ("evaluate", ["--load_model_path=run", "--data_path=cut"], "3073-byte records"),
@@ -142,17 +145,17 @@ BAD_INPUT = [
 
 @pytest.fixture(scope="module")
 def bad_inputs(home):
-    """`home` with damaged and other images and a run of a text model without training; the results, two at a time."""
+    """`home` with damaged and other images and two untrained runs, of text and of bare tokens; results, two at once."""
     (home / "empty").mkdir()
     write_binary(home / "cut", planes(3, 32), [bytes(3000)])
     write_binary(home / "other", planes(8, 32, seed=2), planes(3, 32, seed=1))
     tokenizer = CharTokenizer("ab")
     config = small_config(vocab_size=tokenizer.vocab_size)
-    Run(home / "text").write(Record(config, tokenizer, {}, []))
-    model = make_model(config)
-    store = CheckpointStore(home / "text", for_training=True)
-    store.save(1, nnx.split(model)[1], {"count": np.zeros(1)})
-    store.close()
+    for name, its_tokenizer in (("text", tokenizer), ("bare", None)):
+        Run(home / name).write(Record(config, its_tokenizer, {}, []))
+        store = CheckpointStore(home / name, for_training=True)
+        store.save(1, nnx.split(make_model(config))[1], {"count": np.zeros(1)})
+        store.close()
 
     def launch(script, flags):
         source = ["--data.dataset=cifar10", "--data.image_size=8", *TINY] if script == "pretrain" else []

@@ -77,6 +77,16 @@ def test_another_number_of_axes_is_refused_and_plain_lists_are_taken(model, name
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("boundaries", ["whitespace", "entropy"])
+def test_groups_that_the_text_makes_take_plain_lists_and_numpy_too(boundaries):
+    resampling = {"shortening": "average", "upsampling": "repeat"}
+    config = small_config(hierarchy="0@1 1@2 0@1", boundaries=boundaries, boundary_tokens=(2,), **resampling)
+    model, array = make_model(config), jnp.array([[1, 2, 3]])
+    np.testing.assert_array_equal(model(array.tolist()), model(array))
+    logits, loss, _ = model.with_losses(array.tolist(), KEY, np.ones((1, 3), np.float32))
+    assert logits.shape == (1, 3, 11) and jnp.isfinite(loss)
+
+
 def test_tokens_of_a_compiled_function_are_not_looked_at(model):
     graph, params = nnx.split(model)
     score = jax.jit(lambda params, tokens: hg.score(nnx.merge(graph, params), tokens))

@@ -86,6 +86,41 @@ def test_a_run_has_curves_of_its_events_and_a_warning_where_they_find_no_room(tm
     assert warning.startswith(f"{100 * record[f'boundary_suppressed{level}']:.1f} % of the groups' ends find no room")
 
 
+def test_a_batch_without_an_event_that_counts_ends_no_training(tmp_path):
+    resampling = {"shortening": "average", "upsampling": "repeat"}
+    model = make_model(learned_config("tokens", hierarchy="0@1 1@3 0@1", boundary_tokens=(9,), **resampling))
+    text = np.tile(np.arange(8), 100)
+    batches = random_windows(text, 16, 4, seed=0)
+
+    def but_the_first(step, rows=slice(None)):
+        tokens, weights = batches(step, rows)
+        return tokens, np.where(np.arange(16) == 0, 0, weights).astype(np.float32)
+
+    configs = {"optimizer_config": hg.OptimizerConfig(), "train_config": hg.TrainConfig(steps=10)}
+    fit(model, but_the_first, consecutive_windows(text, 16, 4)[:2], tmp_path, **configs)
+    [record] = [record for record in metrics.read_curves(tmp_path) if "train_loss" in record]
+    assert record["boundary_rate"] == 0
+
+
+def test_the_warning_comes_where_training_ends_early_too(tmp_path, monkeypatch):
+    """What is learned makes the text that it is validated on, the same backwards, less and less likely."""
+    warnings = []
+    monkeypatch.setattr(trainer, "MOST_SUPPRESSED", -1.0)
+    monkeypatch.setattr(trainer.logging, "warning", lambda text, *values: warnings.append(text % values))
+    config = learned_config("gumbel", hierarchy="0@1 1@3 0@1", shortening="average", upsampling="repeat")
+    text = np.tile(np.arange(8), 100)
+    fit(
+        make_model(config, scale=1.0),
+        random_windows(text, 16, 4, seed=0),
+        consecutive_windows(text[::-1], 16, 4)[:2],
+        tmp_path,
+        optimizer_config=hg.OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_steps=0),
+        train_config=hg.TrainConfig(steps=200, eval_interval=10, patience=1),
+    )
+    ends, room = warnings
+    assert "without a better one" in ends and "find no room" in room
+
+
 @pytest.mark.slow
 def test_a_run_with_noise_goes_on_bit_for_bit(tmp_path):
     whole = train(tmp_path / "whole", 20)

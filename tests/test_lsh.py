@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from conftest import make_model, small_config
 from launching import run_forked
+from layouts import planes, write_binary
 
 import hourglass_jax as hg
-from hourglass_jax.costs import forward_flops
+from experiments.common.sources import ImageSource, TextSource
+from hourglass_jax.costs import decoding_flops, forward_flops
 from hourglass_jax.nn.attention.lsh import lsh_attention
+from hourglass_jax.training.signals import Signals
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 LSH = {"token_attention": "lsh", "positions": "rotary", "lsh_chunk": 4}
@@ -82,6 +85,19 @@ def test_the_model_says_what_it_cannot_do():
     with pytest.raises(hg.UsageError, match="has no decoding") as error:
         hg.generate(model, [np.arange(5)], max_tokens=2, key=jax.random.key(0))
     assert "\n" not in str(error.value)
+    for ask in (lambda: hg.init_cache(model, 1, 8), lambda: decoding_flops(model.config, 8)):
+        with pytest.raises(hg.UsageError, match="has no decoding"):
+            ask()
+
+
+def test_no_source_asks_it_for_a_sample(tmp_path):
+    write_binary(tmp_path / "images", planes(4, 32), planes(2, 32, seed=1))
+    images = ImageSource(hg.DataConfig(dataset="cifar10", path=str(tmp_path / "images"), image_size=8, batch_size=2))
+    text = TextSource(hg.DataConfig(block_size=16, batch_size=2))
+    for source in (images, text):
+        config = small_config(hierarchy="1@1", vocab_size=source.tokenizer.vocab_size, **LSH)
+        _, sample = source.sampler(config, 0, tmp_path, Signals())
+        assert sample(make_model(config)).startswith("(none: token_attention='lsh' has no decoding")
 
 
 def test_launchers_train_it_and_say_that_it_is_not_strictly_causal(tmp_path):

@@ -97,6 +97,19 @@ def test_a_fine_tuned_model_holds_what_changed_alone(weights):
         hg.load_pretrained("haiku", directory=weights)
 
 
+def test_a_base_has_no_parameters_of_its_own(weights):
+    """What the model has and its base has not is stored, and comes back."""
+    one, other = (small_config(vocab_size=258, hierarchy=hierarchy) for hierarchy in ("1@1", CONFIG.hierarchy))
+    record = Record(one, hg.ByteTokenizer(), {}, [])
+    with pytest.raises(hg.UsageError, match=r"base='books' has hourglass\.inner\..*, which the model has not"):
+        save_pretrained(make_model(one), record, "", weights / "plain", base="books")
+    assert not (weights / "plain").exists()
+    save_pretrained(make_model(one), record, "", weights / "plain")
+    save_pretrained(make_model(other), Record(other, hg.ByteTokenizer(), {}, []), "", weights / "more", base="plain")
+    model, _, _ = hg.load_pretrained("more", directory=weights)
+    assert forward(model, TOKENS).tobytes() == forward(rounded(make_model(other)), TOKENS).tobytes()
+
+
 def test_unknown_names_and_damaged_files_are_one_line(weights):
     with pytest.raises(hg.UsageError, match="called 'sonnets'; there are: books, haiku") as error:
         hg.load_pretrained("sonnets", directory=weights)

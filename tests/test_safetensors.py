@@ -70,6 +70,8 @@ def test_an_export_takes_no_tokenizer_of_another_size_and_leaves_other_files_alo
     (tmp_path / "shared.tmp").mkdir()
     with pytest.raises(hg.UsageError, match="258 tokens, but the model 11"):
         export_safetensors(make_model(small_config()), hg.ByteTokenizer(), tmp_path / "shared")
+    with pytest.raises(hg.UsageError, match="tokenizer is None"):
+        export_safetensors(make_model(small_config()), None, tmp_path / "shared")
     export_safetensors(make_model(small_config()), TOKENIZER, tmp_path / "shared")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shared", "shared.tmp"]
 

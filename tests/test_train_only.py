@@ -72,3 +72,10 @@ def test_a_name_without_parameters_is_refused_with_those_there_are(tmp_path, tra
     with pytest.raises(hg.UsageError, match=r"embedding, head, hourglass.inner.pre, .*hourglass.post.norm") as error:
         train(tmp_path / "run", train_only, steps=1)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_learned_positions_are_named_too():
+    params = nnx.state(make_model(small_config(hierarchy="1@1", positions="learned")))
+    assert trained_parameters(params, "positions")(("positions",), None)
+    with pytest.raises(hg.UsageError, match=r"of embedding, head, hourglass\..*, positions, or what"):
+        trained_parameters(params, "position")

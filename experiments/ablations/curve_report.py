@@ -15,14 +15,14 @@ from experiments.ablations.gaps import Reading, Record, equal_flops, find, gaps_
 from experiments.ablations.rows import row_config
 from experiments.ablations.scales import Setup
 from experiments.ablations.table import Row
-from experiments.common.reports import markdown_table, provenance, read_record, write_report
+from experiments.common.reports import markdown_table, provenance, read_record, report_file, write_report
 from hourglass_jax import UsageError
 from hourglass_jax.costs import count_parameters, training_flops
 
 
 def report(setup: Setup, directory: Path, path: Path, comment: str | None) -> str:
     """Brings PATH.json up to date with the runs in `directory`, if any, and writes PATH.md and PATH.png from it."""
-    record = read_record(path.with_suffix(".json"))
+    record = read_record(report_file(path, ".json"))
     if directory.is_dir():
         record = collect(setup, directory, record)
     if record is None or not record["readings"]:
@@ -30,7 +30,7 @@ def report(setup: Setup, directory: Path, path: Path, comment: str | None) -> st
     if comment is not None:
         record["comment"] = comment
     write_report(path, record, render(record))
-    draw(record, path.with_suffix(".png"))
+    draw(record, report_file(path, ".png"))
     return f"{path}.md"
 
 

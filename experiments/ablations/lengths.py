@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from experiments.ablations.costs import TimedStep
 from experiments.ablations.scales import Setup
 from experiments.ablations.table import TEXT
-from experiments.common.reports import markdown_table, provenance, read_record, write_report
+from experiments.common.reports import markdown_table, provenance, read_record, report_file, write_report
 from hourglass_jax import HourglassConfig, UsageError
 from hourglass_jax.costs import activation_bytes, state_bytes, training_flops
 from hourglass_jax.training.signals import Signals
@@ -88,7 +88,7 @@ def measure(setup: Setup, scale: str, path: Path, signals: Signals) -> None:
 def read(setup: Setup, scale: str, path: Path) -> Record:
     """The record at PATH.json, or a new one of predictions alone where there is none of this set-up."""
     model = json.loads(json.dumps(setup.model))
-    record, points = read_record(path.with_suffix(".json")), list(predictions(setup))
+    record, points = read_record(report_file(path, ".json")), list(predictions(setup))
     if record is None or record["model"] != model:
         return {"scale": scale, "model": model, "points": points, **provenance()}
     known = {(point["hierarchy"], point["length"]): point for point in record["points"]}
@@ -106,7 +106,7 @@ def report(setup: Setup, scale: str, path: Path) -> str:
 
 def save(record: Record, path: Path) -> None:
     write_report(path, record, render(record))
-    draw(record, path.with_suffix(".png"))
+    draw(record, report_file(path, ".png"))
 
 
 def measured(record: Record) -> list[Record]:

@@ -21,7 +21,7 @@ from experiments.ablations.pictures import Cost, draw
 from experiments.ablations.rows import RESULT, make_job
 from experiments.ablations.scales import Setup, for_table
 from experiments.ablations.table import UNITS, Row, Table
-from experiments.common.reports import markdown_table, provenance, read_record, write_report
+from experiments.common.reports import markdown_table, provenance, read_record, report_file, write_report
 from hourglass_jax import DataConfig, Hierarchy, UsageError
 from hourglass_jax.costs import count_parameters
 from hourglass_jax.data.corpora import map_bytes, split_tokens
@@ -31,7 +31,7 @@ N_WORST = 6  # pairs of rows against the paper's order that a report lists
 
 def report(table: Table, setup: Setup, directory: Path, path: Path, comment: str | None) -> str:
     """Brings PATH.json up to date with the runs in `directory`, if any, and writes PATH.md and PATH.png from it."""
-    json_path = path.with_suffix(".json")
+    json_path = report_file(path, ".json")
     record = read_record(json_path)
     if any(directory.glob(f"*/*/{RESULT}")):
         record = collect(table, for_table(setup, table), directory, record)
@@ -42,7 +42,7 @@ def report(table: Table, setup: Setup, directory: Path, path: Path, comment: str
     if comment is not None:
         record["comment"] = comment
     write_report(path, record, render(record))
-    draw(record, path.with_suffix(".png"))
+    draw(record, report_file(path, ".png"))
     return f"{path}.md"
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from experiments.accelerators import report
 from experiments.accelerators.sources import NAMES
-from experiments.common.reports import PACKAGES, markdown_table, provenance, read_record, write_report
+from experiments.common.reports import PACKAGES, markdown_table, provenance, read_record, report_file, write_report
 
 COLUMNS = (
     "row",
@@ -30,7 +30,7 @@ COLUMNS = (
 
 def add_row(path: Path, row: dict[str, Any]) -> None:
     """Puts a row into PATH.json, in place of one of the same name and target; PATH.md and PATH.png show all rows."""
-    record = read_record(path.with_suffix(".json")) or {"rows": []}
+    record = read_record(report_file(path, ".json")) or {"rows": []}
     made = provenance(PACKAGES)
     row = {"name": row["name"], "command": made["command"]} | row | {"versions": made["versions"]}
     key = (row["name"], row["target"])
@@ -43,7 +43,7 @@ def write(path: Path, made: dict[str, Any], rows: Sequence[dict[str, Any]]) -> N
     estimated = [row for row in rows if row["compiles"]]
     text = [f"# Compiled for machines not at hand: {path.name}", report.METHOD, overview(rows)]
     if estimated:
-        draw(estimated, path.with_suffix(".png"))
+        draw(estimated, report_file(path, ".png"))
         text.append(f"![chip-seconds by source, estimates]({path.name}.png)")
     for row in rows:
         text += [report.describe(row), f"`{row['command']}`"]

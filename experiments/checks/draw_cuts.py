@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from experiments.common import launcher
-from experiments.common.reports import provenance, write_report
+from experiments.common.reports import provenance, report_file, write_report
+from experiments.common.sources import text_name
 from experiments.common.surprise import token_names
 from hourglass_jax import HourglassConfig, HourglassLM, UsageError, boundaries
 from hourglass_jax.pretrained import without_places
@@ -98,8 +99,11 @@ def draw(names: list[str], ends: dict[str, list[int]]) -> Figure:
 def describe(record: dict[str, Any], model: HourglassConfig, picture: str) -> str:
     """The record as Markdown, with the picture of that name."""
     lengths = ", ".join(f"{name} {record['tokens'] / len(ends):.1f}" for name, ends in record["ends"].items())
-    data, train = record["settings"]["data"], record["settings"]["train"]
-    text, windows = data["path"] or "the built-in text", f"{data['batch_size']} x {data['block_size']}"
+    settings, training = record["settings"], ""
+    if {"data", "train"} <= settings.keys():  # not where it was fine-tuned or converted
+        data, train = settings["data"], settings["train"]
+        windows = f"{data['batch_size']} x {data['block_size']}"
+        training = f"; {train['steps']} steps of {windows} tokens of {text_name(data['path'])}, seed {train['seed']}"
     return f"""# Where groups end
 
 ![Cuts of one text]({picture})
@@ -107,7 +111,7 @@ def describe(record: dict[str, Any], model: HourglassConfig, picture: str) -> st
 Tokens a group here: {lengths}.
 
 The model: {model.boundaries}, {model.hierarchy}, d_model {model.d_model}, {model.shortening} and {model.upsampling},
-boundary_weight {model.boundary_weight:g}; {train["steps"]} steps of {windows} tokens of {text}, seed {train["seed"]}.
+boundary_weight {model.boundary_weight:g}{training}.
 """
 
 
@@ -117,8 +121,9 @@ def main(_: list[str]) -> None:
     ends = ends_of_groups(model, tokenizer, TEXT.value)
     settings = without_places(Run(LOAD.value).read().settings)
     record = provenance() | {"settings": settings, "text": TEXT.value, "tokens": len(names), "ends": ends}
-    picture = Path(OUT.value).with_suffix(".png")
-    write_report(picture, record, describe(record, config, picture.name))
+    path = Path(OUT.value)
+    picture = report_file(path, ".png")
+    write_report(path, record, describe(record, config, picture.name))
     draw(names, ends).savefig(picture, dpi=110)
     print(picture)
 

@@ -42,17 +42,11 @@ def describe(record: dict[str, Any]) -> str:
     """The record as Markdown."""
     examples = "\n\n".join(record["samples"][:8])
     odd = "\n\n".join(record["malformed"]) or "(none)"
-    pretraining, finetuning = record["pretraining"], record["finetuning"]
     return f"""# {record["summary"]}
 
 Sampled in {record["seconds"]:.0f} s at temperature {record["temperature"]}, seed {record["seed"]}.
 
-- Pretrained on `{pretraining["data"]["path"]}`: {pretraining["train"]["steps"]} steps of
-  {pretraining["data"]["batch_size"]} x {pretraining["data"]["block_size"]} characters,
-  hierarchy {pretraining["model"]["hierarchy"]}, d_model {pretraining["model"]["d_model"]}.
-- Fine-tuned on `{finetuning["data_path"]}` ({finetuning["format"]} format): {finetuning["train"]["steps"]} steps of
-  {finetuning["batch_size"]} haiku; the last {finetuning["held_back"]} were held back.
-
+{describe_training(record["pretraining"], record["finetuning"])}
 The first samples:
 
 ```
@@ -65,6 +59,24 @@ The malformed ones:
 {odd}
 ```
 """
+
+
+def describe_training(pretraining: dict[str, Any], finetuning: dict[str, Any]) -> str:
+    """What the settings of the two runs say of it; a model that was converted records neither."""
+    text = ""
+    if {"model", "data", "train"} <= pretraining.keys():
+        model, data = pretraining["model"], pretraining["data"]
+        text += f"""\
+- Pretrained on `{data["path"]}`: {pretraining["train"]["steps"]} steps of
+  {data["batch_size"]} x {data["block_size"]} characters,
+  hierarchy {model["hierarchy"]}, d_model {model["d_model"]}.
+"""
+    if "held_back" in finetuning:
+        text += f"""\
+- Fine-tuned on `{finetuning["data_path"]}` ({finetuning["format"]} format): {finetuning["train"]["steps"]} steps of
+  {finetuning["batch_size"]} haiku; the last {finetuning["held_back"]} were held back.
+"""
+    return text
 
 
 def main(_: list[str]) -> None:
@@ -104,7 +116,7 @@ def main(_: list[str]) -> None:
             "seed": SEED.value,
             "well_formed": sum(well_formed),
             "n_samples": len(texts),
-            "pretraining": settings["pretrained_settings"],
+            "pretraining": settings.get("pretrained_settings", {}),
             "finetuning": {name: value for name, value in settings.items() if name != "pretrained_settings"},
             "malformed": [poem for poem, good in zip(poems, well_formed, strict=True) if not good],
             "samples": poems,

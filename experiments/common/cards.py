@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments.common.reports import read_record
 from hourglass_jax import HourglassLM, UsageError
-from hourglass_jax.interop.parameters import named_parameters
+from hourglass_jax.model import n_parameters
 from hourglass_jax.training.run import Record
 
 SECTIONS = ("## Data", "## Licence", "## Training", "## Not good for")  # what a description must say
@@ -29,7 +29,7 @@ def model_card(name: str, model: HourglassLM, record: Record, about: Path, evalu
         if not isinstance(measured, dict) or not {"summary", "command"} <= measured.keys():
             raise UsageError(f"{path}: not a record of evaluate.py --report or score_haiku.py --report")
         figures.append(f"- {measured['summary']}  \n  `{measured['command']}`")
-    config, n_parameters = model.config, sum(leaf.size for leaf in named_parameters(model).values())
+    config, size = model.config, n_parameters(model)
     tokens = {"byte": "bytes", "char": "characters"}.get(record.tokenizer.kind, record.tokenizer.kind)
     return f"""# {name}
 
@@ -42,6 +42,6 @@ def model_card(name: str, model: HourglassLM, record: Record, about: Path, evalu
 ## Model
 
 `{config.hierarchy}`, d_model {config.d_model}, {config.n_heads} heads, d_ff {config.d_ff}, positions
-{config.positions}, {config.shortening} and {config.upsampling}; {n_parameters:,} parameters, stored in bfloat16; a
+{config.positions}, {config.shortening} and {config.upsampling}; {size:,} parameters, stored in bfloat16; a
 vocabulary of {config.vocab_size} ({tokens}). All settings are in config.json.
 """

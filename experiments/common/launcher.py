@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
 from hourglass_jax import (
+    CausalityError,
     HourglassConfig,
     HourglassLM,
     RuntimeConfig,
@@ -30,6 +31,7 @@ from hourglass_jax import (
     load_pretrained,
 )
 from hourglass_jax.causality import NotStrictlyCausal
+from hourglass_jax.checks import check_decodes
 from hourglass_jax.memory import keep_memory
 from hourglass_jax.pretrained import pretrained_path
 from hourglass_jax.run_config import MAX_SEED
@@ -151,7 +153,15 @@ class ModelFlags:
     def load(self) -> tuple[HourglassLM, Any, HourglassConfig]:
         """(model, tokenizer, config)."""
         directory = self.value
-        return load(directory) if self._name.value is None else load_pretrained(self._name.value)
+        return load_run(directory) if self._name.value is None else load_pretrained(self._name.value)
+
+
+def load_run(directory: str) -> tuple[HourglassLM, Any, HourglassConfig]:
+    """`load`; raises UsageError where the run is one of bare tokens."""
+    model, tokenizer, config = load(directory)
+    if tokenizer is None:
+        raise UsageError(f"{directory}: a run of bare tokens, without a tokenizer; use it from Python, with hg.load")
+    return model, tokenizer, config
 
 
 def causality(model: HourglassLM) -> str:
@@ -228,8 +238,6 @@ def make_sampler(
     special = (tokenizer.unk_id, tokenizer.bos_id, None if ends else tokenizer.eos_id)
 
     def sample(model: HourglassLM) -> str:
-        if model.config.token_attention == "lsh":
-            return "(none: token_attention='lsh' has no decoding)"
         [tokens] = generate(
             model,
             [prompt],
@@ -242,7 +250,20 @@ def make_sampler(
         )
         return tokenizer.decode(tokens)
 
-    return sample
+    return where_it_decodes(sample)
+
+
+def where_it_decodes(sample: Callable[[HourglassLM], str]) -> Callable[[HourglassLM], str]:
+    """`sample`; of a model without decoding, in its place why there is none."""
+
+    def sample_or_reason(model: HourglassLM) -> str:
+        try:
+            check_decodes(model.config)
+        except UsageError as reason:
+            return f"(none: {reason})"
+        return sample(model)
+
+    return sample_or_reason
 
 
 def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
@@ -275,7 +296,7 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
             print(f"\n{interruption}")
         except KeyboardInterrupt:
             fail(argv[0], "interrupted", code=130)  # as a shell reports it
-        except (UsageError, OSError) as error:
+        except (UsageError, CausalityError, OSError) as error:
             fail(argv[0], str(error))
 
     for flag in FLAGS.get_key_flags_for_module(__name__):

@@ -72,7 +72,12 @@ def recorded_text(run: str | Path, path: str, split: str | None) -> Part:
 
 
 def haiku_parts(settings: Mapping[str, Any], tokenizer: TextTokenizer) -> tuple[list[str], list[str]]:
-    """The haiku that a run with these settings was fine-tuned on, and those for validation."""
+    """The haiku that a run with these settings was fine-tuned on, and those for validation.
+
+    Raises UsageError where it recorded none, as one that was converted.
+    """
+    if "held_back" not in settings:
+        raise UsageError("the model records no haiku that it was fine-tuned on; give one that finetune.py wrote")
     paths = [settings["data_path"], *filter(None, [settings.get("valid_path")])]
     train, *valid = (usable_haiku(load_haiku(path), tokenizer, settings["block_size"]) for path in paths)
     n_held_back = settings["held_back"]

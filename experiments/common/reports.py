@@ -48,10 +48,15 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+def report_file(path: Path, ending: str) -> Path:
+    """PATH.json, PATH.md or PATH.png of a report; a dot in its name, as of `table1-book.txt-micro`, ends nothing."""
+    return path.with_name(path.name + ending)
+
+
 def write_report(path: Path, record: dict[str, Any], text: str) -> None:
     """PATH.json and PATH.md; the Markdown ends with where its figures come from."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path.with_suffix(".json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_whole(report_file(path, ".json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     source = f"Command: `{record['command']}`  \nMachine: {record['machine']}  \nVersions: {versions}"
-    write_whole(path.with_suffix(".md"), f"{text.rstrip()}\n\n{source}\n")
+    write_whole(report_file(path, ".md"), f"{text.rstrip()}\n\n{source}\n")

@@ -140,8 +140,6 @@ class ImageSource:
 
     def sampler(self, config: HourglassConfig, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
         """As of a text; a sample is a picture in `directory`: images, their completions, and new images."""
-        if not config.causal:
-            return "", lambda model: "(none: a model that sees both sides draws no images)"
         images, path = self.valid[:COLUMNS], directory / "samples.png"
 
         def sample(model: HourglassLM) -> str:
@@ -152,7 +150,7 @@ class ImageSource:
             save_grid(path, images, completed, new)
             return f"{path} (images, the same completed from their top halves, new ones)"
 
-        return "", sample
+        return "", launcher.where_it_decodes(sample)
 
 
 def open_source(

@@ -25,8 +25,10 @@ WEIGHTS = "model.safetensors"
 def export_safetensors(model: HourglassLM, tokenizer: Tokenizer, directory: str | Path) -> None:
     """Writes `directory`, which must be empty or absent; raises UsageError where it is not.
 
-    Raises UsageError, too, for a tokenizer that is not of the model's size.
+    Raises UsageError, too, for a tokenizer that is not of the model's size, or for none.
     """
+    if tokenizer is None:
+        raise UsageError("tokenizer is None, as of a run of bare tokens; give one, such as hg.ByteTokenizer()")
     if tokenizer.vocab_size != model.config.tokenizer_size:
         raise UsageError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {model.config.tokenizer_size}; "

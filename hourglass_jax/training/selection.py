@@ -29,7 +29,7 @@ def trained_parameters(params: nnx.State, train_only: str) -> Filter:
     chosen = [tuple(name.strip().split(".")) for name in train_only.split(",")]
     for name in chosen:
         if not any(_within(path, name) for path in paths):
-            modules = sorted({".".join(path[: min(len(path) - 1, 3)]) for path in paths})
+            modules = sorted({".".join(path[: max(1, min(len(path) - 1, 3))]) for path in paths})
             raise UsageError(
                 f"train_only: no parameters in {'.'.join(name)!r}; give modules with commas between, of "
                 f"{', '.join(modules)}, or what holds or is held by these"

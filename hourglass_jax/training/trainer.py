@@ -123,6 +123,7 @@ class _Training:
         self.flops = statistics.mean(flops) * self.batch_size
         self.valid_losses: dict[int, float] = {}  # by step
         self.recent: list[tuple[int, dict[str, jax.Array]]] = []  # metrics not yet looked at
+        self.suppressed: list[float] = []  # of each learned boundary, by the newest of them
 
     def begin(self) -> None:
         """Makes the directory a run, or takes up the state of the one that is there."""
@@ -283,12 +284,10 @@ class _Training:
                 peak_memory_bytes=peak_memory_bytes(),
             )
         self.progress.show({"loss": f"{values['train_loss']:.3f}", "tokens/s": f"{rate:,.0f}"})
-        if "boundary_rate" in values:
+        if values.get("boundary_rate"):
             self.progress.show({"tokens/group": f"{1 / values['boundary_rate']:.1f}"})
-        if self.step == self.config.steps:
-            for name in values:
-                if name.startswith("boundary_loss"):
-                    self.check_room(values[name.replace("loss", "suppressed")])
+        learned = [name for name in values if name.startswith("boundary_loss")]
+        self.suppressed = [values[name.replace("loss", "suppressed")] for name in learned]
         self.start_clock()
 
     def check_room(self, suppressed: float) -> None:
@@ -351,6 +350,8 @@ class _Training:
 
     def finish(self) -> Evaluation:
         """Puts the best parameters into the model and evaluates them on all of the validation data."""
+        for share in self.suppressed:
+            self.check_room(share)
         store = self.run.checkpoints()
         params = self.state.params
         places = sharding.abstract(params, jax.tree.map(lambda leaf: leaf.sharding, params))

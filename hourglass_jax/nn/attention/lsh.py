@@ -8,14 +8,11 @@ attended to, and every derivative with respect to them is zero; but a prediction
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from hourglass_jax.config import HourglassConfig
-from hourglass_jax.errors import UsageError
 from hourglass_jax.nn.attention.pattern import float32_at_least
 from hourglass_jax.nn.layers import Dropout, dropped, linear, split_key
 from hourglass_jax.nn.positions import rotate
@@ -48,14 +45,6 @@ class LSHAttention(nnx.Module):
         rotations = jax.random.normal(hash_key, shape, jnp.float32)
         out = lsh_attention(qk, v, rotations, self.chunk, self.dropout.rate, self.dropout.used(dropout_key))
         return self.out(out.reshape(*x.shape[:3], -1))
-
-    def init_cache(self, batch: int, max_length: int) -> NoReturn:
-        """Raises UsageError."""
-        raise UsageError("token_attention='lsh' has no decoding: later tokens move what a position sees; choose full")
-
-    attend_from: Any = init_cache
-    prefill: Any = init_cache
-    step: Any = init_cache
 
 
 def lsh_attention(

@@ -196,7 +196,7 @@ class Attention(nnx.Module):
             else:
                 scores += align_newest(by_lag, newest % r.shape[1])
         visible = cache.lags(newest) <= (newest - first)[:, None]
-        probabilities = masked_softmax(scores * q.shape[-1] ** -0.5, visible[:, None], axis=-1)
+        probabilities = masked_softmax(scores * q.shape[-1] ** -0.5, visible[:, None])
         return jnp.einsum("bhn,bhnk->bhk", probabilities.astype(q.dtype), cache.values)
 
 
@@ -205,7 +205,6 @@ def heads_first(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:]).swapaxes(1, 2)
 
 
-def masked_softmax(scores: jax.Array, visible: jax.Array, axis: int) -> jax.Array:
-    """Softmax where `visible`, exactly zero elsewhere; float32 at least."""
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    return jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=axis), 0)
+def masked_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
+    """Over the last axis where `visible`, exactly zero elsewhere; float32 at least."""
+    return jnp.where(visible, jax.nn.softmax(jnp.where(visible, float32_at_least(scores), -jnp.inf)), 0)
