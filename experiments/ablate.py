@@ -104,8 +104,12 @@ def run_tables(setup: Setup, directory: Path, name: str) -> None:
 
 
 def run_lengths(setup: Setup) -> None:
+    if DATASET.value not in TEXTS:
+        raise UsageError(f"--lengths are of texts; dataset={DATASET.value!r} is none, choose {' or '.join(TEXTS)}")
     path = Path(RESULTS.value) / f"lengths-{SCALE.value}"
-    if REPORT.value:
+    if DRY_RUN.value:
+        print(lengths.plan_table(setup))
+    elif REPORT.value:
         print(lengths.report(setup, SCALE.value, path))
     else:
         with Signals() as signals:

@@ -63,10 +63,10 @@ def main(_: list[str]) -> None:
         Path(PROGRAM.value).write_text(compiled.text)
     characters = CHARACTERS.value or run.train.steps * run.data.batch_size * run.data.block_size
     row = {"name": NAME.value or run.model.positions} | report.summarise(run, target, compiled, characters)
-    changes = []
+    changes = None
     if compiled.peak is not None and not row["fits"] and ADVICE.value:
         changes = cheapest_changes(run, target.chips, lambda result: result.fits(target), attempt)
-    row["changes"] = [{"flags": change.flags} | change._asdict() for change in changes]
+    row["changes"] = changes and [{"flags": change.flags} | change._asdict() for change in changes]
     print(report.describe(row))
     print(f"\n{report.METHOD}")
     if REPORT.value:

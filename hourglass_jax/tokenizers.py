@@ -40,8 +40,10 @@ def to_utf8(text: str) -> bytes:
 
 
 def read_tokens(tokens: Sequence[int] | np.ndarray, vocab_size: int) -> list[int]:
-    """int [L] as a list; raises UsageError for tokens outside 0 .. vocab_size - 1."""
+    """int [L] as a list; raises UsageError for another shape or type, and for tokens outside 0 .. vocab_size - 1."""
     array = np.asarray(tokens)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise UsageError(f"tokens are {array.dtype} {list(array.shape)}; give integers [L], of one text at a time")
     if array.size and not (array.min() >= 0 and array.max() < vocab_size):
         raise UsageError(f"tokens {array.min()} .. {array.max()} are outside 0 .. {vocab_size - 1}, the vocabulary")
     return array.tolist()

@@ -100,6 +100,11 @@ class BatchTopK(Boundaries):
         return score >= jnp.sort(score.reshape(-1))[-score.size // 3]
 
 
+class NextRow(Boundaries):
+    def fires(self, here, before):
+        return jnp.isin(jnp.roll(here.token, 1, axis=0), jnp.arange(3))
+
+
 class WholeSequenceThreshold(Boundaries):
     def fires(self, here, before):
         score = jnp.sin(here.token * 7.0)
@@ -116,6 +121,7 @@ class LengthAware(Boundaries):
     [
         (LooksAhead, "depends on token"),
         (BatchTopK, "depends on (token|another row)"),
+        (NextRow, "depends on another row"),
         (WholeSequenceThreshold, "depends on token"),
         (LengthAware, "in a text of"),
     ],
@@ -128,10 +134,11 @@ def test_a_rule_that_sees_the_future_is_found_though_no_derivative_shows_it(rule
         hg.check_causality(model)
 
 
+CROWDED = {"boundary_tokens": range(7), "boundary_slack": 1.0}  # more want to end a group than there is room for
 GRID = [
     ("1@1 1@3 1@1", {"boundaries": "whitespace"}),
     ("0@1 2@3 1@1", {"boundaries": "spacelike", "shortening": "select", "positions": "rotary"}),
-    ("1@1 1@3 0@1", {"boundaries": "tokens", "positions": "learned", "norm": "final", "boundary_slack": 1.0}),
+    ("1@1 1@3 0@1", {"boundaries": "tokens", "positions": "learned", "norm": "final"} | CROWDED),
     ("1@1 1@2 1@6 0@2 1@1", {"boundaries": "tokens", "shortening": "select"}),  # and every third of those
     ("1@1 0@2 1@4 1@2 1@1", {"boundaries": "fixed every", "positions": "rotary"}),
     ("1@1 1@3 0@1", {"shortening": "attention_average", "upsampling": "attention_repeat", "dropout": 0.5}),

@@ -179,6 +179,29 @@ def test_the_losses_are_their_formulas_and_rest_where_they_should(float64):
     assert float(rule.loss(groups, jnp.ones((2, 9)), entropy)) == pytest.approx(crossed[:, 1:].mean())
 
 
+def test_what_a_rule_learns_from_its_own_loss_are_the_derivatives_of_that(float64):
+    score, weights = RNG.normal(size=(B, L)), (np.arange(L) < [[L], [9], [12]]).astype(float)
+    entropy = RNG.random((B, L))
+
+    def gradient(name):
+        rule = make_model(learned_config(name, dtype="float64")).hourglass.boundaries
+
+        def loss(score):
+            decision = Decision(score > 0, rule.probability(score), score)
+            return rule.loss(EventGroups(FIRES, G, True, decision), jnp.asarray(weights), jnp.asarray(entropy))
+
+        return jax.grad(loss)(jnp.asarray(score))
+
+    counted = weights * (np.arange(L) > 0)
+    pushed = counted * (sigmoid(score) - np.asarray(spikes(jnp.asarray(entropy)))) / counted.sum()
+    np.testing.assert_allclose(gradient("entropy"), pushed, atol=1e-12)
+    counts, n = ((score > 0) * weights).sum(1), weights.sum(1)
+    slopes = jax.grad(binomial_loss)(jnp.asarray(counts), jnp.asarray(n), 1 / 3)[:, None]
+    p = sigmoid(score / 0.5)
+    np.testing.assert_allclose(gradient("gumbel"), slopes * weights * p * (1 - p) / 0.5, atol=1e-12)
+    assert (slopes < 0).any() and (slopes > 0).any()  # too few events in one row, too many in another
+
+
 def test_deeper_figures_count_the_groups_there_are(float64):
     """With room for more, which a whole sequence of the deeper level has, and tokens that do not count."""
     inner = RNG.random((B, G)) < 0.5

@@ -196,6 +196,6 @@ def setup_line(record: Record) -> str:
         f"of the last parameters over {setup['n_valid'] * data['block_size']:,} predictions, evenly spaced over the "
         "validation data, sequences without context before them. A gap is a model's bits less those of the plain one "
         "on the same sequences, ± its standard error over these; what another seed changes is not in it. At equal "
-        "FLOPs, the plain model's bits lie between its readings in the logarithm of the characters. Trained on "
-        f"{', '.join(record['machines'])}."
+        "FLOPs, the plain model's bits lie on the line through the two nearest of its readings, in the logarithm of "
+        f"the characters. Trained on {', '.join(record['machines'])}."
     )

@@ -45,7 +45,7 @@ from hourglass_jax.training.manifest import write_manifest
 from hourglass_jax.training.metrics import CURVES, matmul_ceiling
 from hourglass_jax.training.run import Run, RunBusy
 from hourglass_jax.training.signals import Signals
-from hourglass_jax.training.trainer import fit
+from hourglass_jax.training.trainer import Diverged, fit
 
 LOSSES = "losses.npy"  # nats a prediction of each sequence of the validation data, beside the result
 POINTS = tuple(millions * 10**6 for millions in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100))  # characters
@@ -182,21 +182,40 @@ def train(legs: Sequence[Leg], setup: Setup, runtime: RuntimeConfig, signals: Si
         raise UsageError("a curve is trained by one process; start several without --coordinator, and they share them")
     source = setup_source(setup)
     validation = valid_sample(source, setup)
-    while any(train_if_ready(leg, source, validation, runtime, signals) for leg in legs):
+    diverged: list[str] = []
+    while any(
+        train_if_ready(leg, source, validation, runtime, signals, diverged)
+        for leg in legs
+        if str(leg.job.directory) not in diverged
+    ):
         pass
     print(f"{sum(leg.job.result() is not None for leg in legs)} of {len(legs)} legs are done")
+    if diverged:
+        raise UsageError(f"{len(diverged)} legs diverged, and none can follow them: {', '.join(diverged)}")
 
 
 def train_if_ready(
-    leg: Leg, source: TextSource | ImageSource, validation: Sequence[Batch], runtime: RuntimeConfig, signals: Signals
+    leg: Leg,
+    source: TextSource | ImageSource,
+    validation: Sequence[Batch],
+    runtime: RuntimeConfig,
+    signals: Signals,
+    diverged: list[str],
 ) -> bool:
-    """Whether it was trained: it is not done, no other process is at it, and the leg before is done."""
+    """Whether it was trained: it is not done, no other process is at it, and the leg before is done.
+
+    One that diverges is told, and joins `diverged`.
+    """
     if leg.job.result() is not None or (leg.before and leg.before.result() is None):
         return False
     run = Run(leg.job.directory)
     try:
         return train_leg(leg, run, source, validation, runtime, signals)
     except RunBusy:
+        return False
+    except Diverged as error:
+        print(error, flush=True)
+        diverged.append(str(leg.job.directory))
         return False
     finally:
         run.release()

@@ -25,7 +25,7 @@ def paired(plain: Leg, rival: Leg) -> tuple[float, float]:
 def equal_flops(record: Record, plain: str, gap: Reading) -> float | None:
     """The rival's bits less those of the plain model after as many FLOPs; None where that has fewer than 2 readings.
 
-    They lie between its two readings around, in the logarithm of the characters, or beyond the last on the same line.
+    They lie on the line through its two nearest readings, in the logarithm of the characters.
     """
     ours = [reading for reading in record["readings"] if reading["row"] == plain and alike(reading, gap)]
     if len(ours) < 2:

@@ -65,6 +65,21 @@ def predictions(setup: Setup) -> Iterator[Record]:
             }
 
 
+def plan_table(setup: Setup) -> str:
+    """What would be measured, with what it is predicted to cost."""
+    rows = [
+        (
+            point["hierarchy"],
+            f"{point['length']:,}",
+            point["batch"],
+            f"{point['predicted_flops'] / 1e9:,.1f}",
+            f"{point['predicted_bytes'] / 1e6:,.0f}",
+        )
+        for point in predictions(setup)
+    ]
+    return markdown_table(("hierarchy", "characters", "batch", "GFLOPs a step", "MB"), rows)
+
+
 def measure(setup: Setup, scale: str, path: Path, signals: Signals) -> None:
     """Measures what PATH.json does not hold yet, on an otherwise idle machine, and keeps it there after each length."""
     record = read(setup, scale, path)
@@ -86,11 +101,13 @@ def measure(setup: Setup, scale: str, path: Path, signals: Signals) -> None:
 
 
 def read(setup: Setup, scale: str, path: Path) -> Record:
-    """The record at PATH.json, or a new one of predictions alone where there is none of this set-up."""
+    """The record at PATH.json, or a new one of predictions alone; raises UsageError for one of another set-up."""
     model = json.loads(json.dumps(setup.model))
     record, points = read_record(report_file(path, ".json")), list(predictions(setup))
-    if record is None or record["model"] != model:
+    if record is None:
         return {"scale": scale, "model": model, "points": points, **provenance()}
+    if record["model"] != model:
+        raise UsageError(f"{path}.json: was measured with another model of scale {scale!r}; move it away, or remove it")
     known = {(point["hierarchy"], point["length"]): point for point in record["points"]}
     return record | {"points": [known.get((point["hierarchy"], point["length"]), {}) | point for point in points]}
 

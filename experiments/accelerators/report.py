@@ -87,7 +87,7 @@ def describe(row: dict[str, Any]) -> str:
         parts += [f"DOES NOT FIT: the compiler wants {wanted:.2f} GiB of a chip's {had:.1f}, and made no program."]
     else:
         parts += [f"DOES NOT COMPILE for {row['target']}: {row['failure']}"]
-    if not row["fits"]:
+    if not row["fits"] and row["changes"] is not None:  # None: not sought
         parts += [describe_changes(row["changes"])]
     return "\n\n".join(parts)
 

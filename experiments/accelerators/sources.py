@@ -10,7 +10,7 @@ COLLECTIVES, OTHER = "collectives", "other"
 RESAMPLING = "resampling"
 # Parts of file names, or beginnings of functions' names, that a part of the model is known by.
 SOURCES: dict[str, tuple[str, ...]] = {
-    "attention": ("/nn/attention", "/nn/blocked.py", "Attention."),
+    "attention": ("/nn/attention", "Attention."),
     "feed-forward": ("FeedForward.",),
     RESAMPLING: (
         "/nn/resampling.py",

@@ -37,7 +37,7 @@ def measure(lengths: list[int], batches: list[int], repeats: int, *, peer: bool)
                 runs[name, batch, length] = partial(
                     generate, model, prompts, max_tokens=length, key=jax.random.key(length)
                 )
-    peer_lengths = [n for n in PEER_LENGTHS if n <= max(lengths)] if peer else []
+    peer_lengths = sorted({n for n in PEER_LENGTHS if n < max(lengths)} | {max(lengths)}) if peer else []
     if peer:
         peer_model = models.make_peer(max(lengths)).eval()
         runs |= {("peer", 0, n): partial(peer_step, peer_model, n) for n in peer_lengths}
@@ -51,7 +51,7 @@ def measure(lengths: list[int], batches: list[int], repeats: int, *, peer: bool)
         steps = [statistics.median(seconds["peer", 0, n]) for n in peer_lengths]
         for length in lengths:
             total = float(np.interp(np.arange(1, length + 1), peer_lengths, steps).sum())
-            rows.append({"model": "peer", "batch": 1, "length": length, "seconds": [total]})
+            rows.append({"model": "peer", "batch": 1, "length": length, "seconds": [total], "timed_at": peer_lengths})
     for row in rows:
         row["characters_per_second"] = row["batch"] * row["length"] / statistics.median(row["seconds"])
     return rows
@@ -75,14 +75,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def describe(rows: list[dict[str, Any]], repeats: int) -> str:
-    sizes = models.SIZES
+    sizes, [timed_at] = models.SIZES, {tuple(row["timed_at"]) for row in rows if "timed_at" in row} or {()}
+    peer = (
+        f"""The peer
+({models.PEER}) runs the whole model for every character: its cost was timed at
+{", ".join(map(str, timed_at))} characters and summed, linear in between. `learned` is the peer's architecture."""
+        if timed_at
+        else "Without the peer."
+    )
     return f"""# Characters per second of generation
 
 {sizes["hierarchy"]}, d_model {sizes["d_model"]}, {sizes["n_heads"]} heads, vocabulary {sizes["vocab_size"]}, float32,
-from a prompt of one character; medians of {repeats} runs in turn, compilation left out. The peer
-({models.PEER}) runs the whole model for every character: its cost was timed at
-{", ".join(map(str, PEER_LENGTHS))} characters and summed, linear in between.
-`learned` is the peer's architecture, `relative` this library's default.
+from a prompt of one character; medians of {repeats} runs in turn, compilation left out. {peer}
+`relative` is this library's default.
 
 {table(rows)}
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -27,8 +26,3 @@ def in_turn(runs: Mapping[Name, Callable[[], Any]], repeats: int, *, warm: bool 
                 seconds[name].append(time.perf_counter() - started)
         print(f"round {repeat} of {repeats} done", file=sys.stderr, flush=True)
     return seconds
-
-
-def spread(seconds: list[float]) -> dict[str, float]:
-    """What a report keeps of repeated timings."""
-    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}

@@ -171,13 +171,21 @@ def describe(rows: list[dict[str, Any]], repeats: int) -> str:
     input_cost = paired(rows, Case("learned"), Case("learned", input="real")) - 1
     gains = [f"{name} {paired(rows, Case(name), Case(name, memory='given back')):.2f}" for name in models.METHODS]
     ceiling = rows[0]["matmul_ceiling"] / 1e9
+    peer = (
+        f"""
+The peer is {models.PEER}, eager, without dropout, and `learned` its architecture;
+`times the peer` is beside the one that gives memory back, as its users have it.
+"""
+        if any(case_of(row) == PEER for row in rows)
+        else ""
+    )
     return f"""# Characters per second of training
 
 {models.SIZES["hierarchy"]}, d_model {models.SIZES["d_model"]}, {models.SIZES["n_heads"]} heads, vocabulary 256, length
 {LENGTH}, batch {BATCH}, AdamW, float32; {repeats} times {2 * SERIES} steps of each in turn, the last {SERIES} count.
-The peer is {models.PEER}, eager, without dropout. Each has a process of its own, which keeps the memory that it frees
-(`keep_memory`, as our launchers have it), or gives it back, as the peer's users have it: `times the peer` is beside
-that. Ratios are medians over rounds, times are medians. `learned` is the peer's architecture, `relative` our default.
+Each has a process of its own, which keeps the memory that it frees (`keep_memory`, as our launchers have it), or gives
+it back, as a user's own process does. Ratios are medians over rounds, times are medians. `relative` is our default.
+{peer}
 
 {table(rows)}
 

@@ -107,7 +107,7 @@ class Watched:
 
 
 @contextmanager
-def start(workdir: Path, out: str, *options: str) -> Iterator[Run]:
+def start(workdir: Path, out: str, *options: str) -> Iterator[Watched]:
     run = Watched(workdir, out, *options)
     try:
         yield run
@@ -231,6 +231,9 @@ def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         workdir = Path(WORKDIR.value or temporary)
         workdir.mkdir(parents=True, exist_ok=True)
+        for name in ("whole", "killed"):
+            if (workdir / name).exists():
+                raise UsageError(f"{workdir / name}: is of another soak; remove it, or give another --workdir")
         record = soak(workdir, kills=KILLS.value, steps=STEPS.value, seed=SEED.value)
     print(f"{record['summary']} ({record['seconds']:.0f} s)")
     if REPORT.value:

@@ -63,7 +63,8 @@ def text_files(path: str | Path) -> list[Path]:
     if os.path.isfile(path):  # whatever its name
         return [Path(path)]
     files: set[Path] = set()
-    for part in map(os.path.expanduser, path.split(",")):
+    parts = [path] if os.path.isdir(path) else [part.strip() for part in path.split(",") if part.strip()] or [path]
+    for part in map(os.path.expanduser, parts):
         directory = os.path.isdir(part)
         names = glob.glob("**/*.txt", root_dir=part, recursive=True) if directory else glob.glob(part, recursive=True)
         found = {file for name in names if (file := Path(part if directory else "", name)).is_file()}

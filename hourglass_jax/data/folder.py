@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from pathlib import Path
@@ -30,7 +31,8 @@ def load_folder(path: str | Path, image_size: int = 0, train_fraction: float = 0
     folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such directory; give one with PNG or JPEG files")
-    files = sorted(file for file in folder.rglob("[!.]*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    names = glob.glob("**", root_dir=folder, recursive=True)  # nothing hidden, nor below it
+    files = sorted(file for name in names if (file := folder / name).suffix.lower() in SUFFIXES and file.is_file())
     if len(files) < 2:
         raise UsageError(f"{folder}: {len(files)} PNG or JPEG files; training and validation take at least one each")
     images = read_images(files, image_size)
@@ -53,15 +55,16 @@ def read_images(files: list[Path], image_size: int) -> np.ndarray:
                 "give the side that all should have as image_size"
             )
     width, height = (image_size, image_size) if image_size else sizes[0]
+    channels = 1 if all(gray) else 3
     if not image_size and width * height > MAX_PIXELS:
         raise UsageError(
-            f"{files[0].parent}: an image of {width}x{height} is a sequence of {width * height * 3:,} tokens; give a "
-            "smaller side as image_size"
+            f"{files[0].parent}: an image of {width}x{height} is a sequence of {width * height * channels:,} tokens; "
+            "give a smaller side as image_size"
         )
-    images = np.empty((len(files), height, width, 1 if all(gray) else 3), np.uint8)
+    images = np.empty((len(files), height, width, channels), np.uint8)
     for i, file in enumerate(files):
         with explained(file, "an image"), Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("L" if all(gray) else "RGB")
+            image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
             image = ImageOps.fit(image, (width, height), Image.Resampling.BOX)
             images[i] = np.asarray(image).reshape(images.shape[1:])
     return images

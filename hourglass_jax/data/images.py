@@ -1,7 +1,7 @@
-"""Image data sets as uint8 [N, H, W, 3], and the batches that training reads from them.
+"""Image data sets as uint8 [N, H, W, C], of 3 channels or 1, and the batches that training reads from them.
 
-A row is BOS and then the pixels in raster order, each as red, green, blue. With shortening by 3 a group is then
-exactly one pixel: the shift by k-1 leaves BOS alone in the first group.
+A row is BOS and then the pixels in raster order, each as red, green, blue, or gray. With shortening by 3 a group of
+colours is exactly one pixel: the shift by k-1 leaves BOS alone in the first group.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ARRAY_PARTS = {("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
 
 
 class ImageSplits(NamedTuple):
-    """Images uint8 [N, H, W, 3] in the order of their files."""
+    """Images uint8 [N, H, W, C] in the order of their files."""
 
     train: np.ndarray
     valid: np.ndarray
@@ -191,7 +191,7 @@ def image_validation(images: np.ndarray, batch_size: int) -> LazyBatches:
 
 
 def image_rows(images: np.ndarray) -> Batch:
-    """uint8 [B, H, W, 3] -> tokens int32 [B, H*W*3 + 1], BOS first, and weights [B, H*W*3] of one."""
+    """uint8 [B, H, W, C] -> tokens int32 [B, H*W*C + 1], BOS first, and weights [B, H*W*C] of one."""
     pixels = images.reshape(len(images), -1)
     tokens = np.pad(pixels.astype(np.int32), [(0, 0), (1, 0)], constant_values=ImageTokenizer.bos_id)
     return tokens, np.ones(pixels.shape, np.float32)

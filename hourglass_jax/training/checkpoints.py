@@ -69,7 +69,8 @@ class CheckpointStore:
         """Raises UsageError unless there is a whole checkpoint of `step`."""
         steps = sorted(self._manager.all_steps())
         if step not in steps:
-            raise UsageError(f"{self.directory}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+            kept = ", ".join(map(str, steps)) or "none"
+            raise UsageError(f"{self.directory}: no checkpoint of step {step}; there are {kept}")
         if problem := damage(self.directory / str(step)):
             raise UsageError(f"{self.directory}: the checkpoint of step {step} cannot be used: {problem}")
 

@@ -47,7 +47,8 @@ def choose(name: str, dtype: Any, size: int, more: tuple[str, ...] = (), causal:
     if name == "fused" and more:
         return "blocked", f"fused knows no {' or '.join(more)}"
     if name == "fused" and not has_fused(platform(), size):
-        return "blocked", f"fused takes no heads of {size}"
+        what = "one device of a TPU alone" if platform() == "tpu" else f"no heads of {size}"
+        return "blocked", f"fused takes {what}"
     return name, "as asked for"
 
 
