@@ -11,7 +11,7 @@ import pytest
 from launching import METHOD, run_forked
 
 import hourglass_jax as hg
-from experiments.ablations import pictures, reporting, rows
+from experiments.ablations import curve_report, lengths, pictures, reporting, rows
 from experiments.ablations.costs import step_flops
 from experiments.ablations.rows import make_job, plan, row_config
 from experiments.ablations.scales import SCALES, find_setup, for_table
@@ -232,11 +232,19 @@ def test_reports_come_from_the_stored_record_alone(home, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+RENDER = {"table": reporting.render, "curves": curve_report.render, "lengths": lengths.render}
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_committed_reports_are_those_of_their_records(path):
-    record = json.loads(path.read_text())
-    assert path.with_suffix(".md").read_text().startswith(reporting.render(record).rstrip())
+    [render] = [render for kind, render in RENDER.items() if path.name.startswith(kind)]
+    assert path.with_suffix(".md").read_text().startswith(render(json.loads(path.read_text())).rstrip())
     assert path.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_committed_tables_have_all_rows_and_two_seeds_of_the_baseline(path):
+    record = json.loads(path.read_text())
     baseline = next(row for row in record["rows"] if row["name"] == record["baseline"])
     assert len(baseline["runs"]) >= 2
     assert all(row["runs"] for row in record["rows"])

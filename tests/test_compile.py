@@ -48,6 +48,7 @@ def test_a_name_says_how_many_chips(name, chips):
         ("3xh100", "h100 comes as 1, 2, 4, 8; h100.toml lists them"),
         ("v5e-17", "v5e comes as 4, 8, 16"),
         ("not a name", "is unknown"),
+        ("8xh100-4", "'8xh100-4' is unknown"),
     ],
 )
 def test_machines_that_there_are_not_are_refused(name, words):

@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +11,13 @@ from flax import nnx
 from launching import MICRO, run_forked
 
 import hourglass_jax as hg
-from experiments.ablations import curve_pictures, curve_report, curves, gaps
+from experiments.ablations import curve_pictures, curves, gaps
 from experiments.ablations.costs import step_flops
 from experiments.ablations.scales import SCALES, find_setup
 from experiments.common.sources import TextSource
 from hourglass_jax.training.metrics import read_curves
-from hourglass_jax.training.trainer import fit
-
-RESULTS = Path(__file__).resolve().parents[1] / "experiments" / "results" / "ablations"
-RECORDS = sorted(RESULTS.glob("curves-*.json"))
+from hourglass_jax.training.signals import Signals
+from hourglass_jax.training.trainer import Diverged, fit
 
 # Two models and two budgets, of 5 and 10 steps; a branch of 4 more.
 PLUGIN = f"""{MICRO}
@@ -143,11 +140,23 @@ def test_the_report_comes_from_the_record_alone(home, tmp_path):
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
-def test_committed_reports_are_those_of_their_records(path):
-    record = json.loads(path.read_text())
-    assert path.with_suffix(".md").read_text().startswith(curve_report.render(record).rstrip())
-    assert path.with_suffix(".png").exists()
+def test_a_leg_that_diverges_is_told_and_the_other_curve_goes_on(tmp_path, monkeypatch, capsys):
+    setup = find_setup("enwik8", "micro")
+    [one, *_], [other, *_] = (list(curves.curve(curves.plain(name), setup, tmp_path, 0)) for name in ("6@1", "8@1"))
+    done = []
+
+    def train_leg(leg, *_):
+        if leg is one:
+            raise Diverged("step 3: train_loss is nan")
+        done.append(leg)
+        return len(done) < 3
+
+    monkeypatch.setattr(curves, "train_leg", train_leg)
+    monkeypatch.setattr(curves, "setup_source", lambda setup: None)
+    monkeypatch.setattr(curves, "valid_sample", lambda source, setup: [])
+    with pytest.raises(hg.UsageError, match=r"1 legs diverged, and none can follow them: .*6@1"):
+        curves.train([one, other], setup, hg.RuntimeConfig(), Signals())
+    assert done == [other] * 3 and capsys.readouterr().out.count("train_loss is nan") == 1
 
 
 def test_pairs_cost_as_many_flops_as_they_say(tmp_path):

@@ -71,7 +71,7 @@ def library(tmp_path, monkeypatch):
     ("path", "names"),
     [
         ("a.txt", "a.txt"),
-        ("b.txt,a.txt", "a.txt b.txt"),
+        ("b.txt, a.txt", "a.txt b.txt"),
         ("a.txt,./a.txt,*.txt", "a.txt b.txt"),
         ("books", "books/d.txt books/old/c.txt"),
         ("books/", "books/d.txt books/old/c.txt"),
@@ -94,6 +94,9 @@ def test_a_file_with_a_comma_or_a_star_in_its_name_is_itself(library):
     for name in ("a,b.txt", "*.txt"):
         (library / name).write_text("itself")
         assert load_text(name) == load_text(f"{library / name}") == "itself"
+    (library / "old, new").mkdir()
+    (library / "old, new" / "e.txt").write_text("in it")
+    assert load_text("old, new") == "in it"
 
 
 @pytest.mark.parametrize("path", ["nowhere.txt", "a.txt,nowhere.txt", "a.txt,", "*.csv", "books/old/c.txt/"])

@@ -94,6 +94,14 @@ def test_windows_up_to_the_learned_positions_are_scored():
     assert jnp.isfinite(hg.evaluate_sliding(model, text(100), window=64, step=8).loss)
 
 
+def test_accuracy_is_the_weighted_share_of_likeliest_tokens_that_are_right(model):
+    rng = np.random.default_rng(3)
+    batches = [(rng.integers(0, 11, (n, 9)), rng.random((n, 8)).astype(np.float32)) for n in (9, 20)]
+    right = [np.asarray(forward(model, tokens[:, :-1])).argmax(-1) == tokens[:, 1:] for tokens, _ in batches]
+    share = sum((hits * weights).sum() for hits, (_, weights) in zip(right, batches, strict=True))
+    assert share > 0 and accuracy(model, batches) == pytest.approx(share / sum(weights.sum() for _, weights in batches))
+
+
 @pytest.mark.parametrize("weights", [None, 0])
 def test_nothing_to_predict_is_told(weights):
     model = make_model(small_config())

@@ -85,6 +85,12 @@ def test_which_images_are_for_validation_is_a_function_of_their_names(tmp_path):
     assert len(later - set(values[1]) - {50}) <= 1
 
 
+def test_what_is_hidden_or_below_it_is_no_image(tmp_path):
+    for i, name in enumerate(("a.png", "sub/b.png", ".c.png", ".hidden/d.png", "sub/.hidden/e.png")):
+        save(tmp_path / name, np.full((2, 2), i, np.uint8))
+    assert sorted(image[0, 0, 0] for part in load_folder(tmp_path) for image in part) == [0, 1]
+
+
 @pytest.mark.parametrize("fraction", [0.001, 0.999])
 def test_both_parts_have_an_image(tmp_path, fraction):
     for i in range(3):

@@ -138,9 +138,10 @@ def test_evaluation_ends_with_its_figures_as_json(home):
 
 def test_sliding_windows_give_more_context_to_as_many_characters(home):
     sliding = ["--protocol=sliding", "--window=64", "--step=8"]
-    flags = ["--data_path=text.txt", "--split=valid", "--block_size=8"]
+    flags = ["--data_path=text.txt", "--split=valid"]
     with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda flags: succeed("evaluate", *flags, cwd=home), [flags, [*flags, *sliding]])
+        both = ["--block_size=8"], sliding
+        results = pool.map(lambda protocol: succeed("evaluate", *flags, *protocol, cwd=home), both)
     consecutive, overlapping = (json.loads(result.stdout.splitlines()[-1]) for result in results)
     assert overlapping["n_characters"] == consecutive["n_characters"]
     assert overlapping["loss"] < consecutive["loss"]
@@ -200,6 +201,22 @@ def test_a_run_begins_with_another_s_parameters_model_and_vocabulary(home, tmp_p
     assert first["train_loss"] < 3.3  # a new one would be at 3.6
 
 
+def test_options_of_the_original_project_mean_what_they_meant_there(home, tmp_path):
+    flags = ["--factors=1,1,1,2", "--n_embedding=32", "--n_heads=2", "--d_ff=64", "--dropout=0.1", "--batch_size=4"]
+    flags += ["--block_size=24", "--epochs=2", "--iter=2", "--eval_iter=1", "--learning_rate=0.002"]
+    flags += ["--betas=0.8,0.9", "--eps=1e-7", "--train_val_split=0.8", f"--data_path={home / 'text.txt'}"]
+    succeed("pretrain", *flags, "--model_save_path=out", cwd=tmp_path)
+    record = json.loads((tmp_path / "out" / "config.json").read_text())
+    given = {
+        "model": {"hierarchy": "1@1 1@2 1@1", "d_model": 32, "n_heads": 2, "d_ff": 64, "dropout": 0.1},
+        "data": {"batch_size": 4, "block_size": 24, "train_fraction": 0.8},
+        "train": {"steps": 4, "eval_interval": 2, "eval_batches": 1},
+        "optimizer": {"learning_rate": 0.002, "beta1": 0.8, "beta2": 0.9, "eps": 1e-7},
+    }
+    for part, options in given.items():
+        assert options.items() <= record["settings"][part].items(), part
+
+
 def test_max_length_bounds_learned_positions_only(home, tmp_path):
     flags = ["--steps=2", "--model.max_length=16", "--positions=relative", f"--data_path={home / 'text.txt'}"]
     assert "sample: " in succeed("pretrain", *TINY, *flags, cwd=tmp_path).stdout
@@ -246,6 +263,7 @@ PRETRAIN = [
     ("one_checkpoint", ["--keep_checkpoints=1", "--out=new"], "keep_checkpoints=1"),
     ("seed", ["--seed=9223372036854775808"], "seed"),
     ("foreign_out", ["--out=foreign", "--overwrite"], "not a run"),
+    ("never_again", ["--out=run", "--resume=never"], "--overwrite"),
     ("another_configuration", ["--out=run", "--learning_rate=0.5"], "learning_rate"),
 ]
 OTHERS = [

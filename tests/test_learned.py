@@ -282,6 +282,7 @@ def test_noise_needs_a_key_and_is_of_the_row_and_the_position():
 
 GRID = [
     ("1@1 0@2 1@4 0@2 0@1", {"boundaries": "router router", "positions": "rotary"}),
+    ("1@1 1@2 1@6 0@2 1@1", {"boundaries": "gumbel entropy", "upsampling": "attention"}),
     *(
         pytest.param(hierarchy, options, marks=pytest.mark.slow)
         for hierarchy, options in [
@@ -290,7 +291,6 @@ GRID = [
             ("1@1 1@3 1@1", {"boundaries": "router", "dropout": 0.5, "norm": "final", "shortening": "average"}),
             ("1@1 1@2 1@6 0@2 1@1", {"boundaries": "gumbel", "shortening": "average", "upsampling": "repeat"}),
             ("1@1 1@2 1@6 0@2 1@1", {"boundaries": "fixed router", "positions": "learned"}),
-            ("1@1 1@2 1@6 0@2 1@1", {"boundaries": "gumbel entropy", "upsampling": "attention"}),
             ("0@1 1@2 0@4 1@8 1@4 0@2 1@1", {"boundaries": "router gumbel router"}),
         ]
     ),

@@ -1,5 +1,7 @@
 """Training with learned boundaries: what is reported, the rate reached, curves, going on, launchers; their costs."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from test_boundaries import tokens_of
 from test_learned import D, learned_config
 
 import hourglass_jax as hg
+from experiments.common.pretraining import check_groups
 from hourglass_jax.costs import count_parameters, forward_flops
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
 from hourglass_jax.training import metrics, trainer
@@ -119,6 +122,20 @@ def test_the_warning_comes_where_training_ends_early_too(tmp_path, monkeypatch):
     )
     ends, room = warnings
     assert "without a better one" in ends and "find no room" in room
+
+
+def test_one_event_in_a_hundred_may_wait_in_silence(caplog):
+    """In training, and in the text that pretraining looks at first."""
+    training = SimpleNamespace(model=make_model(learned_config()))
+    options = {"hierarchy": "0@1 1@4 0@1", "shortening": "average", "upsampling": "repeat", "boundary_slack": 1.0}
+    model = make_model(learned_config("tokens", boundary_tokens=(0,), **options))
+    text, weights = np.ones((4, 65), int), np.ones((4, 64))
+    for crowded in (False, True):
+        caplog.clear()
+        trainer._Training.check_room(training, 0.011 if crowded else 0.009)
+        text[:, :: 2 if crowded else 4] = 0
+        check_groups(model, text, weights)
+        assert caplog.text.count("find no room") == 2 * crowded
 
 
 @pytest.mark.slow

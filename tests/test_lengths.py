@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from launching import run_forked
@@ -11,9 +10,6 @@ from experiments.ablations import lengths
 from experiments.ablations.scales import SCALES, find_setup
 from hourglass_jax import HourglassConfig, UsageError
 from hourglass_jax.training.signals import Signals
-
-RESULTS = Path(__file__).resolve().parents[1] / "experiments" / "results" / "ablations"
-RECORDS = sorted(RESULTS.glob("lengths-*.json"))
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -60,17 +56,16 @@ def test_what_is_measured_is_kept_and_drawn(tmp_path, monkeypatch, quick_compile
     assert record["points"][:3] == before and len(record["points"]) == 6
     assert path.with_suffix(".md").read_text().startswith(lengths.render(record))
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    other = replace(setup, model=model | {"d_ff": 64})
-    assert not lengths.measured(lengths.read(other, "micro", path))  # what another model costs says nothing
-
-
-@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
-def test_committed_reports_are_those_of_their_records(path):
-    record = json.loads(path.read_text())
-    assert path.with_suffix(".md").read_text().startswith(lengths.render(record).rstrip())
-    assert path.with_suffix(".png").exists()
+    with pytest.raises(UsageError, match="measured with another model"):
+        lengths.measure(replace(setup, model=model | {"d_ff": 64}), "micro", path, Signals())
 
 
 def test_a_report_of_nothing_is_one_line(tmp_path):
-    result = run_forked("ablate", "--lengths", "--scale=micro", "--report", cwd=tmp_path)
-    assert result.returncode == 2 and "measure first" in result.stderr and result.stderr.count("\n") == 1
+    for flags, message in (("--report", "measure first"), ("--dataset=letters", "--lengths are of texts")):
+        result = run_forked("ablate", "--lengths", "--scale=micro", flags, cwd=tmp_path)
+        assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_dry_run_measures_nothing(tmp_path):
+    result = run_forked("ablate", "--lengths", "--scale=micro", "--dry_run", cwd=tmp_path)
+    assert result.stdout.count("\n") == 2 + 3 * len(lengths.LENGTHS) and not list(tmp_path.iterdir())

@@ -5,13 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_model, small_config
+from flax import nnx
+from jax.test_util import check_grads
 from launching import run_forked
 from layouts import planes, write_binary
 
 import hourglass_jax as hg
 from experiments.common.sources import ImageSource, TextSource
 from hourglass_jax.costs import decoding_flops, forward_flops
-from hourglass_jax.nn.attention.lsh import lsh_attention
+from hourglass_jax.nn.attention.lsh import EVALUATION_SEED, LSHAttention, lsh_attention
+from hourglass_jax.nn.positions import rotate
 from hourglass_jax.training.signals import Signals
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -66,6 +69,31 @@ def test_it_is_the_formula(length, n_rounds, n_pairs, chunk):
         out = np.asarray(attend(*map(jnp.asarray, (qk, v, rotations)), chunk))
     for b, h in np.ndindex(2, 2):
         np.testing.assert_allclose(out[b, :, h], naive(qk[b, :, h], v[b, :, h], rotations, chunk), atol=1e-9)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_a_layer_hashes_what_it_projects_each_round_anew(positions):
+    options = {"lsh_chunk": 4, "lsh_hashes": 3, "positions": positions, "dtype": "float64"}
+    x = np.random.default_rng(1).normal(size=(2, 13, 16))
+    with jax.enable_x64(True):
+        config = small_config(hierarchy="1@1", token_attention="lsh", **options)
+        layer = LSHAttention(config, rngs=nnx.Rngs(0))
+        kernels = (np.asarray(part.kernel[...], np.float64) for part in (layer.query, layer.value))
+        qk, v = (np.einsum("bld,dk->blk", x, kernel).reshape(2, 13, 2, 8) for kernel in kernels)
+        if positions == "rotary":
+            qk = np.asarray(rotate(jnp.asarray(qk), jnp.arange(13)))
+        rotations = np.asarray(jax.random.normal(jax.random.key(EVALUATION_SEED), (8, 3, 13 // 4), jnp.float32))
+        heads = np.stack([[naive(qk[b, :, h], v[b, :, h], rotations, 4) for h in range(2)] for b in range(2)])
+        joined = heads.transpose(0, 2, 1, 3).reshape(2, 13, 16)
+        expected = joined @ np.asarray(layer.out.kernel[...]) + np.asarray(layer.out.bias[...])
+        out = jax.jit(lambda x: layer(x[:, :, None], None)[:, :, 0])(jnp.asarray(x))
+    np.testing.assert_allclose(out, expected, atol=1e-9)
+
+
+def test_its_derivatives_are_those_of_what_it_computes():
+    qk, v, rotations = draw(9, 2, 2)
+    with jax.enable_x64(True):
+        check_grads(lambda qk, v: attend(qk, v, jnp.asarray(rotations), 4), map(jnp.asarray, (qk, v)), 1, ["rev"])
 
 
 def test_later_tokens_move_earlier_outputs_though_no_derivative_says_so():

@@ -19,6 +19,31 @@ PAPER = find_setup("enwik8", "paper")
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
+@pytest.mark.parametrize("initialization, width", [("normal", 0.02), ("xavier", (2 / (64 + 192)) ** 0.5)])
+def test_matrices_are_drawn_as_wide_as_they_should_be_and_embeddings_with_one(initialization, width):
+    config = small_config(hierarchy="1@1", d_model=64, d_ff=192, vocab_size=99, initialization=initialization)
+    model = nnx.jit(lambda: hg.HourglassLM(config, rngs=nnx.Rngs(0)))()
+    kernel = np.asarray(model.hourglass.pre.layers.feed_forward.up.kernel[...])
+    assert kernel.std() == pytest.approx(width, rel=0.05) and abs(kernel.mean()) < 0.05 * width
+    largest = np.abs(kernel).max() / width
+    assert largest > 3.5 if initialization == "normal" else 1.7 < largest <= 3**0.5 + 1e-6
+    assert np.asarray(model.embedding.embedding[...]).std() == pytest.approx(1, rel=0.05)
+
+
+def test_what_is_computed_again_changes_no_gradient():
+    def gradients(remat):
+        config = small_config(hierarchy="2@1", remat=remat, max_unrolled_layers=0)
+        graph, params = nnx.split(make_model(config))
+        tokens = jnp.arange(26).reshape(2, 13) % 11
+        return jax.jit(jax.grad(lambda params: nnx.merge(graph, params)(tokens).var()))(params)
+
+    none, *others = (jax.tree.leaves(gradients(remat)) for remat in ("none", "dots", "full"))
+    assert all(np.abs(leaf).max() > 0 for leaf in none)
+    for other in others:
+        for one, two in zip(none, other, strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("hierarchy", HIERARCHIES)
 @pytest.mark.parametrize("length", [1, 7, 16])

@@ -44,8 +44,6 @@ ONE_AND_OTHERS = [pytest.param(h, marks=[pytest.mark.slow] * (h != HIERARCHIES[2
         {"activation": "gelu_exact", "d_head": 5, "qkv_bias": True},
         {"norm": "final"},
         {"shift": "original"},
-        {"initialization": "xavier"},
-        {"remat": "full"},
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from hourglass_jax import ByteTokenizer, CharTokenizer, UsageError
@@ -39,6 +40,14 @@ def test_unknown_characters_become_unk():
 def test_specials_decode_to_nothing():
     tokenizer = CharTokenizer.from_text("abc")
     assert tokenizer.decode([2, 3, 1, 4, 0, 5]) == "abc"
+
+
+@pytest.mark.parametrize("tokenizer", [CharTokenizer.from_text("abc"), ByteTokenizer()], ids=lambda t: t.kind)
+def test_one_text_of_integers_is_decoded_and_nothing_else(tokenizer):
+    assert tokenizer.decode([]) == tokenizer.decode(np.zeros(0, int)) == ""
+    for tokens in ([[3, 4]], np.array([3.0]), np.array(3), [True]):
+        with pytest.raises(UsageError, match=r"give integers \[L\]"):
+            tokenizer.decode(tokens)
 
 
 def test_names_of_specials_are_plain_text():

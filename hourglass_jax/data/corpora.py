@@ -63,7 +63,7 @@ def text_files(path: str | Path) -> list[Path]:
     if os.path.isfile(path):  # whatever its name
         return [Path(path)]
     files: set[Path] = set()
-    parts = [path] if os.path.isdir(path) else [part.strip() for part in path.split(",") if part.strip()] or [path]
+    parts = [path] if os.path.isdir(path) else [part.strip() for part in path.split(",")]
     for part in map(os.path.expanduser, parts):
         directory = os.path.isdir(part)
         names = glob.glob("**/*.txt", root_dir=part, recursive=True) if directory else glob.glob(part, recursive=True)
@@ -71,7 +71,8 @@ def text_files(path: str | Path) -> list[Path]:
         if not found:
             problem = "the directory holds no .txt file" if directory else "no such file"
             raise UsageError(
-                f"{part}: {problem}; give a file, a directory of .txt files, a pattern, or several with commas between"
+                f"{part or path}: {problem}; give a file, a directory of .txt files, a pattern, or several with "
+                "commas between"
             )
         files |= found
     return sorted(files)

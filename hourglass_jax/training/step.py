@@ -48,7 +48,8 @@ def make_train_step(
     """A jitted (state, tokens [B, L + 1], weights [B, L]) -> (state, metrics); the state's buffers are donated.
 
     `accumulate` takes the batch in so many parts, one after another: the gradient of the whole in the memory of a
-    part. Dropout draws from (seed, step) alone, and so do boundaries and masked tokens. `shardings` pins where the new
+    part. Masked tokens are drawn from (seed, step) alone; dropout and the noise of boundaries too, but for each part
+    anew: to divide a batch among devices changes nothing, to accumulate draws others. `shardings` pins where the new
     state lies. Gradients, updates and norms are of the parameters that are `trained`.
 
     What is minimised has the losses of learned boundaries, too, each part's by itself; the metrics have it apart.
