@@ -17,6 +17,7 @@ from absl import flags
 from flax import nnx
 
 from experiments.common import launcher, pretraining
+from experiments.common.cuts import check_groups, describe_groups
 from experiments.common.sources import open_source, unit_of
 from hourglass_jax import HourglassLM, Run, UsageError
 from hourglass_jax.model import n_parameters
@@ -59,8 +60,8 @@ def pretrain(signals: Signals) -> None:
     if model is None:
         model = nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed))
     batch = source.batches(train.seed)(0)
-    pretraining.check_groups(model, *batch)
-    groups = pretraining.describe_groups(model, *batch)
+    check_groups(model, *batch)
+    groups = describe_groups(model, *batch)
     causal = launcher.causality(model)
     millions = n_parameters(model) / 1e6
     print(f"{config.hierarchy}, {millions:.2f}M parameters, vocabulary {config.vocab_size}, causal: {causal}{groups}")
@@ -80,7 +81,7 @@ def pretrain(signals: Signals) -> None:
         signals=signals,
     )
     plot = plot_curves(run.directory)
-    groups = pretraining.describe_groups(model, *batch)
+    groups = describe_groups(model, *batch)
     seconds = time.perf_counter() - started
     print(f"validation: {result.summary(unit)} ({seconds:.0f} s, curves in {plot}{groups})")
     print(f"sample: {heading}{sample(model)}")

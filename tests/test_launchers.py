@@ -201,6 +201,7 @@ def test_a_run_begins_with_another_s_parameters_model_and_vocabulary(home, tmp_p
     assert first["train_loss"] < 3.3  # a new one would be at 3.6
 
 
+@pytest.mark.slow
 def test_options_of_the_original_project_mean_what_they_meant_there(home, tmp_path):
     flags = ["--factors=1,1,1,2", "--n_embedding=32", "--n_heads=2", "--d_ff=64", "--dropout=0.1", "--batch_size=4"]
     flags += ["--block_size=24", "--epochs=2", "--iter=2", "--eval_iter=1", "--learning_rate=0.002"]

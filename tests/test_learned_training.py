@@ -14,7 +14,7 @@ from test_boundaries import tokens_of
 from test_learned import D, learned_config
 
 import hourglass_jax as hg
-from experiments.common.pretraining import check_groups
+from experiments.common.cuts import check_groups
 from hourglass_jax.costs import count_parameters, forward_flops
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
 from hourglass_jax.training import metrics, trainer

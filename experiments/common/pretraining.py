@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from experiments.common import launcher
 from hourglass_jax import (
@@ -17,17 +16,13 @@ from hourglass_jax import (
     DataConfig,
     Hierarchy,
     HourglassConfig,
-    HourglassLM,
     ImageTokenizer,
     OptimizerConfig,
     TrainConfig,
     UsageError,
 )
-from hourglass_jax.cuts import count_groups
 from hourglass_jax.data.corpora import load_tokens
-from hourglass_jax.nn.learned import LearnedBoundaries
 from hourglass_jax.tokenizers import Tokenizer, boundary_tokens
-from hourglass_jax.training.trainer import MOST_SUPPRESSED
 
 # Sized so that the built-in corpus trains in about two minutes on two CPU cores.
 MODEL = HourglassConfig(
@@ -131,38 +126,6 @@ def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:
         launcher.read_config("optimizer", OptimizerConfig, **betas),
         launcher.read_config("train", TrainConfig, **schedule),
     )
-
-
-def describe_groups(model: HourglassLM, tokens: np.ndarray, weights: np.ndarray) -> str:
-    """How long the groups are that a batch's whole rows make, where events end them; empty otherwise."""
-    rows = tokens[weights.all(axis=1), :-1]
-    if not model.config.event_levels or not len(rows):
-        return ""
-    return f", groups of {count_groups(model, rows).length:.1f} tokens"
-
-
-def check_groups(model: HourglassLM, tokens: np.ndarray, weights: np.ndarray) -> None:
-    """Warns where more than one event in a hundred has to wait; raises UsageError where the text has none.
-
-    Of learned boundaries training has yet to decide: `fit` warns.
-    """
-    config, rows = model.config, tokens[weights.all(axis=1), :-1]
-    if not config.event_levels or not len(rows) or isinstance(model.hourglass.boundaries, LearnedBoundaries):
-        return
-    counts = count_groups(model, rows)
-    if counts.groups <= len(rows):  # the first token of each row always ends one
-        raise UsageError(
-            f"boundaries={config.boundaries!r} end no group in {counts.tokens} tokens of the text; choose others, or "
-            "fixed"
-        )
-    if counts.suppressed > MOST_SUPPRESSED:
-        logging.warning(
-            "%.1f %% of the groups' ends find no room and wait for the next; groups have %.1f tokens, so choose a "
-            "smaller factor than that of hierarchy='%s', or a larger boundary_slack",
-            100 * counts.suppressed,
-            counts.length,
-            config.hierarchy,
-        )
 
 
 def vocabulary_size(data: DataConfig, vocab_path: str) -> int:
