@@ -72,9 +72,16 @@ def test_the_oracle_notices_a_wrong_distance_unit():
         assert np.abs(ours - oracle.logits(model, TOKENS)).max() > 1e-4
 
 
+QUICK_BLOCKS = ("relative", (1, 99)), ("relative", (3, 1)), ("rotary", (2, 2))
+BLOCKS = [
+    pytest.param(positions, *sizes, marks=[pytest.mark.slow] * ((positions, sizes) not in QUICK_BLOCKS))
+    for positions in ("relative", "rotary")
+    for sizes in ((1, 99), (5, 99), (1, 3), (2, 2), (3, 1))
+]
+
+
 @pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize("positions", ["relative", "rotary"])
-@pytest.mark.parametrize("rows, segments", [(1, 99), (5, 99), (1, 3), (2, 2), (3, 1)])
+@pytest.mark.parametrize("positions, rows, segments", BLOCKS)
 def test_attention_does_not_depend_on_its_query_blocks(positions, rows, segments, monkeypatch):
     monkeypatch.setattr(blocked, "QUERY_ROWS", rows)
     monkeypatch.setattr(blocked, "SEGMENTS", segments)
