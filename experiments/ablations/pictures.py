@@ -132,7 +132,7 @@ def draw_rows(record: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
     ours.invert_yaxis()
     if record.get("published"):
         theirs.set(title="published")
-        theirs.legend(fontsize=7)
+        theirs.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     else:
         theirs.set(title="paper")
     for axes in (ours, theirs):
