@@ -14,6 +14,7 @@ from flax import nnx
 
 import hourglass_jax as hg
 from hourglass_jax import HourglassConfig, HourglassLM
+from hourglass_jax.decoding import AlignedPrompts
 from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 
 POSITIONS = ("relative", "rotary", "learned")
@@ -94,6 +95,19 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def forgotten_padding(monkeypatch):
+    """The prompts of a batch, as if none had padding before it."""
+    align = AlignedPrompts.align.__func__
+
+    def forgetful(*arguments):
+        aligned = align(*arguments)
+        aligned.start[:] = 0
+        return aligned
+
+    monkeypatch.setattr(AlignedPrompts, "align", classmethod(forgetful))
 
 
 def small_config(**options) -> HourglassConfig:

@@ -66,15 +66,7 @@ def test_cached_logits_of_every_hierarchy_equal_the_full_forward(hierarchy, opti
     assert largest_difference(make_model(small_config(hierarchy=hierarchy, **options))) < 1e-5
 
 
-def test_a_cache_that_misses_its_padding_is_noticed(monkeypatch):
-    original = AlignedPrompts.align.__func__
-
-    def forgetful(*arguments):
-        aligned = original(*arguments)
-        aligned.start[:] = 0
-        return aligned
-
-    monkeypatch.setattr(AlignedPrompts, "align", classmethod(forgetful))
+def test_a_cache_that_misses_its_padding_is_noticed(forgotten_padding):
     model = make_model(small_config())
     tokens = np.arange(10)[None].repeat(2, 0)
     aligned = AlignedPrompts.align([tokens[0, :8], tokens[1, :2]], 3, 99)

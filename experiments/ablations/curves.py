@@ -183,11 +183,16 @@ def train(legs: Sequence[Leg], setup: Setup, runtime: RuntimeConfig, signals: Si
     source = setup_source(setup)
     validation = valid_sample(source, setup)
     diverged: list[str] = []
-    while any(
-        train_if_ready(leg, source, validation, runtime, signals, diverged)
-        for leg in legs
-        if str(leg.job.directory) not in diverged
-    ):
+
+    def trained(leg: Leg) -> bool:
+        try:
+            return train_if_ready(leg, source, validation, runtime, signals)
+        except Diverged as error:
+            print(error, flush=True)
+            diverged.append(str(leg.job.directory))
+            return False
+
+    while any(trained(leg) for leg in legs if str(leg.job.directory) not in diverged):
         pass
     print(f"{sum(leg.job.result() is not None for leg in legs)} of {len(legs)} legs are done")
     if diverged:
@@ -195,27 +200,15 @@ def train(legs: Sequence[Leg], setup: Setup, runtime: RuntimeConfig, signals: Si
 
 
 def train_if_ready(
-    leg: Leg,
-    source: TextSource | ImageSource,
-    validation: Sequence[Batch],
-    runtime: RuntimeConfig,
-    signals: Signals,
-    diverged: list[str],
+    leg: Leg, source: TextSource | ImageSource, validation: Sequence[Batch], runtime: RuntimeConfig, signals: Signals
 ) -> bool:
-    """Whether it was trained: it is not done, no other process is at it, and the leg before is done.
-
-    One that diverges is told, and joins `diverged`.
-    """
+    """Whether it was trained: it is not done, no other process is at it, and the leg before is done."""
     if leg.job.result() is not None or (leg.before and leg.before.result() is None):
         return False
     run = Run(leg.job.directory)
     try:
         return train_leg(leg, run, source, validation, runtime, signals)
     except RunBusy:
-        return False
-    except Diverged as error:
-        print(error, flush=True)
-        diverged.append(str(leg.job.directory))
         return False
     finally:
         run.release()

@@ -85,8 +85,8 @@ def known_targets() -> list[str]:
 def find_target(name: str) -> Target:
     """By its name; raises UsageError for a machine or a number of chips that there is none of."""
     found = re.fullmatch(r"(?:(?P<n>[1-9]\d*)x)?(?P<kind>\w+?)(?:-(?P<size>[1-9]\d*))?", name)
-    counts = [found["n"], found["size"]] if found else []
-    kind, size = (found["kind"], counts[0] or counts[1]) if found and None in counts else (name, None)
+    counted_once = found and not (found["n"] and found["size"])
+    kind, size = (found["kind"], found["n"] or found["size"]) if counted_once else (name, None)
     check_choice("target", kind, known_targets())
     path = DIRECTORY / f"{kind}.toml"
     fields = read_fields(path)

@@ -75,7 +75,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def describe(rows: list[dict[str, Any]], repeats: int) -> str:
-    sizes, [timed_at] = models.SIZES, {tuple(row["timed_at"]) for row in rows if "timed_at" in row} or {()}
+    sizes = models.SIZES
+    timed_at = next((row["timed_at"] for row in rows if row["model"] == "peer"), ())
     peer = (
         f"""The peer
 ({models.PEER}) runs the whole model for every character: its cost was timed at
