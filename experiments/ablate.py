@@ -46,6 +46,9 @@ ROWS = flags.DEFINE_list(
 SEEDS = flags.DEFINE_integer(
     "seeds", 2, "Of the baseline row, the others have one, in B1 three; with --curves, of each.", lower_bound=1
 )
+FIRST_SEED = flags.DEFINE_integer(
+    "first_seed", 0, "Only seeds from this one on, for a table whose report has the runs before.", lower_bound=0
+)
 COMMENT = flags.DEFINE_string("comment", None, "With --report: what there is to say about the one table; kept.")
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the rows with what they will cost, and train nothing.")
 TIME = flags.DEFINE_boolean("time", False, "Measure step time and memory of the rows, on an otherwise idle machine.")
@@ -90,7 +93,7 @@ def run_tables(setup: Setup, directory: Path, name: str) -> None:
             path = Path(RESULTS.value) / f"table{table.number}-{name}"
             print(reporting.report(table, setup, directory, path, COMMENT.value))
         return
-    jobs = rows.plan(tables, setup, directory, SEEDS.value, ROWS.value)
+    jobs = rows.plan(tables, setup, directory, SEEDS.value, ROWS.value, FIRST_SEED.value)
     if DRY_RUN.value:
         print(costs.plan_table(jobs, setup))
         return

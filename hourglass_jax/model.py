@@ -19,7 +19,7 @@ from hourglass_jax.hierarchy import Level
 from hourglass_jax.nn.boundaries import Turn
 from hourglass_jax.nn.cache import Cache, Clock, in_own_time
 from hourglass_jax.nn.groups import Groups
-from hourglass_jax.nn.layers import Dropout, layer_norm, linear, split_key
+from hourglass_jax.nn.layers import Dropout, keys_of_rows, layer_norm, linear, split_key
 from hourglass_jax.nn.learned import BOUNDARIES, entropies
 from hourglass_jax.nn.rates import boundary_terms
 from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS
@@ -63,16 +63,26 @@ class Hourglass(nnx.Module):
         return self.with_groups(x, key, tokens, mask)[0]
 
     def with_groups(
-        self, x: jax.Array, key: jax.Array | None = None, tokens: jax.Array | None = None, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        key: jax.Array | None = None,
+        tokens: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        row_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, list[Groups]]:
-        """As a call, and the groups that each shortening makes, outermost first."""
-        keys = split_key(key, 6)
+        """As a call, and the groups that each shortening makes, outermost first.
+
+        row_keys: a key for each row [B], of which boundaries draw their noise; default: from `key`.
+        """
+        keys = split_key(key, 5)
+        if row_keys is None and key is not None:
+            row_keys = keys_of_rows(key, len(x))
         x = self.pre(x, keys[0], mask)
         if self.inner is None:
             return x, []
-        groups = self.boundaries(x, tokens, mask, key=keys[5])
+        groups = self.boundaries(x, tokens, mask, row_keys=row_keys)
         short = self.shorten(groups.shift_right(x), groups, key=keys[1])
-        short, deeper = self.inner.with_groups(short, keys[2], mask=groups.mask)
+        short, deeper = self.inner.with_groups(short, keys[2], mask=groups.mask, row_keys=row_keys)
         up = self.upsample(x, short, groups, key=keys[3])
         return self.post(self.add_upsampled(x, up), keys[4], mask), [groups, *deeper]
 
@@ -197,22 +207,30 @@ class HourglassLM(nnx.Module):
         weights: jax.Array | None = None,
         *,
         mask: jax.Array | None = None,
+        row_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """As a call; what learned boundaries add to the mean loss in nats, float []; and figures of all events.
 
         `weights` [B, L]: how much each token counts there (default: 1). See `nn.rates.boundary_terms`.
+        `row_keys` [B]: of which boundaries draw their noise, row by row (default: from `key`).
         """
-        logits, groups = self.read(tokens, key, mask)
+        logits, groups = self.read(tokens, key, mask, row_keys)
         weights = jnp.ones(logits.shape[:2]) if weights is None else jnp.asarray(weights)
         levels = zip(self.hourglass.rules(), groups, strict=True)
         loss, figures = boundary_terms(levels, weights, entropies(logits))
         return logits, self.config.boundary_weight * loss, figures
 
-    def read(self, tokens: jax.Array, key: jax.Array | None, mask: jax.Array | None) -> tuple[jax.Array, list[Groups]]:
+    def read(
+        self,
+        tokens: jax.Array,
+        key: jax.Array | None,
+        mask: jax.Array | None,
+        row_keys: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[Groups]]:
         """A call, and the groups that each shortening makes, outermost first."""
         if key is not None:
             check_key(key)
-        return self.with_groups(self.embed(tokens), key, jnp.asarray(tokens), mask)
+        return self.with_groups(self.embed(tokens), key, jnp.asarray(tokens), mask, row_keys)
 
     def __repr__(self) -> str:
         c = self.config
@@ -265,13 +283,19 @@ class HourglassLM(nnx.Module):
         return self.with_groups(x, key, tokens)[0]
 
     def with_groups(
-        self, x: jax.Array, key: jax.Array | None, tokens: jax.Array | None, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        key: jax.Array | None,
+        tokens: jax.Array | None,
+        mask: jax.Array | None = None,
+        row_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, list[Groups]]:
         """As `from_embeddings`, and the groups that each shortening makes, outermost first."""
         if mask is not None:
             mask = jnp.asarray(check_mask(mask, x.shape[:2], self.config))
         embedding_key, body_key = split_key(key, 2)
-        x, groups = self.hourglass.with_groups(self.dropout(x, embedding_key), body_key, tokens, mask)
+        x = self.dropout(x, embedding_key)
+        x, groups = self.hourglass.with_groups(x, body_key, tokens, mask, row_keys)
         return self.logits(x), groups
 
     def logits(self, x: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from test_boundaries import largest_difference, tokens_of
 
 import hourglass_jax as hg
 from hourglass_jax.nn.groups import Decision, EventGroups, OpenGroup
+from hourglass_jax.nn.layers import keys_of_rows
 from hourglass_jax.nn.learned import RouterBoundaries, binomial_loss, entropies, ratio_loss, spikes
 from hourglass_jax.nn.rates import boundary_terms
 from hourglass_jax.nn.resampling import SmoothUpsampling
@@ -263,19 +264,26 @@ def test_gradient_reaches_every_decision_that_it_should_reach(float64, monkeypat
 def test_noise_needs_a_key_and_is_of_the_row_and_the_position():
     config = learned_config("gumbel")
     rule = make_model(config).hourglass.boundaries
-    x, key = jnp.asarray(RNG.normal(size=(6, 400, D)), jnp.float32), jax.random.key(1)
-    decide = nnx.jit(lambda rule, x, key=None: rule(x, key=key).decision)
-    plain, drawn = (decide(rule, x, k) for k in (None, key))
+    x, keys = jnp.asarray(RNG.normal(size=(6, 400, D)), jnp.float32), keys_of_rows(jax.random.key(1), 6)
+    decide = nnx.jit(lambda rule, x, keys=None: rule(x, row_keys=keys).decision)
+    plain, drawn = (decide(rule, x, k) for k in (None, keys))
     np.testing.assert_array_equal(plain.wants[:, 1:], plain.score[:, 1:] > 0)
-    part = decide(rule, x[:4, :100], key)
-    np.testing.assert_allclose(part.score, drawn.score[:4, :100], atol=1e-5)
+    part = decide(rule, x[3:0:-1, :100], keys[3:0:-1])
+    np.testing.assert_allclose(part.score, drawn.score[3:0:-1, :100], atol=1e-5)
     noise = np.asarray(drawn.score - plain.score)
     assert len(np.unique(noise)) > 0.99 * noise.size
     assert np.mean(noise) == pytest.approx(0, abs=0.1) and np.std(noise) == pytest.approx(math.pi / 3**0.5, rel=0.05)
     likely = sigmoid(np.asarray(plain.score))
     assert np.mean(drawn.wants[:, 1:]) == pytest.approx(likely.mean(), abs=0.05)
     rule.eval()
-    np.testing.assert_array_equal(decide(rule, x, key).score, plain.score)
+    np.testing.assert_array_equal(decide(rule, x, keys).score, plain.score)
+
+
+def test_each_level_draws_noise_of_its_own():
+    config = learned_config("gumbel gumbel", hierarchy="0@1 0@2 1@4 0@2 0@1")
+    outer, inner = make_model(config).hourglass.rules()
+    keys, score = keys_of_rows(jax.random.key(0), 2), jnp.zeros((2, 50))
+    assert not np.isclose(outer.noise(keys, score), inner.noise(keys, score)).any()
 
 
 # Causality and decoding

@@ -45,17 +45,22 @@ def test_what_is_reported_has_none_of_the_loss_of_boundaries_which_reach_their_r
     assert step._cache_size() == 1  # one program, wherever the text was cut
 
 
-@pytest.mark.slow
-def test_a_batch_in_parts_has_the_rates_of_the_whole():
-    config = learned_config(hierarchy="0@1 1@4 0@1", boundary_weight=0.0)
-    results = []
-    for accumulate in (1, 2):
+@pytest.mark.parametrize("boundaries", [pytest.param("router", marks=pytest.mark.slow), "gumbel"])
+def test_a_batch_in_parts_has_the_events_of_the_whole(boundaries):
+    """And their noise, of whole and parts alike; other noise, of another seed, is noticed."""
+    config = learned_config(boundaries, hierarchy="0@1 1@4 0@1", boundary_weight=0.0)
+    names = ("train_loss", "boundary_rate", "boundary_suppressed", "gradient_norm")
+
+    def measured(seed, accumulate):
         graph, params = nnx.split(make_model(config))
         optimizer = optax.sgd(1.0)
-        step = make_train_step(graph, optimizer, seed=0, accumulate=accumulate)
-        results.append(step(first_state(params, optimizer), tokens_of((8, 33)), jnp.ones((8, 32)))[1])
-    for name in ("train_loss", "boundary_rate", "boundary_suppressed", "gradient_norm"):
-        assert float(results[0][name]) == pytest.approx(float(results[1][name]), rel=1e-4, abs=1e-6)
+        step = make_train_step(graph, optimizer, seed=seed, accumulate=accumulate)
+        values = step(first_state(params, optimizer), tokens_of((8, 33)), jnp.ones((8, 32)))[1]
+        return [float(values[name]) for name in names]
+
+    whole, *others = measured(0, 1), measured(0, 2), measured(1, 2)
+    same = [parts == pytest.approx(whole, rel=1e-4, abs=1e-6) for parts in others]
+    assert same == [True, boundaries == "router"]  # which draws nothing
 
 
 def train(directory, steps, hierarchy="0@1 1@3 0@1", boundaries="gumbel"):

@@ -92,10 +92,18 @@ def make_job(table: Table, row: Row, setup: Setup, directory: Path, seed: int) -
     return Job(row, table.metric, config, train, setup, row_directory(row, config, directory) / f"seed{seed}")
 
 
-def plan(tables: Sequence[Table], setup: Setup, directory: Path, n_seeds: int, only: Collection[str] = ()) -> list[Job]:
+def plan(
+    tables: Sequence[Table],
+    setup: Setup,
+    directory: Path,
+    n_seeds: int,
+    only: Collection[str] = (),
+    first_seed: int = 0,
+) -> list[Job]:
     """What the tables need: each row with its table's seeds, the baseline's with at least `n_seeds`; nothing twice.
 
-    `only` names the rows to train; none: all. Raises UsageError for a name that no table has.
+    `only` names the rows to train; none: all. Seeds before `first_seed` are left out. Raises UsageError for a name that
+    no table has.
     """
     names = [row.name for table in tables for row in table.rows if row.options is not None]
     for name in only:
@@ -104,7 +112,7 @@ def plan(tables: Sequence[Table], setup: Setup, directory: Path, n_seeds: int, o
     for table in tables:
         rows = [row for row in table.rows if row.options is not None and (not only or row.name in only)]
         n_of_row = [max(table.seeds, n_seeds if row.name == table.baseline else 1) for row in rows]
-        for seed in range(max(n_of_row, default=0)):  # all rows with one seed before any with the next
+        for seed in range(first_seed, max(n_of_row, default=0)):  # all rows with one seed before any with the next
             for row in (row for row, n in zip(rows, n_of_row, strict=True) if seed < n):
                 job = make_job(table, row, for_table(setup, table), directory, seed)
                 jobs.setdefault(job.directory, job)

@@ -77,7 +77,7 @@ class FixedBoundaries(nnx.Module):
         tokens: jax.Array | None = None,
         mask: jax.Array | None = None,
         *,
-        key: jax.Array | None = None,
+        row_keys: jax.Array | None = None,
     ) -> FixedGroups:
         """Of a sequence [B, L, D], where all is seen with the `mask` of what counts (default: all of it)."""
         if mask is None and not self.causal:  # what fills up the last group is not to be seen
@@ -132,8 +132,8 @@ class Boundaries(nnx.Module):
         """bool [B, L]: whether a group ends at `here`; at a row's first position nothing is `before`."""
         raise NotImplementedError
 
-    def decide(self, here: Position, before: Position, key: jax.Array | None = None) -> Decision:
-        """As `fires`, and always at a row's first position; `key` turns on what is random in training."""
+    def decide(self, here: Position, before: Position, row_keys: jax.Array | None = None) -> Decision:
+        """As `fires`, and always at a row's first position; `row_keys` [B] turn on what is random in training."""
         return Decision(self.fires(here, before) | (here.place == 0))
 
     def room(self, length: Any) -> Any:
@@ -145,10 +145,10 @@ class Boundaries(nnx.Module):
         return min(self.room(length), length)
 
     def __call__(
-        self, x: jax.Array, tokens: jax.Array | None = None, mask: None = None, *, key: jax.Array | None = None
+        self, x: jax.Array, tokens: jax.Array | None = None, mask: None = None, *, row_keys: jax.Array | None = None
     ) -> EventGroups:
         """Of a sequence [B, L, D] with its tokens int [B, L], if any; a `mask` is for fixed boundaries alone."""
-        return self.events(x, tokens, jnp.zeros(1, jnp.int32), x.shape[1], key)
+        return self.events(x, tokens, jnp.zeros(1, jnp.int32), x.shape[1], row_keys)
 
     def events(
         self,
@@ -156,14 +156,14 @@ class Boundaries(nnx.Module):
         tokens: jax.Array | None,
         start: jax.Array,
         stop: jax.Array | int,
-        key: jax.Array | None = None,
+        row_keys: jax.Array | None = None,
     ) -> EventGroups:
         """Of rows that are padding before position `start` [B or 1] and from `stop` on."""
         places = jnp.arange(x.shape[1]) - start[:, None]
         here = Position(x, tokens, jnp.broadcast_to(places, x.shape[:2]))
         before = jax.tree.map(lambda values: jnp.roll(values, 1, axis=1).at[:, 0].set(0), here)
         valid = (places >= 0) & (places < jnp.reshape(stop - start, (-1, 1)))
-        decision = self.decide(here, before, key)
+        decision = self.decide(here, before, row_keys)
         decision = decision._replace(wants=decision.wants & valid)
         fires = limit(decision.wants, self.room(jnp.maximum(places + 1, 0)))
         return EventGroups(fires, self.n_groups(x.shape[1]), valid, decision)

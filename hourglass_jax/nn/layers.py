@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from flax import nnx
 from jax import lax
 
 from hourglass_jax.config import HourglassConfig
+
+_ROWS = 0x726F7773  # what is folded into a key so that its rows' share nothing with its parts
 
 
 def kernel_init(config: HourglassConfig) -> nnx.Initializer:
@@ -97,6 +100,11 @@ class Dropout(nnx.Module):
     def used(self, key: jax.Array | None) -> jax.Array | None:
         """The key, if anything is to be dropped."""
         return None if self.deterministic or self.rate == 0 else key
+
+
+def keys_of_rows(key: jax.Array, n_rows: int) -> jax.Array:
+    """A key for each row [n_rows], of `key` and the row's number; none that comes of splitting `key`."""
+    return jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, _ROWS)))(jnp.arange(n_rows))
 
 
 def split_key(key: jax.Array | None, n: int) -> list[jax.Array | None]:

@@ -36,18 +36,18 @@ class LearnedBoundaries(Boundaries):
         """More than 1/2 where the score is above 0, and where its gradient comes from."""
         raise NotImplementedError
 
-    def noise(self, key: jax.Array, score: jax.Array) -> jax.Array | float:
-        """What is added to the score in training."""
+    def noise(self, row_keys: jax.Array, score: jax.Array) -> jax.Array | float:
+        """What is added to the score [B, L] in training; each row has a key of its own [B]."""
         return 0.0
 
     def loss(self, groups: EventGroups, weights: jax.Array, entropy: jax.Array) -> jax.Array:
         """float []; each position has a weight, and the entropy of what the model predicts there: float [B, L]."""
         raise NotImplementedError
 
-    def decide(self, here: Position, before: Position, key: jax.Array | None = None) -> Decision:
+    def decide(self, here: Position, before: Position, row_keys: jax.Array | None = None) -> Decision:
         score = self.score(here, before)
-        if key is not None:
-            score += self.noise(key, score)
+        if row_keys is not None:
+            score += self.noise(row_keys, score)
         first = here.place == 0
         return Decision((score > 0) | first, jnp.where(first, 1, self.probability(score)), score)
 
@@ -102,15 +102,15 @@ class GumbelBoundaries(PredictedBoundaries):
         super().__init__(config, level, rngs=rngs)
         self.deterministic = False
 
-    def noise(self, key: jax.Array, score: jax.Array) -> jax.Array | float:
-        """Logistic, a function of key, row and position; none after `model.eval()`."""
+    def noise(self, row_keys: jax.Array, score: jax.Array) -> jax.Array | float:
+        """Logistic, a function of the row's key, the level and the position; none after `model.eval()`."""
         if self.deterministic:
             return 0.0
 
-        def of_row(row: jax.Array) -> jax.Array:
-            return jax.random.logistic(jax.random.fold_in(key, row), score.shape[1:], score.dtype)
+        def of_row(key: jax.Array) -> jax.Array:
+            return jax.random.logistic(jax.random.fold_in(key, self.unit), score.shape[1:], score.dtype)
 
-        return jax.vmap(of_row)(jnp.arange(len(score)))
+        return jax.vmap(of_row)(row_keys)
 
     def loss(self, groups: EventGroups, weights: jax.Array, entropy: jax.Array) -> jax.Array:
         wants, p, _ = groups.decision

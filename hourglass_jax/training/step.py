@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax import nnx
 
 from hourglass_jax.evaluation import log_probabilities
 from hourglass_jax.masking import Task, task_of
+from hourglass_jax.nn.layers import keys_of_rows
 from hourglass_jax.training.selection import ALL, Filter
 
 
@@ -32,6 +33,14 @@ def first_state(params: nnx.State, optimizer: optax.GradientTransformation, trai
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(nnx.filter_state(params, trained)))
 
 
+class Part(NamedTuple):
+    """A batch, or some rows of it: what to predict, the key of its dropout, and of each row for what has its own."""
+
+    task: Task
+    key: jax.Array
+    row_keys: jax.Array
+
+
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
 
@@ -48,43 +57,48 @@ def make_train_step(
     """A jitted (state, tokens [B, L + 1], weights [B, L]) -> (state, metrics); the state's buffers are donated.
 
     `accumulate` takes the batch in so many parts, one after another: the gradient of the whole in the memory of a
-    part. Masked tokens are drawn from (seed, step) alone; dropout and the noise of boundaries too, but for each part
-    anew: to divide a batch among devices changes nothing, to accumulate draws others. `shardings` pins where the new
-    state lies. Gradients, updates and norms are of the parameters that are `trained`.
+    part. What is random comes from (seed, step), the same however the batch is divided among devices; in parts, only
+    dropout is another, which each part draws by itself. `shardings` pins where the new state lies. Gradients, updates
+    and norms are of the parameters that are `trained`.
 
     What is minimised has the losses of learned boundaries, too, each part's by itself; the metrics have it apart.
     """
 
-    def loss_of(params: nnx.State, task: Task, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss_of(params: nnx.State, part: Part) -> tuple[jax.Array, Metrics]:
         """What is minimised and the metrics, summed over the predictions."""
-        model = nnx.merge(graph, params)
-        logits, boundary_loss, metrics = model.with_losses(task.inputs, key, task.weights, mask=task.mask)
+        model, task = nnx.merge(graph, params), part.task
+        logits, boundary_loss, metrics = model.with_losses(
+            task.inputs, part.key, task.weights, mask=task.mask, row_keys=part.row_keys
+        )
         loss = -(log_probabilities(logits, task.targets) * task.weights).sum()
         n_predictions = task.weights.sum()
         metrics = {name: n_predictions * value for name, value in metrics.items()}
         return loss + n_predictions * boundary_loss, {"train_loss": loss} | metrics
 
-    def weighted_loss(params: nnx.State, frozen: nnx.State, task: Task, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def weighted_loss(params: nnx.State, frozen: nnx.State, part: Part) -> tuple[jax.Array, Metrics]:
         params = nnx.merge_state(params, frozen)
         if shardings is None:
-            return loss_of(params, task, key)
+            return loss_of(params, part)
         # Parameters whole, as the step's number is, or XLA may divide activations as it divides them.
         params = jax.lax.with_sharding_constraint(params, shardings.step)
         with jax.sharding.use_abstract_mesh(jax.tree.leaves(shardings)[0].mesh.abstract_mesh):
-            return loss_of(params, task, key)
+            return loss_of(params, part)
 
     gradient_of = jax.grad(weighted_loss, has_aux=True)
 
-    def accumulated(params: nnx.State, frozen: nnx.State, task: Task, key: jax.Array) -> tuple[nnx.State, Metrics]:
+    def accumulated(params: nnx.State, frozen: nnx.State, whole: Part) -> tuple[nnx.State, Metrics]:
         def add_part(total, part):
-            task, index = part
-            gradients, metrics = gradient_of(params, frozen, task, jax.random.fold_in(key, index))
+            gradients, metrics = gradient_of(params, frozen, part)
             return jax.tree.map(jnp.add, total, gradients), metrics
 
         # Every accumulate-th row: so each device keeps the rows it has.
-        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, x.shape[1]).swapaxes(0, 1), task)
+        def divided(x):
+            return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+        task, row_keys = jax.tree.map(divided, (whole.task, whole.row_keys))
         nothing = jax.tree.map(jnp.zeros_like, params)
-        gradients, metrics = jax.lax.scan(add_part, nothing, (parts, jnp.arange(accumulate)))
+        parts = Part(task, jax.vmap(partial(jax.random.fold_in, whole.key))(jnp.arange(accumulate)), row_keys)
+        gradients, metrics = jax.lax.scan(add_part, nothing, parts)
         return gradients, jax.tree.map(lambda values: values.sum(axis=0), metrics)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
@@ -92,7 +106,8 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         task = task_of(nnx.merge(graph, state.params).config, tokens, weights, key)
         params, frozen = nnx.split_state(state.params, trained, ...)
-        sums = (gradient_of if accumulate == 1 else accumulated)(params, frozen, task, key)
+        whole = Part(task, key, keys_of_rows(key, len(tokens)))
+        sums = (gradient_of if accumulate == 1 else accumulated)(params, frozen, whole)
         n_predictions = task.weights.sum()
         gradients, metrics = jax.tree.map(lambda total: total / n_predictions, sums)
         updates, opt_state = optimizer.update(gradients, state.opt_state, params)
