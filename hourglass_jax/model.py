@@ -17,7 +17,7 @@ from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Level
 from hourglass_jax.nn.boundaries import Turn
-from hourglass_jax.nn.cache import Cache, Clock, in_own_time
+from hourglass_jax.nn.cache import Cache, Clock, in_own_time, of_rows, with_rows
 from hourglass_jax.nn.groups import Groups
 from hourglass_jax.nn.layers import Dropout, keys_of_rows, layer_norm, linear, split_key
 from hourglass_jax.nn.learned import BOUNDARIES, entropies
@@ -153,10 +153,19 @@ class Hourglass(nnx.Module):
         if turn.gathers:
             short, below["shorten"] = self.shorten.step(turn.x, turn.groups, below["shorten"], clock)
             turn = turn._replace(x=short)
-        below = lax.cond(turn.due.any(), partial(self.step_below, turn), lambda below: below, below)
+        n_due, few = turn.due.sum(), self.boundaries.few(len(x))
+        if few:  # a condition of its own: where one of three ways is chosen, XLA copies the cache
+            due = (n_due > 0) & (n_due <= few)
+            below = lax.cond(due, partial(self.step_few, turn, few), lambda below: below, below)
+        below = lax.cond(n_due > few, partial(self.step_below, turn), lambda below: below, below)
         up = self.upsample.step(x, turn.groups, below["upsample"], clock)
         x, post = self.post.step(self.add_upsampled(x, up), cache["post"], clock)
         return x, {"pre": pre, "boundaries": boundaries, "post": post} | below
+
+    def step_few(self, turn: Turn, n_rows: int, cache: dict[str, Any]) -> dict[str, Any]:
+        """`step_below` for a batch of `n_rows`, among them all whose turn it is."""
+        rows = jnp.argsort(~turn.due)[:n_rows]
+        return with_rows(cache, rows, self.step_below(turn.of_rows(rows), of_rows(cache, rows)))
 
     def step_below(self, turn: Turn, cache: dict[str, Any]) -> dict[str, Any]:
         """Shortens the group whose turn it is, and runs the inner Hourglass."""

@@ -1,5 +1,6 @@
 """Laws of groups that end by events, each with what breaks it: their past, their row, one position each, bfloat16."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from test_boundaries import LooksAhead, event_config, largest_difference, tokens
 from test_learned import learned_config
 
 from hourglass_jax.cuts import boundaries_of_rows, count_groups
+from hourglass_jax.model import Hourglass
 from hourglass_jax.nn.boundaries import Boundaries
 from hourglass_jax.registry import BOUNDARIES
 
@@ -88,6 +90,28 @@ class Recorded(Boundaries):
 
     def fires(self, here, before):
         return jnp.take_along_axis(jnp.asarray(self.table), jnp.maximum(here.place, 0), axis=1)
+
+
+FEW = [
+    ("1@1 1@3 1@1", {"shortening": "average", "upsampling": "repeat"}),
+    ("0@1 1@3 1@1", {"shortening": "attention_average", "upsampling": "attention_repeat", "positions": "rotary"}),
+    ("1@1 0@2 1@4 0@2 0@1", {"boundaries": "router router", "shortening": "select", "upsampling": "smooth"}),
+]
+
+
+@pytest.mark.parametrize("hierarchy, options", FEW)
+def test_few_rows_that_fire_together_step_as_they_would_among_all(hierarchy, options, monkeypatch):
+    """Of five rows one or two, at every shortening; where others than those are taken it is noticed."""
+    monkeypatch.setattr(Boundaries, "few", lambda self, batch: 2)
+    step_few, taken = Hourglass.step_few, []
+    monkeypatch.setattr(Hourglass, "step_few", lambda self, *given: [taken.append(given[1]), step_few(self, *given)][1])
+    with jax.enable_x64(True):
+        model = make_model(event_config(hierarchy=hierarchy, dtype="float64", **options))
+        assert largest_difference(model) < 1e-12 and set(taken) == {2}
+        argsort = jnp.argsort
+        monkeypatch.setattr(jnp, "argsort", lambda quiet: argsort(~quiet))
+        jax.clear_caches()
+        assert largest_difference(model) > 1e-6
 
 
 def test_in_bfloat16_a_cache_gives_the_logits_of_the_full_pass_where_the_events_are_the_same(monkeypatch):

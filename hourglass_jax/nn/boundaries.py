@@ -55,6 +55,12 @@ class Turn(NamedTuple):
     groups: Groups
     gathers: bool
 
+    def of_rows(self, rows: jax.Array) -> Turn:
+        """Of these rows [b] alone, where each has a time of its own."""
+        parts = jax.tree.map(lambda leaf: leaf[rows], (self.due, self.clock, self.x))
+        assert isinstance(self.groups, OpenGroup)
+        return Turn(*parts, self.groups.of_rows(rows), self.gathers)
+
 
 class FixedBoundaries(nnx.Module):
     """A group every k positions, of all rows at once."""
@@ -87,6 +93,10 @@ class FixedBoundaries(nnx.Module):
     def n_groups(self, length: int) -> int:
         """That a sequence of `length` positions has room for."""
         return -(-length // self.k)
+
+    def few(self, batch: int) -> int:
+        """See `Boundaries`: all rows' groups end at once."""
+        return 0
 
     def reach(self, max_length: int, context: int) -> tuple[int, int]:
         """The deeper level's `max_length` and `context`, in tokens that its groups stand for."""
@@ -167,6 +177,11 @@ class Boundaries(nnx.Module):
         decision = decision._replace(wants=decision.wants & valid)
         fires = limit(decision.wants, self.room(jnp.maximum(places + 1, 0)))
         return EventGroups(fires, self.n_groups(x.shape[1]), valid, decision)
+
+    def few(self, batch: int) -> int:
+        """The most rows that decoding takes by themselves where an event fires in no others; 0: it takes all."""
+        few = -(-2 * batch // self.k)  # twice as many as expected
+        return few if batch >= 8 and 2 * few <= batch else 0
 
     def reach(self, max_length: int, context: int) -> tuple[int, int]:
         """The deeper level's `max_length` and `context`, in tokens that its groups stand for."""

@@ -68,6 +68,7 @@ class KeyValueCache:
     relative: [P, H, R, K], W_r R of the Transformer-XL formula for query slot p; row e is for the key R - 1 - e rows
         before the newest.
     stride: tokens a row.
+    rows: int32 [b], where b rows of the batch stand for it, see `of_rows`.
     own_time: see `in_own_time`.
     """
 
@@ -76,6 +77,7 @@ class KeyValueCache:
     relative: jax.Array | None
     stride: int = field(metadata={"static": True})
     rotary: bool = field(metadata={"static": True})
+    rows: jax.Array | None = None
     own_time: bool = field(default=False, metadata={"static": True})
 
     def write(
@@ -89,8 +91,10 @@ class KeyValueCache:
         if live is not None:
             row = jnp.where(live, row % n_rows, n_rows)
 
+            batch = jnp.arange(len(row)) if self.rows is None else self.rows
+
             def put_each(rows: jax.Array, new: jax.Array) -> jax.Array:
-                return rows.at[jnp.arange(len(row)), :, row].set(new[:, 0].astype(rows.dtype), mode="drop")
+                return rows.at[batch, :, row].set(new[:, 0].astype(rows.dtype), mode="drop")
 
             return replace(self, keys=put_each(self.keys, keys), values=put_each(self.values, values))
 
@@ -101,6 +105,16 @@ class KeyValueCache:
             return lax.dynamic_update_slice_in_dim(rows, new, row % n_rows, axis=2)
 
         return replace(self, keys=put(self.keys, keys), values=put(self.values, values))
+
+    def read(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, H, R, K]."""
+        if self.rows is None:
+            return self.keys, self.values
+
+        def taken(part: jax.Array) -> jax.Array:  # row by row: on a CPU faster than a gather
+            return jnp.stack([lax.dynamic_index_in_dim(part, row, keepdims=False) for row in self.rows])
+
+        return taken(self.keys), taken(self.values)
 
     def lags(self, newest: jax.Array) -> jax.Array:
         """int [R]: how long before the newest key that of each row comes; of a row yet to be filled, more than all.
@@ -207,6 +221,28 @@ def dropped_from(part: Any, tokens: jax.Array) -> Any:
 def map_levels(function: Callable[..., Any], *levels: Any) -> Any:
     """`jax.tree.map` with every part that has a way of its own to grow and to forget as one leaf."""
     return jax.tree.map(function, *levels, is_leaf=lambda leaf: isinstance(leaf, PARTS))
+
+
+def of_rows(levels: Any, rows: jax.Array) -> Any:
+    """What is remembered of the rows [b] of a batch, as a batch of their own; of keys and values nothing is copied."""
+
+    def of_part(part: Any) -> Any:
+        if isinstance(part, KeyValueCache):
+            return replace(part, rows=rows if part.rows is None else part.rows[rows])
+        return jax.tree.map(lambda leaf: leaf[rows], part)
+
+    return map_levels(of_part, levels)
+
+
+def with_rows(levels: Any, rows: jax.Array, new: Any) -> Any:
+    """`levels` with what their rows [b] remember now: `new`, once `of_rows`."""
+
+    def with_part(part: Any, new: Any) -> Any:
+        if isinstance(part, KeyValueCache):
+            return replace(new, rows=part.rows)
+        return jax.tree.map(lambda leaf, values: leaf.at[rows].set(values), part, new)
+
+    return map_levels(with_part, levels, new)
 
 
 def in_own_time(levels: Any) -> Any:

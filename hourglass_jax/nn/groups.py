@@ -257,6 +257,11 @@ class OpenGroup(Groups):
     def after(self, sums: list[jax.Array]) -> OpenGroup:
         return OpenGroup(self.fresh, self.due, self.serving, sums, self.p)
 
+    def of_rows(self, rows: jax.Array) -> OpenGroup:
+        """Of these rows [b] alone."""
+        parts = (self.fresh, self.due, self.serving, self.sums, self.p)
+        return OpenGroup(*jax.tree.map(lambda leaf: leaf[rows], parts))
+
     def query_clock(self, clock: Clock) -> Clock:
         return clock if self.serving is None else self.serving
 

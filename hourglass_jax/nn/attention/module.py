@@ -184,12 +184,13 @@ class Attention(nnx.Module):
         self, q: jax.Array, cache: KeyValueCache, newest: jax.Array, first: jax.Array, slot: jax.Array
     ) -> jax.Array:
         """q [B, H, K] sees the keys first [B] .. newest, as far as they are kept -> [B, H, K]."""
+        keys, values = cache.read()
         if cache.relative is None:
-            scores = jnp.einsum("bhk,bhnk->bhn", q, cache.keys)
+            scores = jnp.einsum("bhk,bhnk->bhn", q, keys)
         else:
             content, position = self.content_and_position(q)
             r = cache.relative[0] if newest.ndim else lax.dynamic_index_in_dim(cache.relative, slot, keepdims=False)
-            scores = jnp.einsum("bhk,bhnk->bhn", content, cache.keys)
+            scores = jnp.einsum("bhk,bhnk->bhn", content, keys)
             by_lag = jnp.einsum("bhk,hnk->bhn", position, r)
             if newest.ndim:
                 scores += align_each(by_lag, cache.lags(newest))
@@ -197,7 +198,7 @@ class Attention(nnx.Module):
                 scores += align_newest(by_lag, newest % r.shape[1])
         visible = cache.lags(newest) <= (newest - first)[:, None]
         probabilities = masked_softmax(scores * q.shape[-1] ** -0.5, visible[:, None])
-        return jnp.einsum("bhn,bhnk->bhk", probabilities.astype(q.dtype), cache.values)
+        return jnp.einsum("bhn,bhnk->bhk", probabilities.astype(q.dtype), values)
 
 
 def heads_first(x: jax.Array) -> jax.Array:
