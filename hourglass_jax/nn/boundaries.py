@@ -57,9 +57,9 @@ class Turn(NamedTuple):
 
     def of_rows(self, rows: jax.Array) -> Turn:
         """Of these rows [b] alone, where each has a time of its own."""
-        parts = jax.tree.map(lambda leaf: leaf[rows], (self.due, self.clock, self.x))
         assert isinstance(self.groups, OpenGroup)
-        return Turn(*parts, self.groups.of_rows(rows), self.gathers)
+        due, clock, x = jax.tree.map(lambda leaf: leaf[rows], (self.due, self.clock, self.x))
+        return Turn(due, clock, x, self.groups.of_rows(rows), self.gathers)
 
 
 class FixedBoundaries(nnx.Module):

@@ -108,11 +108,11 @@ class KeyValueCache:
 
     def read(self) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, H, R, K]."""
-        if self.rows is None:
+        if (rows := self.rows) is None:
             return self.keys, self.values
 
         def taken(part: jax.Array) -> jax.Array:  # row by row: on a CPU faster than a gather
-            return jnp.stack([lax.dynamic_index_in_dim(part, row, keepdims=False) for row in self.rows])
+            return jnp.stack([lax.dynamic_index_in_dim(part, row, keepdims=False) for row in rows])
 
         return taken(self.keys), taken(self.values)
 
