@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import forward, make_model
 from flax import nnx
-from test_boundaries import LooksAhead, event_config, largest_difference, tokens_of
+from test_boundaries import ATTENTION, LooksAhead, event_config, largest_difference, tokens_of
 from test_learned import learned_config
 
 from hourglass_jax.cuts import boundaries_of_rows, count_groups
@@ -93,8 +93,8 @@ class Recorded(Boundaries):
 
 
 FEW = [
-    ("1@1 1@3 1@1", {"shortening": "average", "upsampling": "repeat"}),
-    ("0@1 1@3 1@1", {"shortening": "attention_average", "upsampling": "attention_repeat", "positions": "rotary"}),
+    pytest.param("1@1 1@3 1@1", {"shortening": "average", "upsampling": "repeat"}, marks=pytest.mark.slow),
+    pytest.param("0@1 1@3 1@1", ATTENTION | {"positions": "rotary"}, marks=pytest.mark.slow),
     ("1@1 0@2 1@4 0@2 0@1", {"boundaries": "router router", "shortening": "select", "upsampling": "smooth"}),
 ]
 
