@@ -122,6 +122,8 @@ def run_lengths(setup: Setup) -> None:
 def run_curves(setup: Setup, directory: Path, name: str) -> None:
     if DATASET.value not in TEXTS:
         raise UsageError(f"--curves are of texts; dataset={DATASET.value!r} is none, choose {' or '.join(TEXTS)}")
+    if FIRST_SEED.value:
+        raise UsageError("--first_seed is for tables; leave it out with --curves")
     if REPORT.value:
         path = Path(RESULTS.value) / f"curves-{name}"
         print(curve_report.report(setup, directory / "curves", path, COMMENT.value))

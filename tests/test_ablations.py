@@ -95,6 +95,8 @@ def test_boundaries_are_compared_at_equal_flops(scale, tmp_path):
     jobs = plan([table, find_table("1", "enwik8")], setup, tmp_path, 2)
     assert len(jobs) == 21 + 17 - 2  # three seeds of every row; the plain one is Table 1's baseline
     assert plan([table], setup, tmp_path, 2, first_seed=2) == [job for job in jobs[:21] if job.train.seed == 2]
+    with pytest.raises(hg.UsageError, match="first_seed=3: no row has so many seeds"):
+        plan([table], setup, tmp_path, 2, first_seed=3)
     known = {name for column in table.published.values() for name in column}
     assert {row.name for row in table.rows} < known
 

@@ -99,6 +99,15 @@ FEW = [
 ]
 
 
+def test_rows_are_taken_apart_where_they_are_half_a_batch_at_most():
+    six, two, fixed = (
+        make_model(event_config(hierarchy=hierarchy, **options)).hourglass.boundaries
+        for hierarchy, options in (("0@1 1@6 0@1", {}), ("0@1 1@2 0@1", {}), ("0@1 1@6 0@1", {"boundaries": "fixed"}))
+    )
+    assert [six.few(batch) for batch in (7, 8, 16, 32)] == [0, 3, 6, 11]
+    assert not any(rule.few(batch) for rule in (two, fixed) for batch in (8, 16, 32))
+
+
 @pytest.mark.parametrize("hierarchy, options", FEW)
 def test_few_rows_that_fire_together_step_as_they_would_among_all(hierarchy, options, monkeypatch):
     """Of five rows one or two, at every shortening; where others than those are taken it is noticed."""

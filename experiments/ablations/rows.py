@@ -103,7 +103,7 @@ def plan(
     """What the tables need: each row with its table's seeds, the baseline's with at least `n_seeds`; nothing twice.
 
     `only` names the rows to train; none: all. Seeds before `first_seed` are left out. Raises UsageError for a name that
-    no table has.
+    no table has, and where no row has so many seeds.
     """
     names = [row.name for table in tables for row in table.rows if row.options is not None]
     for name in only:
@@ -116,6 +116,8 @@ def plan(
             for row in (row for row, n in zip(rows, n_of_row, strict=True) if seed < n):
                 job = make_job(table, row, for_table(setup, table), directory, seed)
                 jobs.setdefault(job.directory, job)
+    if first_seed and not jobs:
+        raise UsageError(f"first_seed={first_seed}: no row has so many seeds, which count from 0; give a smaller one")
     return list(jobs.values())
 
 
