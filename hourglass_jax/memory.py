@@ -16,9 +16,9 @@ def keep_memory() -> bool:
     which maps and clears them page by page: 250,000 pages, 0.4 s of the processor, in a step of 8 x 512 bytes at
     d_model 256. The price is that the process stays as large as it ever was.
 
-    Call it before JAX computes anything, as the launchers do: a thread keeps the pool of memory that it began with. Where
-    a thread has allocated before, XLA's may be given its pool, which keeps blocks of less than 64 MB alone. Nothing is
-    done with another C library, or where its environment variables (GLIBC_TUNABLES, MALLOC_...) are set.
+    Call it before JAX computes anything, as the launchers do: a thread keeps the pool of memory that it began with.
+    Where a thread has allocated before, XLA's may be given its pool, which keeps blocks of less than 64 MB alone.
+    Nothing is done with another C library, or where its environment variables (GLIBC_TUNABLES, MALLOC_...) are set.
     """
     chosen = any(name.startswith(VARIABLES) for name in os.environ)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None

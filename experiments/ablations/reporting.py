@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import dataclasses
 import functools
+import itertools
 import json
 import lzma
 import math
@@ -34,7 +35,7 @@ def report(table: Table, setup: Setup, directory: Path, path: Path, comment: str
     json_path = report_file(path, ".json")
     record = read_record(json_path)
     if any(directory.glob(f"*/*/{RESULT}")):
-        record = collect(table, for_table(setup, table), directory, record)
+        record = collect(table, for_table(setup, table), directory, path.parent)
     if record is None or not any(row["runs"] for row in record["rows"]):
         raise UsageError(
             f"{directory}: holds no finished row of table {table.number}; train it first, without --report"
@@ -46,8 +47,11 @@ def report(table: Table, setup: Setup, directory: Path, path: Path, comment: str
     return f"{path}.md"
 
 
-def collect(table: Table, setup: Setup, directory: Path, stored: dict[str, Any] | None) -> dict[str, Any]:
-    """The record of a table. Stored runs stay where they are gone from `directory`, if the set-up is the same."""
+def collect(table: Table, setup: Setup, directory: Path, results: Path) -> dict[str, Any]:
+    """The record of a table, from the runs in `directory` and those stored in `results` with the same set-up.
+
+    Stored runs stay where they are gone from `directory`; those of a row that tables share are in all of them.
+    """
     common = {
         "model": setup.model,
         "data": {name: value for name, value in dataclasses.asdict(setup.data).items() if name != "path"},
@@ -56,9 +60,13 @@ def collect(table: Table, setup: Setup, directory: Path, stored: dict[str, Any] 
         "n_valid": setup.n_valid,
     }
     common = json.loads(json.dumps(common))
-    if stored is None or stored["setup"] != common:
-        stored = {"rows": [], "anchors": None, "comment": ""}
-    known = {row["name"]: row for row in stored["rows"]}
+    records = [read_record(path) for path in sorted(results.glob(f"table*-{directory.name}.json"))]
+    records = [record for record in records if record["setup"] == common]
+    own = next((record for record in records if record["table"] == table.number), {"rows": []})
+    costs = {row["directory"]: row["cost"] for row in own["rows"] if row.get("cost")}
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for row in itertools.chain.from_iterable(record["rows"] for record in records):
+        runs.setdefault(row.get("directory", ""), []).extend(row["runs"])
     return {
         "table": table.number,
         "title": table.title,
@@ -70,24 +78,32 @@ def collect(table: Table, setup: Setup, directory: Path, stored: dict[str, Any] 
         "published": {column: dict(known) for column, known in table.published.items()},
         "scaled": setup.scaled,
         "setup": common,
-        "anchors": stored["anchors"] or anchors(setup.data),
-        "rows": [collect_row(table, row, setup, directory, known.get(row.name, {})) for row in table.rows],
-        "comment": stored["comment"],
+        "anchors": next((record["anchors"] for record in records if record["anchors"]), None) or anchors(setup.data),
+        "rows": [collect_row(table, row, setup, directory, runs, costs) for row in table.rows],
+        "comment": own.get("comment", ""),
         **provenance(),
     }
 
 
-def collect_row(table: Table, row: Row, setup: Setup, directory: Path, stored: dict[str, Any]) -> dict[str, Any]:
-    """A row with its finished runs, those of `stored` and of `directory`, and what they cost."""
+def collect_row(
+    table: Table,
+    row: Row,
+    setup: Setup,
+    directory: Path,
+    stored: Mapping[str, list[dict[str, Any]]],
+    costs: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """A row with its finished runs and what they cost, of those `stored`, by run directory, and of `directory`."""
     found = {"name": row.name, "paper": dict(row.paper), "runs": []}
     if row.options is None:
         return found
     first = make_job(table, row, setup, directory, seed=0)
     place, config = first.directory.parent, first.config
-    seeds = {run["seed"]: run for run in stored.get("runs", [])}
+    seeds = {run["seed"]: run for run in stored.get(place.name, [])}
     for path in place.glob(f"seed*/{RESULT}"):
         seed = int(path.parent.name.removeprefix("seed"))
         seeds[seed] = make_job(table, row, setup, directory, seed).result()
+    found["directory"] = place.name
     if not seeds:
         return found
     return found | {
@@ -96,7 +112,7 @@ def collect_row(table: Table, row: Row, setup: Setup, directory: Path, stored: d
         "upsampling": config.upsampling,
         "parameters": count_parameters(config),
         "step_flops": step_flops(first),
-        "cost": read_cost(place) or stored.get("cost"),
+        "cost": read_cost(place) or costs.get(place.name),
         "runs": [seeds[seed] for seed in sorted(seeds)],
     }
 
@@ -127,6 +143,8 @@ def render(record: dict[str, Any]) -> str:
     lines = [f"# Table {record['table']}: {record['title']}, {record['data']}", ""]
     lines += [f"![the table as a picture](table{record['table']}-{record['data']}.png)", ""]
     lines += [results_table(record), ""]
+    waiting = [row["name"] for row in record["rows"] if "directory" in row and not row["runs"]]
+    lines += [f"Not trained yet: {'; '.join(waiting)}.", ""] if waiting else []
     for name in metrics(record):
         if any(name in row["paper"] for row in record["rows"]):
             lines += [agreement(record, name), ""]
