@@ -39,8 +39,8 @@ def pretrain(signals: Signals) -> None:
     data, optimizer, train = pretraining.read_configs()
     model = tokenizer = begun = None
     if origin := pretraining.INIT_FROM.value:
-        model, tokenizer, _ = launcher.load_run(origin)
-        begun = {"path": origin, "settings": Run(origin).read().settings}
+        model, tokenizer, settings = launcher.load_origin(origin)
+        begun = {"path": origin, "settings": settings}
         if data.dataset == "text":
             data = dataclasses.replace(data, tokenizer=tokenizer.kind)
     source = open_source(data, pretraining.VOCAB_PATH.value, tokenizer, allow_unknown=flags.FLAGS.allow_unknown)

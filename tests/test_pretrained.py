@@ -10,6 +10,7 @@ from flax import nnx
 from launching import run_forked
 
 import hourglass_jax as hg
+from experiments.common import launcher
 from hourglass_jax.interop.parameters import named_parameters
 from hourglass_jax.pretrained import CARD, SHIPPED, pretrained_names, save_pretrained
 from hourglass_jax.training.checkpoints import CheckpointStore
@@ -65,6 +66,17 @@ def check_weights(directory):
 
 def test_all_that_is_shipped_is_whole_and_small():
     check_weights(SHIPPED)
+
+
+def test_a_training_begins_with_a_shipped_model_by_its_name_unless_a_directory_has_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer, settings = launcher.load_origin("books")
+    expected = nnx.state(hg.load_pretrained("books")[0])
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), expected)
+    assert tokenizer.kind == "byte" and settings == hg.Run(SHIPPED / "books").read().settings
+    (tmp_path / "books").mkdir()
+    with pytest.raises(hg.UsageError, match="books: "):
+        launcher.load_origin("books")
 
 
 def test_the_check_of_what_is_shipped_passes_and_fails_as_it_must(weights):

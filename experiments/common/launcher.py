@@ -33,7 +33,7 @@ from hourglass_jax import (
 from hourglass_jax.causality import NotStrictlyCausal
 from hourglass_jax.checks import check_decodes
 from hourglass_jax.memory import keep_memory
-from hourglass_jax.pretrained import pretrained_path
+from hourglass_jax.pretrained import pretrained_names, pretrained_path
 from hourglass_jax.run_config import MAX_SEED
 from hourglass_jax.tokenizers import Tokenizer
 from hourglass_jax.training.run import Run
@@ -162,6 +162,13 @@ def load_run(directory: str) -> tuple[HourglassLM, Any, HourglassConfig]:
     if tokenizer is None:
         raise UsageError(f"{directory}: a run of bare tokens, without a tokenizer; use it from Python, with hg.load")
     return model, tokenizer, config
+
+
+def load_origin(origin: str) -> tuple[HourglassLM, Any, dict[str, Any]]:
+    """(model, tokenizer, settings) of a run directory or, where there is none, of a model of the package."""
+    shipped = origin in pretrained_names() and not Path(origin).exists()
+    model, tokenizer, _ = load_pretrained(origin) if shipped else load_run(origin)
+    return model, tokenizer, Run(pretrained_path(origin) if shipped else origin).read().settings
 
 
 def causality(model: HourglassLM) -> str:

@@ -40,7 +40,10 @@ TRAIN = TrainConfig(steps=600, eval_interval=100)
 
 OUT = launcher.define_path("out", "runs/pretrain", "Directory for checkpoints, curves and plots.")
 INIT_FROM = launcher.define_path(
-    "init_from", "", "Start from this run's parameters; its model and vocabulary are the defaults."
+    "init_from",
+    "",
+    "Start from the parameters of this run, or of a model that comes with the package, by its name; its model and "
+    "vocabulary are the defaults.",
 )
 VOCAB_PATH = launcher.define_path("vocab_path", "", "Use this vocabulary (JSON) instead of the text's own.")
 EPOCHS = flags.DEFINE_integer("epochs", None, "With --iter: train for epochs * iter steps.", lower_bound=1)
