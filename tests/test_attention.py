@@ -38,7 +38,7 @@ def direction_like(params):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params)
 
 
-@pytest.mark.parametrize("positions", ["relative", "rotary"])
+@pytest.mark.parametrize("positions", ["relative", pytest.param("rotary", marks=pytest.mark.slow)])
 def test_plain_attention_takes_any_derivative(positions):
     with jax.enable_x64(True):
         loss, params = make_loss("plain", positions=positions, dtype="float64")
@@ -62,7 +62,7 @@ def test_plain_attention_takes_any_derivative(positions):
             np.testing.assert_allclose((a - b) / 2e-5, exact, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("attention", ["plain", "blocked"])
+@pytest.mark.parametrize("attention", [pytest.param("plain", marks=pytest.mark.slow), "blocked"])
 def test_gradients_of_each_example_are_those_of_it_alone(attention):
     loss, params = make_loss(attention)
     of_each = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(params, TOKENS)

@@ -53,7 +53,7 @@ def blocks(request, monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("relative", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("query_slots, key_slots, window", [*((*s, 0) for s in SLOTS), (1, 1, 1), (1, 1, 2), (1, 3, 2)])
 def test_it_equals_its_formula(blocks, query_slots, key_slots, relative, window):
     inputs = make_inputs(query_slots, key_slots, relative)

@@ -77,7 +77,7 @@ def test_forward_flops_of_table_1_are_those_of_the_program(row):
 
 
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
-@pytest.mark.parametrize("d_head", [0, 32])
+@pytest.mark.parametrize("d_head", [0, pytest.param(32, marks=pytest.mark.slow)])
 def test_forward_flops_of_all_methods_are_those_of_the_program(d_head, shortening, upsampling, positions):
     options = {"shortening": shortening, "upsampling": upsampling, "positions": positions, "max_length": LENGTH}
     config = small_config(hierarchy="1@1 1@2 1@6 1@2 1@1", d_model=256, d_head=d_head, d_ff=1024, **options)

@@ -102,7 +102,7 @@ def test_a_growing_cache_changes_nothing(positions, monkeypatch):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("positions", ["relative", "rotary"])
+@pytest.mark.parametrize("positions", ["relative", pytest.param("rotary", marks=pytest.mark.slow)])
 def test_rows_are_alone_beyond_the_context_too(positions):
     model = make_model(small_config(positions=positions))
     prompts = [*PROMPTS, np.arange(100) % 11]  # the last one is longer than the context

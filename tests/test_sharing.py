@@ -131,7 +131,7 @@ CONTEXTS = {
 }
 
 
-@pytest.mark.parametrize("n_rows", [1, 8])
+@pytest.mark.parametrize("n_rows", [pytest.param(1, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_settings_of_this_thread_hold_for_what_it_generates(two_cores, monkeypatch, name, n_rows):
     context, seen_by = CONTEXTS[name]
