@@ -27,7 +27,7 @@ from experiments.common.surprise import write_surprise
 from experiments.common.vocabulary import check_characters
 from hourglass_jax import Evaluation, HourglassLM, ImageTokenizer, UsageError, at_shorten_factor
 from hourglass_jax.data.images import ImageSplits, image_validation
-from hourglass_jax.data.pipeline import Batch, consecutive_windows, sliding_windows
+from hourglass_jax.data.pipeline import Batch, all_examples, consecutive_windows, sliding_windows
 from hourglass_jax.evaluation import check_text, evaluate_batches
 from hourglass_jax.ranges import check_choice
 from hourglass_jax.tokenizers import TextTokenizer
@@ -106,7 +106,7 @@ def evaluate_haiku(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, d
     split = SPLIT.value or "valid"
     check_choice("split", split, ("train", "valid"))
     source = recorded_haiku(LOAD.value)
-    batches = source.validation(split)
+    batches = all_examples(getattr(source, split), BATCH_SIZE.value)
     tokens = np.concatenate([tokens[:, 1:][weights > 0] for tokens, weights in batches])
     result = evaluate_predictions(model, batches, tokenizer)
     summary, figures = text_figures(result, tokens, tokenizer)

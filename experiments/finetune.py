@@ -8,6 +8,7 @@ python experiments/finetune.py --load_model_path=runs/pretrain --format=text --d
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from absl import flags
 from flax import nnx
@@ -76,9 +77,10 @@ def finetune(signals: Signals) -> None:
         raise UsageError(f"{LOAD.value}: a model of images; give one of text")
     if FORMAT.value != "text":
         check_causal(model.config, "and writes no haiku; give --format=text, or another model")
-    if EXTEND.value:
-        text = load_text(DATA_PATH.value) if FORMAT.value == "text" else "\n".join(load_haiku(DATA_PATH.value))
-        model, tokenizer = extend_vocabulary(model, tokenizer, text)
+    if EXTEND.value and tokenizer.kind == "char":
+        paths = [DATA_PATH.value, *filter(None, [VALID_PATH.value])]
+        texts = map(load_text, paths) if FORMAT.value == "text" else itertools.chain(*map(load_haiku, paths))
+        model, tokenizer = extend_vocabulary(model, tokenizer, "\n".join(texts))
     read = read_text if FORMAT.value == "text" else read_haiku
     source, settings = read(model.config, tokenizer)
     train, optimizer = schedule(source.n_examples)
@@ -120,7 +122,9 @@ def finetune(signals: Signals) -> None:
 
 def read_text(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[TextSource, dict]:
     """A text in windows, and what of it goes into the run's settings."""
-    block_size = BLOCK_SIZE.value or recorded_data(Run(LOAD.value).read().settings).block_size
+    block_size = BLOCK_SIZE.value
+    if block_size is None:
+        block_size = recorded_data(Run(LOAD.value).read().settings).block_size
     data = DataConfig(
         path=DATA_PATH.value,
         tokenizer=tokenizer.kind,

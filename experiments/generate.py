@@ -12,6 +12,7 @@ import codecs
 import contextlib
 import itertools
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,7 +144,7 @@ def read_prompts(tokenizer: TextTokenizer) -> list[bytes]:
         raw = sys.stdin.buffer.read() if PROMPT_FILE.value == "-" else Path(PROMPT_FILE.value).read_bytes()
         if not isinstance(tokenizer, ByteTokenizer):
             raw = decode_text(raw, "standard input" if PROMPT_FILE.value == "-" else PROMPT_FILE.value).encode("utf-8")
-        prompts = [line for line in raw.splitlines() if line] if EACH_LINE.value else [raw.removesuffix(b"\n")]
+        prompts = [line for line in raw.splitlines() if line] if EACH_LINE.value else [re.sub(rb"\r?\n\Z", b"", raw)]
         if not any(prompts):
             raise UsageError(f"--prompt_file={PROMPT_FILE.value}: there is no prompt in it")
     unknown = sorted(

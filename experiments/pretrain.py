@@ -19,9 +19,10 @@ from flax import nnx
 from experiments.common import launcher, pretraining
 from experiments.common.cuts import check_groups, describe_groups
 from experiments.common.sources import open_source, unit_of
-from hourglass_jax import HourglassLM, Run, UsageError
+from hourglass_jax import HourglassLM, Run, UsageError, at_shorten_factor
 from hourglass_jax.model import n_parameters
 from hourglass_jax.training.metrics import plot_curves
+from hourglass_jax.training.selection import trained_parameters
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
 
@@ -41,9 +42,8 @@ def pretrain(signals: Signals) -> None:
     if origin := pretraining.INIT_FROM.value:
         model, tokenizer, settings = launcher.load_origin(origin)
         begun = {"path": origin, "settings": settings}
-        if data.dataset == "text":
-            data = dataclasses.replace(data, tokenizer=tokenizer.kind)
     source = open_source(data, pretraining.VOCAB_PATH.value, tokenizer, allow_unknown=flags.FLAGS.allow_unknown)
+    data = pretraining.in_tokens_of(source.tokenizer, data)
     config = pretraining.read_model(source.tokenizer, model.config if model else None)
     model = model.reconfigured(config) if model else None
     if source.n_positions > config.position_limit:
@@ -54,13 +54,16 @@ def pretrain(signals: Signals) -> None:
     parts = {"model": config, "data": data, "optimizer": optimizer, "train": train}
     settings = {name: dataclasses.asdict(part) for name, part in parts.items()}
     settings |= source.fingerprint | {"init_from": begun}
-    run = Run(pretraining.OUT.value)
-    launcher.start_run(run, config, source.tokenizer, settings, runtime, data.batch_size)
 
     if model is None:
         model = nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed))
     batch = source.batches(train.seed)(0)
+    trained_parameters(nnx.state(model), optimizer.train_only)  # what is refused writes nothing
+    for factor in train.shorten_factors:
+        at_shorten_factor(model, factor)
     check_groups(model, *batch)
+    run = Run(pretraining.OUT.value)
+    launcher.start_run(run, config, source.tokenizer, settings, runtime, data.batch_size)
     groups = describe_groups(model, *batch)
     causal = launcher.causality(model)
     millions = n_parameters(model) / 1e6

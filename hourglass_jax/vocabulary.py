@@ -11,7 +11,7 @@ from flax import nnx
 
 from hourglass_jax.checks import check_causal
 from hourglass_jax.model import HourglassLM
-from hourglass_jax.tokenizers import CharTokenizer, TextTokenizer
+from hourglass_jax.tokenizers import CharTokenizer, TextTokenizer, boundary_tokens
 
 Tokenizer = TypeVar("Tokenizer", bound=TextTokenizer)
 
@@ -20,8 +20,9 @@ def extend_vocabulary(model: HourglassLM, tokenizer: Tokenizer, text: str) -> tu
     """A model and tokenizer that also know the characters of `text`; those given stay as they are.
 
     New tokens come after the old ones. In the embedding and the head they start as the mean of the old ones, so that
-    the logits of the old tokens are what they were and those of the new ones never stand out. Where all characters are
-    known, as bytes always are, the two come back. Raises UsageError for a model that sees both sides.
+    the logits of the old tokens are what they were and those of the new ones never stand out. Boundaries that the text
+    decides are told the new characters, too. Where all characters are known, as bytes always are, the two come back.
+    Raises UsageError for a model that sees both sides.
     """
     new = tokenizer.unknown(text)
     if not new or not isinstance(tokenizer, CharTokenizer):
@@ -29,6 +30,8 @@ def extend_vocabulary(model: HourglassLM, tokenizer: Tokenizer, text: str) -> tu
     check_causal(model.config, "and its mask is the last token, after which none can be added; choose a text it knows")
     extended = type(tokenizer)([*tokenizer.characters, *new], clean=tokenizer.clean)
     config = dataclasses.replace(model.config, vocab_size=extended.vocab_size)
+    if config.boundary_tokens == boundary_tokens(tokenizer, config.boundaries):  # and no list of somebody's own
+        config = dataclasses.replace(config, boundary_tokens=boundary_tokens(extended, config.boundaries))
     graph, shapes = nnx.split(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))
     return nnx.merge(graph, jax.tree.map(grow, nnx.state(model), shapes)), extended
 

@@ -94,6 +94,8 @@ def test_a_file_with_a_comma_or_a_star_in_its_name_is_itself(library):
     for name in ("a,b.txt", "*.txt"):
         (library / name).write_text("itself")
         assert load_text(name) == load_text(f"{library / name}") == "itself"
+    (library / "a [1].txt").write_text("among others")
+    assert load_text("a [1].txt, b.txt") == "among others\nb.txt"
     (library / "old, new").mkdir()
     (library / "old, new" / "e.txt").write_text("in it")
     assert load_text("old, new") == "in it"

@@ -153,6 +153,8 @@ def test_help_shows_the_shared_flags(tmp_path):
         ([], "shortening='gated' is unknown"),
         (["--plugin=nowhere.py"], "nowhere.py: no such file"),
         (["--plugin=nowhere.methods"], "nowhere.methods: no such module"),
+        (["--plugin=json.methods"], "json.methods: no such module"),
+        (["--plugin=./methods"], "./methods: no such module"),
     ],
 )
 def test_without_the_plugin_there_is_one_line(plugin, words, tmp_path):

@@ -72,6 +72,13 @@ def test_a_file_or_standard_input_is_a_prompt_as_it_is_but_for_its_last_line_end
     assert expected.startswith("ab\nc")
 
 
+def test_the_last_line_end_of_a_prompt_in_bytes_may_have_two(runs, generate, tmp_path):
+    expected = generate(runs["byte"], PROMPT, "--prompt=ab\r\nc")
+    for end in (b"", b"\n", b"\r\n"):
+        (tmp_path / "prompt.txt").write_bytes(b"ab\r\nc" + end)
+        assert generate(runs["byte"], PROMPT, f"--prompt_file={tmp_path / 'prompt.txt'}") == expected
+
+
 def test_each_line_of_a_file_may_be_a_prompt(runs, generate, tmp_path):
     (tmp_path / "prompts.txt").write_text("ab\n\nc\r\n")
     options = ["--temperature=0", "--num_samples=2"]

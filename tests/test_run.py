@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -310,6 +311,13 @@ def test_a_finished_run_can_be_made_longer(whole, tmp_path):
     assert line["schedule"] == "5 steps of warm-up to 0.01, then cosine to 0 at step 20"
     records = {record["step"]: record for record in hg.Run(tmp_path).curves() if "train_loss" in record}
     assert sorted(records) == [10, 20] and hg.Run(tmp_path).read().settings["train"]["steps"] == 20
+
+
+def test_a_run_that_ends_within_its_profile_writes_that_and_goes_on_with_it(tmp_path):
+    for steps in (4, 8):
+        train(tmp_path, steps=steps, eval_interval=4, runtime={"profile_steps": "3:6"})
+        assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+        shutil.rmtree(tmp_path / "profile")
 
 
 def test_chosen_checkpoints_are_kept_and_loaded(whole, tmp_path):

@@ -1,10 +1,12 @@
 """A model whose vocabulary is extended says of the old characters what it said before."""
 
 import numpy as np
+import pytest
 from conftest import forward, make_model, small_config
 from flax import nnx
 
 import hourglass_jax as hg
+from hourglass_jax.tokenizers import boundary_tokens
 from hourglass_jax.training.checkpoints import CheckpointStore
 from hourglass_jax.training.run import Record, Run
 from hourglass_jax.vocabulary import extend_vocabulary
@@ -38,6 +40,17 @@ def test_old_logits_stay_and_new_ones_are_their_mean(quick_compile, tmp_path):
     assert again.characters == longer.characters
     tokens = longer.encode("bad日x")[None]
     np.testing.assert_array_equal(forward(loaded, tokens), forward(extended, tokens))
+
+
+@pytest.mark.parametrize("boundaries, longer", [("whitespace", (0, 2, 7, 8)), ("spacelike", (0, 2, 7, 8, 10))])
+def test_boundaries_are_told_the_new_characters_unless_they_have_a_list_of_their_own(boundaries, longer):
+    tokenizer = hg.CharTokenizer("abcd ")
+    own = boundary_tokens(tokenizer, boundaries)
+    for given, expected in ((own, longer), ((3,), (3,))):
+        model = small_model(tokenizer, boundaries=boundaries, boundary_tokens=given)
+        extended, vocabulary = extend_vocabulary(model, tokenizer, "a\td x—")
+        assert vocabulary.characters == [*"abcd ", "\t", "x", "—"]
+        assert extended.config.boundary_tokens == expected
 
 
 def test_nothing_new_changes_nothing():

@@ -72,15 +72,27 @@ def define_seed(help_text: str) -> flags.FlagHolder[int]:
     return flags.DEFINE_integer("seed", 0, help_text, lower_bound=0, upper_bound=MAX_SEED)
 
 
+def given_fields(name: str) -> dict[str, list[str]]:
+    """The fields of a config that the command line gives, with the flags that do."""
+    targets = [(f"{name}.{field}", f"{name}.{field}") for field in FLAGS[name].value]
+    targets += [(alias, target) for alias, (several, _) in _aliases.items() for target in several.split(",")]
+    found: dict[str, list[str]] = {}
+    for flag, target in targets:
+        config, _, field = target.partition(".")
+        if config == name and flag in FLAGS and FLAGS[flag].value is not None:
+            found.setdefault(field, []).append(flag)
+    return found
+
+
 def read_config(name: str, cls: type[Config], **given: Any) -> Config:
-    """The dataclass from its flags and aliases; raises UsageError as its constructor does."""
+    """The dataclass from its flags and aliases; raises UsageError as its constructor does, and where flags differ."""
     values = FLAGS[name].value.to_dict()
-    for alias, (targets, parse) in _aliases.items():
-        text = FLAGS[alias].value
-        for target in targets.split(","):
-            config, _, field = target.partition(".")
-            if text is not None and config == name:
-                values[field] = parse_flag(alias, text, parse)
+    for field, names in given_fields(name).items():
+        found = [values[field]] * (f"{name}.{field}" in names)
+        found += [parse_flag(flag, FLAGS[flag].value, _aliases[flag][1]) for flag in names if flag in _aliases]
+        if any(value != found[0] for value in found):
+            raise UsageError(f"--{' and --'.join(names)} differ about {name}.{field}; leave out all but one")
+        values[field] = found[0]
     return cls(**(values | given))
 
 
@@ -97,10 +109,15 @@ def import_plugin(plugin: str) -> None:
     """A file by its path, or a module by its name; raises UsageError where there is none."""
     path = Path(plugin)
     if path.suffix != ".py":
-        found = importlib.util.find_spec(plugin.partition(".")[0])
-        if not found:
-            raise UsageError(f"--plugin={plugin}: no such module; give a module's name or the path of a .py file")
-        importlib.import_module(plugin)
+        missing = f"--plugin={plugin}: no such module; give a module's name or the path of a .py file"
+        if not all(part.isidentifier() for part in plugin.split(".")):
+            raise UsageError(missing)
+        try:
+            importlib.import_module(plugin)
+        except ModuleNotFoundError as error:
+            if not f"{plugin}.".startswith(f"{error.name}."):  # but one that the plugin imports
+                raise
+            raise UsageError(missing) from error
         return
     if not path.is_file():
         raise UsageError(f"--plugin={plugin}: no such file")

@@ -101,7 +101,7 @@ def model_options(tokenizer_size: int, base: HourglassConfig | None = None) -> d
 
 
 def read_model(tokenizer: Tokenizer, base: HourglassConfig | None = None) -> HourglassConfig:
-    """From its flags; where there is a `base`, that one with the options that differ from the defaults.
+    """From its flags; where there is a `base`, that one with the options that are given.
 
     Boundaries that the text decides are told the tokenizer's characters, unless they are given tokens of their own.
     """
@@ -110,8 +110,20 @@ def read_model(tokenizer: Tokenizer, base: HourglassConfig | None = None) -> Hou
     asked = HourglassConfig(**options)
     if base is None:
         return asked
-    given = {name: value for name, value in dataclasses.asdict(asked).items() if value != getattr(MODEL, name)}
-    return dataclasses.replace(base, **given)
+    given = {"vocab_size", *launcher.given_fields("model")}
+    given |= {"boundary_tokens"} if "boundaries" in given else set()
+    return dataclasses.replace(base, **{name: getattr(asked, name) for name in given})
+
+
+def in_tokens_of(tokenizer: Tokenizer, data: DataConfig) -> DataConfig:
+    """`data` as `tokenizer` reads it; raises UsageError where a flag asks for something else."""
+    if data.dataset != "text":
+        return data
+    own = {"tokenizer": tokenizer.kind, "clean": getattr(tokenizer, "clean", False)}
+    for field, (flag, *_) in launcher.given_fields("data").items():
+        if field in own and getattr(data, field) != own[field]:
+            raise UsageError(f"--{flag}={getattr(data, field)}: the vocabulary's {field} is {own[field]}; leave it out")
+    return dataclasses.replace(data, **own)
 
 
 def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:
@@ -119,11 +131,15 @@ def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:
     if BETAS.value is not None:
         beta1, beta2 = launcher.parse_flag("betas", BETAS.value, parse_betas)
         betas = {"beta1": beta1, "beta2": beta2}
-    schedule = {}
+    schedule: dict[str, int] = {}
     if (EPOCHS.value is None) != (ITER.value is None):
         raise UsageError("--epochs and --iter go together: epochs * iter steps; or give --steps alone")
     if EPOCHS.value is not None:
         schedule = {"steps": EPOCHS.value * ITER.value, "eval_interval": ITER.value}
+    for name, fields, options in (("optimizer", betas, "--betas"), ("train", schedule, "--epochs and --iter")):
+        for field, names in launcher.given_fields(name).items():
+            if field in fields:
+                raise UsageError(f"{options} and --{names[0]} both give {name}.{field}; leave out one of them")
     return (
         launcher.read_config("data", DataConfig),
         launcher.read_config("optimizer", OptimizerConfig, **betas),

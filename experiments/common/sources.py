@@ -106,9 +106,9 @@ class HaikuSource:
     def batches(self, seed: int) -> BatchAt:
         return shuffled_examples(self.train, self.batch_size, seed)
 
-    def validation(self, split: str = "valid") -> LazyBatches:
-        """The held-back haiku, or those to train on, once."""
-        return all_examples(getattr(self, split), self.batch_size)
+    def validation(self) -> LazyBatches:
+        """The held-back haiku, once."""
+        return all_examples(self.valid, self.batch_size)
 
     def sampler(self, config: HourglassConfig, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
         """As of a text; a sample ends by itself, and begins with the first line where that is given."""
@@ -157,7 +157,8 @@ def open_source(
     config: DataConfig, vocab_path: str = "", tokenizer: Tokenizer | None = None, *, allow_unknown: bool = False
 ) -> TextSource | ImageSource:
     """What `config` asks for; a text in the tokens of `tokenizer`, of the vocabulary at `vocab_path`, or in its own."""
-    if vocab_path and (config.dataset != "text" or config.tokenizer == "byte"):
+    kind = tokenizer.kind if tokenizer else config.tokenizer
+    if vocab_path and (config.dataset != "text" or kind == "byte"):
         option = "--data.tokenizer=byte" if config.dataset == "text" else f"--data.dataset={config.dataset}"
         raise UsageError(f"--vocab_path lists characters, but {option} has none; give one of the two")
     if config.dataset != "text":

@@ -66,7 +66,10 @@ def text_files(path: str | Path) -> list[Path]:
     parts = [path] if os.path.isdir(path) else [part.strip() for part in path.split(",")]
     for part in map(os.path.expanduser, parts):
         directory = os.path.isdir(part)
-        names = glob.glob("**/*.txt", root_dir=part, recursive=True) if directory else glob.glob(part, recursive=True)
+        if directory:
+            names = glob.glob("**/*.txt", root_dir=part, recursive=True)
+        else:  # a file whatever its name, or a pattern
+            names = [part] if os.path.isfile(part) else glob.glob(part, recursive=True)
         found = {file for name in names if (file := Path(part if directory else "", name)).is_file()}
         if not found:
             problem = "the directory holds no .txt file" if directory else "no such file"

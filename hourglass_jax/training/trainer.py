@@ -121,6 +121,7 @@ class _Training:
         self.graphs = {k: nnx.split(model_at_k)[0] for k, model_at_k in models.items()}
         flops = [training_flops(model_at_k.config, self.block_size) for model_at_k in models.values()]
         self.flops = statistics.mean(flops) * self.batch_size
+        self.profiling = False
         self.valid_losses: dict[int, float] = {}  # by step
         self.recent: list[tuple[int, dict[str, jax.Array]]] = []  # metrics not yet looked at
         self.suppressed: list[float] = []  # of each learned boundary, by the newest of them
@@ -198,6 +199,7 @@ class _Training:
                 "the same command goes on"
             ) from None
         finally:
+            self.end_profile()
             self.progress.close()
             if self.curves:
                 self.curves.close()
@@ -206,8 +208,9 @@ class _Training:
 
     def train_on(self, step: int, batch: Batch) -> None:
         first, last = self.runtime.profiled
-        if step == first:
+        if first <= step <= last and not self.profiling:
             jax.profiler.start_trace(str(self.run.directory / "profile"))
+            self.profiling = True
         placed = sharding.place(batch, self.batch_sharding, self.batch_size)
         factors = self.config.shorten_factors
         factor = drawn_factor(factors, self.config.seed, step) if factors else None
@@ -216,8 +219,7 @@ class _Training:
         self.recent.append((step, metrics))
         self.characters += np.count_nonzero(batch[1]) * jax.process_count()
         if step == last:
-            jax.block_until_ready(metrics)
-            jax.profiler.stop_trace()
+            self.end_profile()
 
         self.progress.advance()
         if self.due(LOG_INTERVAL) or step == self.config.steps:
@@ -228,6 +230,13 @@ class _Training:
             self.save()
         if self.evaluation_due:
             self.evaluate()
+
+    def end_profile(self) -> None:
+        """Writes it, if there is one: a run may end before the last step to profile, and go on after the first."""
+        if self.profiling:
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+            self.profiling = False
 
     def due(self, interval: int) -> bool:
         return bool(interval) and self.step % interval == 0
@@ -261,10 +270,12 @@ class _Training:
             values = {name: float(value) for name, value in metrics.items()}
             for name, value in values.items():
                 if not math.isfinite(value):
+                    saved = "there is no checkpoint"
+                    if self.saved_step is not None:
+                        saved = f"the last good checkpoint is that of step {self.saved_step}"
                     raise Diverged(
                         f"step {step}: {name} is {value}, on batch {step - 1} in the order of seed {self.config.seed}; "
-                        f"the last good checkpoint is that of step {self.saved_step} in {self.run.directory}; "
-                        "lower the learning rate or set a clip_norm"
+                        f"{saved} in {self.run.directory}; lower the learning rate or set a clip_norm"
                     )
         self.recent = []
         return values
