@@ -62,12 +62,30 @@ COSTS = flags.DEFINE_boolean("costs", False, "Print what the rows of Table 1 cos
 launcher.define_runtime()
 
 
+MODES = ("table", "curves", "lengths", "costs")  # one of them
+FOR_TABLES = ("first_seed", "time")
+
+
+def check_options() -> None:
+    """Raises UsageError for options that are of no use together."""
+    given = [mode for mode in MODES if flags.FLAGS[mode].value]
+    if not given:
+        raise UsageError("nothing to do; choose tables, e.g. --table=1,5, or pass --curves, --lengths or --costs")
+    useless = [f"--{mode}" for mode in given[1:]]
+    useless += [f"--{name}" for name in FOR_TABLES if flags.FLAGS[name].value and given != ["table"]]
+    useless += ["--characters"] * bool(CHARACTERS.value and given != ["curves"])
+    useless += ["--comment"] * (COMMENT.value is not None and not REPORT.value)
+    useless += ["--dry_run"] * (DRY_RUN.value and REPORT.value)
+    if useless:
+        with_report = " with --report" * REPORT.value
+        raise UsageError(f"{useless[0]} is of no use to --{given[0]}{with_report}; leave it out")
+
+
 def main(_: list[str]) -> None:
+    check_options()
     if COSTS.value:
         print(costs.costs_table())
         return
-    if not TABLE.value and not CURVES.value and not LENGTHS.value:
-        raise UsageError("nothing to do; choose tables, e.g. --table=1,5, or pass --curves, --lengths or --costs")
     path = f"{DOWNLOADS}/{DATASET.value}" if downloaded() else DATA_PATH.value
     setup = find_setup(DATASET.value, SCALE.value, path)
     if LENGTHS.value:
@@ -122,8 +140,6 @@ def run_lengths(setup: Setup) -> None:
 def run_curves(setup: Setup, directory: Path, name: str) -> None:
     if DATASET.value not in TEXTS:
         raise UsageError(f"--curves are of texts; dataset={DATASET.value!r} is none, choose {' or '.join(TEXTS)}")
-    if FIRST_SEED.value:
-        raise UsageError("--first_seed is for tables; leave it out with --curves")
     if REPORT.value:
         path = Path(RESULTS.value) / f"curves-{name}"
         print(curve_report.report(setup, directory / "curves", path, COMMENT.value))

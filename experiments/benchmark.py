@@ -26,6 +26,7 @@ from experiments.common.reports import PACKAGES, provenance, read_record, report
 from experiments.common.slices import Slice, keep_compiled
 from hourglass_jax import UsageError
 from hourglass_jax.ranges import check_range
+from hourglass_jax.training.identity import described, differences
 
 SUITE = flags.DEFINE_enum("suite", "decoding", ["decoding", "training", "boundaries", "accelerator"], "What to time.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Each figure is a median of so many.", lower_bound=1)
@@ -79,9 +80,10 @@ def run_accelerator() -> None:
     keep_compiled(path.parent / "compiled")
     sizes = launcher.read_config("accelerator", accelerator.Accelerator)
     settings = json.loads(json.dumps({"sizes": vars(sizes), "repeats": REPEATS.value}))
+    settings["machine"] = provenance()["machine"]
     record = read_record(report_file(path, ".json")) or settings | {"rows": {}, "tries": {}}
-    if different := launcher.difference({name: record[name] for name in settings}, settings):
-        raise UsageError(f"{path}.json: was measured with {', '.join(different)}; give another --report")
+    if different := differences({name: record[name] for name in settings}, settings):
+        raise UsageError(f"{path}.json: was measured otherwise ({described(different)}); give another --report")
     parts = accelerator.parts(sizes, REPEATS.value)
 
     def save(record: dict[str, Any]) -> None:

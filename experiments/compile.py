@@ -11,6 +11,7 @@ Ends with 1 where the step does not compile or does not fit.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ from experiments.accelerators.roofline import Roofline, total
 from experiments.accelerators.step import Compiled, Pretraining, compile_step
 from experiments.accelerators.targets import find_target, known_targets
 from experiments.common import launcher, pretraining
-from hourglass_jax import HourglassConfig, RuntimeConfig, UsageError
+from experiments.common.sources import read_tokenizer
+from hourglass_jax import RuntimeConfig, UsageError
 
 TARGET = flags.DEFINE_string(
     "target", None, f"The machine: {', '.join(known_targets())}; several chips as 8xh100 or v5e-16.", required=True
@@ -41,9 +43,17 @@ def read_pretraining() -> Pretraining:
     data, optimizer, train = pretraining.read_configs()
     if train.shorten_factors:
         raise UsageError("--shorten_factors draws between several programs; leave it out, and give --hierarchy of one")
-    vocab_size = pretraining.vocabulary_size(data, pretraining.VOCAB_PATH.value)
-    model = HourglassConfig(**pretraining.model_options(vocab_size))
-    return Pretraining(model, data, optimizer, train, launcher.read_config("runtime", RuntimeConfig))
+    origin = tokenizer = None
+    if pretraining.INIT_FROM.value:
+        origin, tokenizer, _ = launcher.load_origin(pretraining.INIT_FROM.value)
+    tokenizer = tokenizer or read_tokenizer(data, pretraining.VOCAB_PATH.value)
+    data = pretraining.in_tokens_of(tokenizer, data)
+    if tokenizer.kind == "image":
+        data = dataclasses.replace(data, block_size=tokenizer.n_tokens)
+    config = pretraining.read_model(tokenizer, origin.config if origin else None)
+    if origin:
+        origin.reconfigured(config)  # raises where its parameters do not fit
+    return Pretraining(config, data, optimizer, train, launcher.read_config("runtime", RuntimeConfig))
 
 
 def main(_: list[str]) -> None:

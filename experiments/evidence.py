@@ -76,7 +76,8 @@ def run_slice(parts: Mapping[str, Part], record: dict[str, Any], setup: Setup, d
 
     with Signals(STOP * seconds) as signals:
         work = Slice(record, BEGIN * seconds, save, whole=False)
-        runtime, source = launcher.read_runtime(), setup_source(setup)
+        runtime = launcher.read_runtime()
+        source = setup_source(setup, [part.job for part in parts.values()])
         given = (source, valid_sample(source, setup), runtime, signals)
         try:
             for name in work.run({name: partial(evidence.train, part, *given) for name, part in parts.items()}):

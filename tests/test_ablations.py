@@ -171,6 +171,12 @@ def test_a_row_that_was_trained_otherwise_is_not_done(home):
     path.write_text(whole)
 
 
+def test_a_row_that_was_trained_on_another_text_of_the_name_is_not_done(home, tmp_path):
+    (tmp_path / "books").write_bytes(b"sphinx of black quartz, judge my vow. " * 100)
+    result = run_forked("ablate", *COMMON, f"--data_path={tmp_path / 'books'}", cwd=home)
+    assert result.returncode == 2 and "seed0: was trained on other data than" in result.stderr
+
+
 def test_seeds_and_costs_of_a_record_stay_where_their_runs_are_gone(home, tmp_path):
     ablate(home, "--report")
     row = home / "runs/ablations/books-tiny/1@1"
@@ -185,13 +191,13 @@ def test_seeds_and_costs_of_a_record_stay_where_their_runs_are_gone(home, tmp_pa
 
 
 def test_a_row_that_tables_share_is_stored_in_all_of_them(tmp_path):
-    """The plain row of B1 is Table 1's 6@1, if the set-up is the same."""
+    """The plain row of B1 is Table 1's 6@1, if set-up and data are the same."""
     setup = find_setup("enwik8", "micro", "text")
     stored = reporting.collect(find_table("B1", "enwik8"), setup, tmp_path / "text-micro", tmp_path)
     stored["rows"][0]["runs"] = [{"seed": 0, "figures": {"bpc": 2.0}}, {"seed": 1, "figures": {"bpc": 2.1}}]
-    for steps, n_seeds in ((10_000, 2), (5_000, 0)):
-        record = stored | {"setup": stored["setup"] | {"steps": steps}}
-        (tmp_path / "tableB1-text-micro.json").write_text(json.dumps(record))
+    other_setup, other_data = {"setup": stored["setup"] | {"steps": 5_000}}, {"data": "my-text-micro"}
+    for changed, n_seeds in (({}, 2), (other_setup, 0), (other_data, 0)):
+        (tmp_path / "tableB1-my-text-micro.json").write_text(json.dumps(stored | changed))
         table = reporting.collect(find_table("1", "enwik8"), setup, tmp_path / "text-micro", tmp_path)
         assert [row["name"] for row in table["rows"] if row["runs"]] == ["6@1"][:n_seeds]
         assert len(table["rows"][0]["runs"]) == n_seeds
@@ -255,6 +261,12 @@ def test_reports_come_from_the_stored_record_alone(home, tmp_path):
         (["--table=5", "--report", "--data_path=short"], ["no finished row of table 5"]),
         (["--table=5", "--rows=n=5"], ["rows='n=5'", "n=4"]),
         (["--table=5,6", "--report", "--comment=a"], ["--comment", "5,6"]),
+        (["--table=5", "--comment=a"], ["--comment is of no use to --table"]),
+        (["--table=5", "--report", "--dry_run"], ["--dry_run is of no use to --table with --report"]),
+        (["--table=5", "--characters=9"], ["--characters is of no use to --table"]),
+        (["--table=5", "--curves"], ["--curves is of no use to --table"]),
+        (["--curves", "--time"], ["--time is of no use to --curves"]),
+        (["--lengths", "--first_seed=1"], ["--first_seed is of no use to --lengths"]),
         ([], ["choose tables"]),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from launching import run_forked
 
 from experiments.benchmarks import accelerator
 from experiments.benchmarks.accelerator import Accelerator, check, decode, describe, parts, train
@@ -106,3 +107,15 @@ def test_a_wrong_kernel_does_not_pass(monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, "blocked", lambda *arguments: 1.2 * right(*arguments))
     row = check(SIZES, "blocked", "rotary")
     assert not row["passed"] and "NO" in describe({"rows": {"check blocked rotary": row}}, SIZES, 1)
+
+
+def test_a_record_of_another_machine_is_not_gone_on_with(tmp_path):
+    """No part begins in no time; the machine, the sizes and the repeats are those of the record."""
+    flags = ["--suite=accelerator", "--slice_minutes=0", "--repeats=3", "--report=here"]
+    result = run_forked("benchmark", *flags, cwd=tmp_path)
+    assert result.returncode == 0 and "parts are done; the same command goes on" in result.stdout, result.stderr
+    record = {"sizes": vars(Accelerator()), "repeats": 3, "machine": "an abacus"} | empty()
+    (tmp_path / "here.json").write_text(json.dumps(record))
+    result = run_forked("benchmark", *flags, cwd=tmp_path)
+    [line] = result.stderr.splitlines()
+    assert result.returncode == 2 and "here.json: was measured otherwise (machine: an abacus -> 1 x " in line

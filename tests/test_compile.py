@@ -11,6 +11,7 @@ from conftest import POSITIONS, small_config
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from launching import run_forked
+from PIL import Image
 
 from experiments.accelerators import pages, report, targets
 from experiments.accelerators.advice import cheapest_changes
@@ -19,6 +20,7 @@ from experiments.accelerators.report import METHOD, first_line
 from experiments.accelerators.sources import NAMES
 from experiments.accelerators.step import Compiled, Pretraining, Seconds, asked_bytes, compile_lowered, compile_step
 from experiments.accelerators.targets import COMPILERS, find_target, is_installed, known_targets
+from experiments.common.sources import read_tokenizer
 from hourglass_jax import DataConfig, OptimizerConfig, RuntimeConfig, TrainConfig, UsageError
 from hourglass_jax.nn.attention import Attention
 from hourglass_jax.nn.attention.choice import IMPLEMENTATIONS
@@ -84,11 +86,25 @@ def test_bad_commands_end_with_one_line(tmp_path):
         (["--target=h300"], "is unknown"),
         (["--target=h100", "--shorten_factors=2,3"], "several programs"),
         (["--target=h100", "--shortening=sum"], "shortening='sum' is unknown"),
+        (["--target=h100", "--init_from=nowhere"], "nowhere: no such directory"),
+        (["--target=h100", "--init_from=books", "--d_model=64"], "do not fit"),
         ([], "--target"),
     ):
         result = run_forked("compile", *flags, cwd=tmp_path)
         assert result.returncode == 2 and words in result.stderr, result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_a_tokenizer_is_that_of_the_data(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (6, 4)).save(tmp_path / f"{name}.png")
+    (tmp_path / "text.txt").write_text("abc")
+    folder = read_tokenizer(DataConfig(dataset="folder", path=str(tmp_path), image_size=4, train_fraction=0.5), "")
+    assert (folder.shape, folder.n_tokens) == ((4, 4, 3), 48)
+    for options, shape in (({}, (32, 32, 3)), ({"image_size": 16}, (16, 16, 3))):
+        assert read_tokenizer(DataConfig(dataset="cifar10", **options), "").shape == shape
+    assert read_tokenizer(DataConfig(tokenizer="byte"), "").kind == "byte"
+    assert read_tokenizer(DataConfig(path=str(tmp_path / "text.txt")), "").characters == [*"abc"]
 
 
 def tiny_run(batch_size=16, **options):

@@ -152,7 +152,7 @@ def test_a_leg_that_diverges_is_told_and_the_other_curve_goes_on(tmp_path, monke
         return len(done) < 3
 
     monkeypatch.setattr(curves, "train_leg", train_leg)
-    monkeypatch.setattr(curves, "setup_source", lambda setup: None)
+    monkeypatch.setattr(curves, "setup_source", lambda setup, jobs: None)
     monkeypatch.setattr(curves, "valid_sample", lambda source, setup: [])
     with pytest.raises(hg.UsageError, match=r"1 legs diverged, and none can follow them: .*6@1"):
         curves.train([one, other], setup, hg.RuntimeConfig(), Signals())

@@ -180,7 +180,7 @@ def train(legs: Sequence[Leg], setup: Setup, runtime: RuntimeConfig, signals: Si
     """Trains what is not done, each time the first leg that can start. Several processes share the work."""
     if jax.process_count() > 1:
         raise UsageError("a curve is trained by one process; start several without --coordinator, and they share them")
-    source = setup_source(setup)
+    source = setup_source(setup, [leg.job for leg in legs])
     validation = valid_sample(source, setup)
     diverged: list[str] = []
 

@@ -108,6 +108,9 @@ def read(setup: Setup, scale: str, path: Path) -> Record:
         return {"scale": scale, "model": model, "points": points, **provenance()}
     if record["model"] != model:
         raise UsageError(f"{path}.json: was measured with another model of scale {scale!r}; move it away, or remove it")
+    machine = provenance()["machine"]
+    if record["machine"] != machine:
+        raise UsageError(f"{path}.json: was measured on {record['machine']}, this is {machine}; move it away")
     known = {(point["hierarchy"], point["length"]): point for point in record["points"]}
     return record | {"points": [known.get((point["hierarchy"], point["length"]), {}) | point for point in points]}
 

@@ -60,8 +60,8 @@ def collect(table: Table, setup: Setup, directory: Path, results: Path) -> dict[
         "n_valid": setup.n_valid,
     }
     common = json.loads(json.dumps(common))
-    records = [read_record(path) for path in sorted(results.glob(f"table*-{directory.name}.json"))]
-    records = [record for record in records if record["setup"] == common]
+    records = [read_record(path) for path in sorted(results.glob("table*.json"))]
+    records = [record for record in records if (record["data"], record["setup"]) == (directory.name, common)]
     own = next((record for record in records if record["table"] == table.number), {"rows": []})
     costs = {row["directory"]: row["cost"] for row in own["rows"] if row.get("cost")}
     runs: dict[str, list[dict[str, Any]]] = {}

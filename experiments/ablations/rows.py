@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,11 +141,21 @@ class LetterSource:
 Source = TextSource | ImageSource | LetterSource
 
 
-def setup_source(setup: Setup) -> Source:
-    """What the rows of `setup` learn from."""
+def setup_source(setup: Setup, jobs: Iterable[Job]) -> Source:
+    """What the rows of `setup` learn from; raises UsageError where a finished one of `jobs` learned from other data."""
     if setup.letters:
         return LetterSource(setup)
-    return TextSource(setup.data, BYTES) if setup.data.dataset == "text" else ImageSource(setup.data)
+    source = TextSource(setup.data, BYTES) if setup.data.dataset == "text" else ImageSource(setup.data)
+    for job in jobs:
+        if job.result() is None:
+            continue
+        settings = Run(job.directory).read().settings
+        if any(settings.get(name) != value for name, value in source.fingerprint.items()):
+            raise UsageError(
+                f"{job.directory}: was trained on other data than {setup.data.path}; remove it, or choose another "
+                "--data_name or --out"
+            )
+    return source
 
 
 def valid_sample(source: Source, setup: Setup) -> Sequence[Batch]:
@@ -159,11 +169,9 @@ def train(jobs: Sequence[Job], setup: Setup, runtime: RuntimeConfig, signals: Si
 
     Raises UsageError, after the other jobs, where one diverged.
     """
+    source = setup_source(setup, jobs)
     waiting = [job for job in jobs if job.result() is None]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} rows are done")
-    if not waiting:
-        return
-    source = setup_source(setup)
     validation = valid_sample(source, setup)
     diverged = []
     for number, job in enumerate(waiting, len(jobs) - len(waiting) + 1):

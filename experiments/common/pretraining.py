@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
-from typing import Any
 
 from absl import flags
 
 from experiments.common import launcher
 from hourglass_jax import (
-    ByteTokenizer,
-    CharTokenizer,
     DataConfig,
     Hierarchy,
     HourglassConfig,
-    ImageTokenizer,
     OptimizerConfig,
     TrainConfig,
     UsageError,
 )
-from hourglass_jax.data.corpora import load_tokens
 from hourglass_jax.tokenizers import Tokenizer, boundary_tokens
 
 # Sized so that the built-in corpus trains in about two minutes on two CPU cores.
@@ -93,26 +87,19 @@ launcher.define_alias("shorten_factors", "train.shorten_factors", parse_numbers)
 BETAS = flags.DEFINE_string("betas", None, "Short for --optimizer.beta1 and --optimizer.beta2, e.g. 0.9,0.98.")
 
 
-def model_options(tokenizer_size: int, base: HourglassConfig | None = None) -> dict[str, Any]:
-    """The model's flags, for a tokenizer of so many tokens; where it is not causal, as `base` may be, with a mask."""
-    options = launcher.read_config("model", dict, vocab_size=tokenizer_size)
-    options["vocab_size"] += not (options["causal"] and (base is None or base.causal))
-    return options
-
-
 def read_model(tokenizer: Tokenizer, base: HourglassConfig | None = None) -> HourglassConfig:
     """From its flags; where there is a `base`, that one with the options that are given.
 
     Boundaries that the text decides are told the tokenizer's characters, unless they are given tokens of their own.
     """
-    options = model_options(tokenizer.vocab_size, base)
+    options, given = launcher.read_config("model", dict), launcher.given_fields("model")
+    if base:
+        options = dataclasses.asdict(base) | {name: options[name] for name in given}
+    if "boundaries" in given and "boundary_tokens" not in given:
+        options["boundary_tokens"] = ()
     options["boundary_tokens"] = options["boundary_tokens"] or boundary_tokens(tokenizer, options["boundaries"])
-    asked = HourglassConfig(**options)
-    if base is None:
-        return asked
-    given = {"vocab_size", *launcher.given_fields("model")}
-    given |= {"boundary_tokens"} if "boundaries" in given else set()
-    return dataclasses.replace(base, **{name: getattr(asked, name) for name in given})
+    options["vocab_size"] = tokenizer.vocab_size + (not options["causal"])  # with a mask
+    return HourglassConfig(**options)
 
 
 def in_tokens_of(tokenizer: Tokenizer, data: DataConfig) -> DataConfig:
@@ -145,13 +132,3 @@ def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:
         launcher.read_config("optimizer", OptimizerConfig, **betas),
         launcher.read_config("train", TrainConfig, **schedule),
     )
-
-
-def vocabulary_size(data: DataConfig, vocab_path: str) -> int:
-    """Of what `data` asks for; only characters' own vocabulary needs the text itself."""
-    if data.dataset != "text":
-        return ImageTokenizer.vocab_size
-    if data.tokenizer == "byte":
-        return ByteTokenizer().vocab_size
-    vocabulary = CharTokenizer.load(Path(vocab_path)) if vocab_path else None
-    return (vocabulary or load_tokens(data, None)[1]).vocab_size

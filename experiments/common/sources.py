@@ -13,7 +13,7 @@ from experiments.common.filling import make_filler
 from experiments.common.pictures import COLUMNS, draw_images, nothing, save_grid, top_halves
 from experiments.common.vocabulary import check_characters
 from hourglass_jax import CharTokenizer, DataConfig, HourglassConfig, HourglassLM, ImageTokenizer, UsageError
-from hourglass_jax.data.corpora import load_splits, load_text
+from hourglass_jax.data.corpora import load_splits, load_text, load_tokens
 from hourglass_jax.data.folder import load_folder
 from hourglass_jax.data.haiku import make_examples
 from hourglass_jax.data.images import ImageSplits, image_batches, image_validation, load_images
@@ -25,8 +25,8 @@ from hourglass_jax.data.pipeline import (
     shuffled_examples,
     training_batches,
 )
-from hourglass_jax.run_config import FOLDER
-from hourglass_jax.tokenizers import TextTokenizer, Tokenizer
+from hourglass_jax.run_config import FOLDER, IMAGE_SIZES
+from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, Tokenizer
 from hourglass_jax.training.identity import fingerprint
 from hourglass_jax.training.signals import Signals
 
@@ -166,6 +166,18 @@ def open_source(
     if vocab_path:
         tokenizer = CharTokenizer.load(vocab_path)
     return TextSource(config, tokenizer, allow_unknown=allow_unknown)
+
+
+def read_tokenizer(data: DataConfig, vocab_path: str) -> Tokenizer:
+    """Of what `data` asks for; only characters' own vocabulary and a folder need the data itself."""
+    if data.dataset == FOLDER:
+        return ImageTokenizer(read_images(data)[0].shape[1:])
+    if data.dataset != "text":
+        side = data.image_size or IMAGE_SIZES[data.dataset]
+        return ImageTokenizer((side, side, 3))
+    if data.tokenizer == "byte":
+        return ByteTokenizer()
+    return CharTokenizer.load(Path(vocab_path)) if vocab_path else load_tokens(data)[1]
 
 
 def text_name(path: str) -> str:
