@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Hierarchy
-from hourglass_jax.ranges import check_choice, check_range
+from hourglass_jax.ranges import check_choice, check_range, plain, take_plain_values
 from hourglass_jax.registry import BOUNDARIES, SHORTENINGS, UPSAMPLINGS
 
 OF_TOKENS = ("whitespace", "spacelike", "tokens")  # boundaries that are read off the tokens
@@ -94,16 +92,13 @@ class HourglassConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hierarchy", str(Hierarchy.parse(self.hierarchy)))
-        for name, value in vars(self).items():
-            if isinstance(value, np.generic):  # from a computation, which JSON would not take
-                object.__setattr__(self, name, value.item())
+        take_plain_values(self)
         for name in ("vocab_size", "d_model", "n_heads", "d_ff"):
             check_range(name, getattr(self, name), 1)
         check_range("max_length", self.max_length, 2)
         for name in ("max_unrolled_layers", "d_head", "window"):
             check_range(name, getattr(self, name), 0)
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"dropout={self.dropout!r} is out of range; it must be at least 0 and below 1")
+        check_range("dropout", self.dropout, 0.0, 1, open_high=True)
         if not self.d_head and self.d_model % self.n_heads:
             raise UsageError(
                 f"n_heads={self.n_heads} does not divide d_model={self.d_model}; choose n_heads so that every "
@@ -149,10 +144,12 @@ class HourglassConfig:
 
     def check_boundaries(self) -> None:
         """Raises UsageError where boundaries do not fit the hierarchy, the vocabulary or the resampling methods."""
-        object.__setattr__(self, "boundary_tokens", tuple(int(token) for token in self.boundary_tokens))
+        if isinstance(self.boundary_tokens, str) or not isinstance(self.boundary_tokens, Iterable):
+            raise UsageError(f"boundary_tokens={self.boundary_tokens!r}: give tokens, as a tokenizer encodes them")
+        object.__setattr__(self, "boundary_tokens", tuple(map(plain, self.boundary_tokens)))
         check_range("boundary_slack", self.boundary_slack, 1.0)
         check_range("boundary_weight", self.boundary_weight, 0.0)
-        names, n_shortenings = self.boundaries.split(), len(self.parsed_hierarchy.levels) - 1
+        names, n_shortenings = str(self.boundaries).split(), len(self.parsed_hierarchy.levels) - 1
         for name in names:
             check_choice("boundaries", name, BOUNDARIES)
         if len(names) not in (1, n_shortenings):

@@ -9,6 +9,7 @@ import numpy as np
 
 from hourglass_jax.errors import UsageError
 from hourglass_jax.model import HourglassLM
+from hourglass_jax.ranges import check_range
 
 _STREAM = 0xF  # sets the draws apart from those of the batches, which are functions of (seed, step) too
 
@@ -19,10 +20,11 @@ def at_shorten_factor(model: HourglassLM, shorten_factor: int) -> HourglassLM:
     Raises UsageError unless the hierarchy shortens exactly once, by methods without parameters of the factor's size:
     average | select | attention_average and repeat | smooth | attention | attention_repeat.
     """
-    config = model.config
-    hierarchy = config.parsed_hierarchy.with_shorten_factor(shorten_factor)
+    check_range("shorten_factor", shorten_factor, 2)
+    hierarchy = model.config.parsed_hierarchy.with_shorten_factor(shorten_factor)
+    config = replace(model.config, hierarchy=str(hierarchy))
     try:
-        return model.reconfigured(replace(config, hierarchy=str(hierarchy)))
+        return model.reconfigured(config)
     except UsageError as error:
         raise UsageError(
             f"shortening={config.shortening!r} with upsampling={config.upsampling!r} has parameters that depend on the "

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -318,6 +319,11 @@ class HourglassLM(nnx.Module):
         check_x64(self.config)
         factor = self.config.shared_factor
         context = max_length if context is None else context
+        if max_length % factor or context % factor:
+            raise UsageError(
+                f"max_length={max_length} and context={context} must be multiples of {factor}, the groups' length; use "
+                "hg.init_cache, which rounds up"
+            )
         origin, start = jnp.zeros((2, batch), jnp.int32)  # two buffers, so that a loop may be given both to reuse
         return Cache(
             clock=Clock(jnp.zeros((), jnp.int32), origin, start),
@@ -332,12 +338,16 @@ class HourglassLM(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """Reads tokens [B, L] into an empty cache in one pass -> logits [B, L, V], meaningless for padding.
 
-        Row b begins at start[b], or did so at origin[b] <= start[b] and is read from there on. All are multiples of K.
+        Row b begins at start[b], or did so at origin[b] <= start[b] and is read from there on. All are multiples of K,
+        L too; raises UsageError where they are not, and for tokens without a place in the cache.
         """
         check_decodes(self.config)
-        if not tokens.shape[1]:
-            return jnp.zeros((*tokens.shape, self.config.vocab_size)), cache
-        clock = Clock(jnp.asarray(tokens.shape[1], jnp.int32), start if origin is None else origin, start)
+        origin = start if origin is None else origin
+        if np.ndim(tokens) == 2 and not np.shape(tokens)[1]:
+            return jnp.zeros((*np.shape(tokens), self.config.vocab_size)), cache
+        tokens = jnp.asarray(check_tokens("tokens", tokens, self.config.vocab_size, "B, L"))
+        cache.check_prompts(*tokens.shape, start, origin)
+        clock = Clock(jnp.asarray(tokens.shape[1], jnp.int32), jnp.asarray(origin), jnp.asarray(start))
         x = self.embed_at(tokens, jnp.arange(tokens.shape[1]) - clock.origin[:, None])
         x, levels = self.hourglass.prefill(x, cache.levels, clock, tokens)
         return self.logits(x), replace(cache, clock=clock, levels=levels)

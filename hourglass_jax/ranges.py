@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Collection
+from typing import Any
+
+import numpy as np
 
 from hourglass_jax.errors import UsageError
+
+
+def take_plain_values(config: Any) -> None:
+    """Makes NumPy's numbers and dtypes in a frozen dataclass, as of a computation, Python's own, which JSON takes."""
+    for name, value in vars(config).items():
+        object.__setattr__(config, name, plain(value))
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, np.dtype):
+        return value.name
+    if isinstance(value, tuple | list):
+        return tuple(map(plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
@@ -13,11 +30,19 @@ def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
         raise UsageError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
 
 
-def check_range(name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    """Raises unless low <= value <= high (low < value with `open_low`), and `value` is whole where `low` is an int."""
+def check_range(
+    name: str,
+    value: float,
+    low: float,
+    high: float = float("inf"),
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    """Raises unless low <= value <= high, and `value` is whole where `low` is an int; an open end is out of range."""
     kind, wanted = (numbers.Integral, "a whole number of ") if isinstance(low, int) else (numbers.Real, "")
     number = isinstance(value, kind) and not isinstance(value, bool)
-    if not number or not low <= value <= high or (open_low and value == low):
+    if not number or not low <= value <= high or (open_low and value == low) or (open_high and value == high):
         bounds = f"{'more than' if open_low else 'at least'} {low:g}"
-        bounds += "" if high == float("inf") else f" and at most {high:g}"
+        bounds += "" if high == float("inf") else f" and {'below' if open_high else 'at most'} {high:g}"
         raise UsageError(f"{name}={value!r} is out of range; it must be {wanted}{bounds}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hourglass_jax.errors import UsageError
-from hourglass_jax.ranges import check_choice, check_range
+from hourglass_jax.ranges import check_choice, check_range, take_plain_values
 
 MAX_SEED = 2**63 - 1  # what a key of JAX is made of fits 64 bits with a sign
 IMAGE_SIZES = {"cifar10": 32, "imagenet32": 32, "imagenet64": 64}  # side of a data set's images, in pixels
@@ -56,6 +56,7 @@ class DataConfig:
     valid_path: str = ""
 
     def __post_init__(self) -> None:
+        take_plain_values(self)
         check_choice("dataset", self.dataset, ("text", *IMAGE_SIZES, FOLDER))
         if self.dataset != "text":
             check_image_size(self.dataset, self.image_size)
@@ -71,8 +72,7 @@ class DataConfig:
         check_choice("split", self.split, ("fraction", "enwik8"))
         check_range("block_size", self.block_size, 1)
         check_range("batch_size", self.batch_size, 1)
-        if not 0 < self.train_fraction < 1:
-            raise UsageError(f"train_fraction={self.train_fraction!r} is out of range; it must be between 0 and 1")
+        check_range("train_fraction", self.train_fraction, 0.0, 1, open_low=True, open_high=True)
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ class OptimizerConfig:
     train_only: str = ""
 
     def __post_init__(self) -> None:
+        take_plain_values(self)
         check_choice("schedule", self.schedule, ("cosine", "inverse_sqrt", "constant"))
         check_range("learning_rate", self.learning_rate, 0.0, open_low=True)
         check_range("eps", self.eps, 0.0, open_low=True)
@@ -110,8 +111,7 @@ class OptimizerConfig:
         for name in ("weight_decay", "clip_norm"):
             check_range(name, getattr(self, name), 0.0)
         for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)!r} is out of range; it must be at least 0 and below 1")
+            check_range(name, getattr(self, name), 0.0, 1, open_high=True)
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ class TrainConfig:
     shorten_factors: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        take_plain_values(self)
         for name in ("steps", "eval_interval", "eval_batches"):
             check_range(name, getattr(self, name), 1)
         check_range("patience", self.patience, 0)
@@ -166,6 +167,7 @@ class RuntimeConfig:
     log: str = "auto"
 
     def __post_init__(self) -> None:
+        take_plain_values(self)
         for name in ("fsdp", "accumulate"):
             check_range(name, getattr(self, name), 1)
         for name in ("checkpoint_interval", "sample_interval", "keep_checkpoints"):

@@ -47,9 +47,9 @@ class Sampler:
         logits = jnp.where(jnp.isneginf(logits), -jnp.inf, logits / max(self.temperature, 1e-6))
         if self.top_p is not None and self.top_p < 1:
             ordered = -jnp.sort(-logits, axis=-1)
-            # A token stays while those before it hold less than top_p, so the likeliest one always does.
+            # A token stays while those before it hold less than top_p; the likeliest one does, however small that is.
             probabilities = jax.nn.softmax(ordered, axis=-1)
-            stays = jnp.cumsum(probabilities, axis=-1) - probabilities < self.top_p
+            stays = (jnp.cumsum(probabilities, axis=-1) - probabilities < self.top_p).at[..., 0].set(True)
             lowest = jnp.where(stays, ordered, jnp.inf).min(-1, keepdims=True)
             logits = jnp.where(logits < lowest, -jnp.inf, logits)
         return logits

@@ -41,7 +41,10 @@ def to_utf8(text: str) -> bytes:
 
 def read_tokens(tokens: Sequence[int] | np.ndarray, vocab_size: int) -> list[int]:
     """int [L] as a list; raises UsageError for another shape or type, and for tokens outside 0 .. vocab_size - 1."""
-    array = np.asarray(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError:
+        raise UsageError("tokens are rows of different lengths; give integers [L], of one text at a time") from None
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise UsageError(f"tokens are {array.dtype} {list(array.shape)}; give integers [L], of one text at a time")
     if array.size and not (array.min() >= 0 and array.max() < vocab_size):
@@ -203,7 +206,8 @@ class ImageTokenizer:
     def decode(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """int [..., H*W*C] -> uint8 [..., H, W, C]. Raises UsageError for another length, or BOS among the tokens."""
         tokens = np.asarray(tokens)
-        if tokens.shape[-1:] != (self.n_tokens,) or not ((tokens >= 0) & (tokens < self.bos_id)).all():
+        whole = tokens.dtype.kind in "iu" and tokens.shape[-1:] == (self.n_tokens,)
+        if not whole or not ((tokens >= 0) & (tokens < self.bos_id)).all():
             raise UsageError(f"tokens {list(tokens.shape)} are no images of {self.n_tokens} intensities from 0 to 255")
         return tokens.astype(np.uint8).reshape(*tokens.shape[:-1], *self.shape)
 

@@ -32,7 +32,9 @@ def extend_vocabulary(model: HourglassLM, tokenizer: Tokenizer, text: str) -> tu
     config = dataclasses.replace(model.config, vocab_size=extended.vocab_size)
     if config.boundary_tokens == boundary_tokens(tokenizer, config.boundaries):  # and no list of somebody's own
         config = dataclasses.replace(config, boundary_tokens=boundary_tokens(extended, config.boundaries))
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))
+    longer = nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0)))
+    longer.eval() if model.dropout.deterministic else longer.train()
+    graph, shapes = nnx.split(longer)
     return nnx.merge(graph, jax.tree.map(grow, nnx.state(model), shapes)), extended
 
 

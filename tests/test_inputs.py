@@ -1,5 +1,8 @@
 """What a user hands in by mistake gets one line that says what is wrong, everywhere the same mistake can be made."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +38,10 @@ def step(model, tokens, rows=2, filled=0):
     for _ in range(filled):
         _, cache = model.step(jnp.ones(rows, int), cache)
     return model.step(tokens, cache)
+
+
+def prefill(model, tokens, start=(0, 0), rows=2):
+    return model.prefill(tokens, np.asarray(start, np.int32), hg.init_cache(model, rows, 4))
 
 
 TAKE_TOKENS = {  # of each function: how it is called, and the number of its axes
@@ -138,6 +145,25 @@ def test_bytes_on_disk_need_no_look():
         (lambda model: hg.init_cache(model, 1, 4.0), "max_length=4.0"),
         (lambda model: step(model, [1, 2, 3]), "3 tokens for a cache of 2 rows"),
         (lambda model: step(model, [1, 2], filled=4), "the cache holds 4 tokens and is full"),
+        (lambda model: prefill(model, [[1, 2, 3]] * 2), "3 tokens: all must begin and end at multiples of 2"),
+        (lambda model: prefill(model, [[1, 2, 3, 4]] * 2, (0, 1)), "all must begin and end at multiples of 2"),
+        (lambda model: prefill(model, [[1, 2]]), "1 prompts for a cache of 2 rows"),
+        (lambda model: prefill(model, [[1, 11]] * 2), "tokens has tokens outside"),
+        (lambda model: prefill(model, [1, 2]), r"tokens is int64 .*give integers \[B, L\]"),
+        (lambda model: prefill(model, [[1] * 6] * 2), "the cache holds 4 tokens, not 6"),
+        (lambda model: model.init_cache(1, 5), "max_length=5 .* multiples of 2"),
+        (lambda model: hg.at_shorten_factor(model, 2.0), "shorten_factor=2.0"),
+        (lambda model: hg.at_shorten_factor(model, "2"), "shorten_factor='2'"),
+        (lambda _: small_config(boundaries="tokens", boundary_tokens=" ."), "boundary_tokens=' .': give tokens"),
+        (lambda _: small_config(boundaries="tokens", boundary_tokens=3), "boundary_tokens=3: give tokens"),
+        (lambda _: small_config(boundaries="tokens", boundary_tokens=(1.5,)), "boundary_tokens=1.5"),
+        (lambda _: small_config(boundaries=None), "boundaries='None' is unknown"),
+        (lambda _: small_config(dropout="0.1"), "dropout='0.1' is out of range; it must be at least 0 and below 1"),
+        (lambda _: small_config(dropout=1), "dropout=1 "),
+        (lambda _: hg.OptimizerConfig(beta2=1.0), "beta2=1.0 is out of range; it must be at least 0 and below 1"),
+        (lambda _: hg.DataConfig(train_fraction=1.0), "train_fraction=1.0 .* more than 0 and below 1"),
+        (lambda _: BYTES.decode([np.arange(3), np.arange(4)]), "rows of different lengths; .* one text at a time"),
+        (lambda _: hg.ImageTokenizer((1, 1, 3)).decode([1.9, 2.9, 3.0]), "no images of 3 intensities"),
         (lambda _: hg.CharTokenizer(b"abc"), "single characters"),
         (lambda _: hg.CharTokenizer.from_text("a\ud800"), "surrogate"),
         (lambda _: hg.CharTokenizer.from_text(b"abc"), "bytes is no text"),
@@ -171,6 +197,19 @@ def test_what_is_right_is_taken(model):
     assert [len(row) for row in generated(model, (np.uint8([1]), jnp.array([2])), banned_tokens={0, 1})] == [2, 2]
     assert generated(model, []) == []
     jax.random.key(MAX_SEED)
+
+
+def test_numpy_s_numbers_in_a_configuration_are_python_s():
+    for config in (
+        hg.HourglassConfig(vocab_size=np.int64(9), dtype=np.dtype("float32"), boundary_tokens=np.arange(2)),
+        hg.OptimizerConfig(learning_rate=np.float32(0.5), warmup_steps=np.int32(1)),
+        hg.TrainConfig(seed=np.int64(3), shorten_factors=[np.int64(2)]),
+        hg.DataConfig(block_size=np.int64(8), train_fraction=np.float64(0.5)),
+        hg.RuntimeConfig(accumulate=np.int64(2)),
+    ):
+        again = json.loads(json.dumps(dataclasses.asdict(config)))
+        assert type(config)(**again) == config
+    assert config.accumulate == 2 and hg.TrainConfig(seed=np.int64(3)) == hg.TrainConfig(seed=3)
 
 
 @pytest.mark.parametrize("kind", [str, lambda path: path])

@@ -20,7 +20,10 @@ def small_model(tokenizer, **options):
 def test_old_logits_stay_and_new_ones_are_their_mean(quick_compile, tmp_path):
     tokenizer = hg.CharTokenizer("abcde")  # with the specials as many as other sizes of the model
     model = small_model(tokenizer, norm="final", d_model=8, max_length=8)
-    extended, longer = extend_vocabulary(model, tokenizer, "bead 日x日")
+    for change_mode in (model.train, model.eval):
+        change_mode()
+        extended, longer = extend_vocabulary(model, tokenizer, "bead 日x日")
+        assert extended.dropout.deterministic == model.dropout.deterministic
     assert longer.characters == [*"abcde", " ", "x", "日"]
     assert (longer.eos_id, longer.unk_id, longer.bos_id) == (tokenizer.eos_id, tokenizer.unk_id, tokenizer.bos_id)
     assert extended.config.vocab_size == longer.vocab_size == 11

@@ -136,7 +136,7 @@ class Boundaries(nnx.Module):
     def __init__(self, config: HourglassConfig, level: Level, *, rngs: nnx.Rngs):
         self.k, self.unit = level.shorten_factor, level.factor
         self.d_model, self.dtype = config.d_model, config.dtype
-        self.slack = config.boundary_slack
+        self.slack = min(config.boundary_slack, self.k)  # room for every position, and never more
 
     def fires(self, here: Position, before: Position) -> jax.Array:
         """bool [B, L]: whether a group ends at `here`; at a row's first position nothing is `before`."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from hourglass_jax.errors import UsageError
@@ -196,6 +197,21 @@ class Cache:
             raise UsageError(f"{batch} tokens for a cache of {rows} rows; give one token a row")
         if not isinstance(time, jax.core.Tracer) and time >= self.max_length:
             raise UsageError(f"the cache holds {self.max_length} tokens and is full; make it with a larger max_length")
+
+    def check_prompts(self, batch: int, length: int, *starts: Any) -> None:
+        """Raises UsageError for rows and tokens without a place, and where these begin or end within a group."""
+        if batch != len(self.clock.start):
+            raise UsageError(f"{batch} prompts for a cache of {len(self.clock.start)} rows; give one a row")
+        if length > self.max_length:
+            raise UsageError(
+                f"the cache holds {self.max_length} tokens, not {length}; make it with a larger max_length"
+            )
+        known = [np.asarray(start) for start in starts if not isinstance(start, jax.core.Tracer)]
+        if length % self.factor or any((start % self.factor).any() for start in known):
+            raise UsageError(
+                f"prompts of {length} tokens: all must begin and end at multiples of {self.factor}, a group's length; "
+                "leave the rest to `step`, or use `generate`"
+            )
 
     def filled_from(self, smaller: Cache) -> Cache:
         """This cache, larger and empty, with what the smaller one holds."""
