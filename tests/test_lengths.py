@@ -8,6 +8,7 @@ from launching import run_forked
 
 from experiments.ablations import lengths
 from experiments.ablations.scales import SCALES, find_setup
+from experiments.common.reports import EXPERIMENTS
 from hourglass_jax import HourglassConfig, UsageError
 from hourglass_jax.training.signals import Signals
 
@@ -69,3 +70,13 @@ def test_a_report_of_nothing_is_one_line(tmp_path):
 def test_a_dry_run_measures_nothing(tmp_path):
     result = run_forked("ablate", "--lengths", "--scale=micro", "--dry_run", cwd=tmp_path)
     assert result.stdout.count("\n") == 2 + 3 * len(lengths.LENGTHS) and not list(tmp_path.iterdir())
+
+
+def test_points_of_another_machine_are_reported_and_not_gone_on_with(tmp_path):
+    name, setup = "lengths-micro", find_setup("enwik8", "micro")
+    committed = json.loads((EXPERIMENTS / "results/ablations" / f"{name}.json").read_text())
+    (tmp_path / f"{name}.json").write_text(json.dumps(committed | {"machine": "an abacus"}))
+    lengths.report(setup, "micro", tmp_path / name)
+    assert "Machine: an abacus" in (tmp_path / f"{name}.md").read_text()
+    with pytest.raises(UsageError, match="was measured on an abacus"):
+        lengths.measure(setup, "micro", tmp_path / name, Signals())

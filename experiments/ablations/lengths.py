@@ -82,7 +82,9 @@ def plan_table(setup: Setup) -> str:
 
 def measure(setup: Setup, scale: str, path: Path, signals: Signals) -> None:
     """Measures what PATH.json does not hold yet, on an otherwise idle machine, and keeps it there after each length."""
-    record = read(setup, scale, path)
+    record, machine = read(setup, scale, path), provenance()["machine"]
+    if record["machine"] != machine:
+        raise UsageError(f"{path}.json: was measured on {record['machine']}, this is {machine}; move it away")
     for length in LENGTHS:
         waiting = [point for point in record["points"] if point["length"] == length and "seconds" not in point]
         steps = []
@@ -108,9 +110,6 @@ def read(setup: Setup, scale: str, path: Path) -> Record:
         return {"scale": scale, "model": model, "points": points, **provenance()}
     if record["model"] != model:
         raise UsageError(f"{path}.json: was measured with another model of scale {scale!r}; move it away, or remove it")
-    machine = provenance()["machine"]
-    if record["machine"] != machine:
-        raise UsageError(f"{path}.json: was measured on {record['machine']}, this is {machine}; move it away")
     known = {(point["hierarchy"], point["length"]): point for point in record["points"]}
     return record | {"points": [known.get((point["hierarchy"], point["length"]), {}) | point for point in points]}
 

@@ -61,7 +61,7 @@ def collect(table: Table, setup: Setup, directory: Path, results: Path) -> dict[
     }
     common = json.loads(json.dumps(common))
     records = [read_record(path) for path in sorted(results.glob("table*.json"))]
-    records = [record for record in records if (record["data"], record["setup"]) == (directory.name, common)]
+    records = [record for record in records if (record.get("data"), record.get("setup")) == (directory.name, common)]
     own = next((record for record in records if record["table"] == table.number), {"rows": []})
     costs = {row["directory"]: row["cost"] for row in own["rows"] if row.get("cost")}
     runs: dict[str, list[dict[str, Any]]] = {}
