@@ -1,10 +1,11 @@
 """The whole evidence on one GPU that is lent for minutes: Table 1's main pairs, the other tables, learning curves.
 
-python experiments/evidence.py --data_path=data/gutenberg8                         again and again until all is done
+python experiments/evidence.py --data_path=data/gutenberg8 --workers=12            again and again until all is done
 
 A command is a slice of under 9 minutes. It trains what is next in the order of experiments/ablations/evidence.py, saves
 what it is at when the time is up, brings the reports up to date, and says what comes next. All that the next slice
-needs lies in --out: runs, reports, compiled programs.
+needs lies in --out: runs, reports, compiled programs. A narrow model leaves most of a GPU idle: --workers share it,
+each at a part of its own, where NVIDIA's MPS runs (nvidia-cuda-mps-control -d) side by side and not in turn.
 
 Where a few files come back, those in $OUT, and go along the next time as $STATE, with the text packed by xz, in a line:
 
@@ -18,6 +19,9 @@ The scale is micro, that of the rows and curves trained on CPUs: its 20 million 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -27,15 +31,17 @@ from absl import flags
 
 from experiments.ablations import evidence
 from experiments.ablations.evidence import Part
-from experiments.ablations.rows import setup_source, valid_sample
+from experiments.ablations.rows import Source, setup_source, valid_sample
 from experiments.ablations.scales import SCALES, Setup, find_setup
 from experiments.common import launcher
 from experiments.common.slices import Slice, keep_compiled
 from hourglass_jax import UsageError
 from hourglass_jax.files import write_whole
+from hourglass_jax.training.run import RunBusy
 from hourglass_jax.training.signals import Interrupted, Signals
 
-RECORD, COMPILED = "slices.json", "compiled"  # in the directory of the runs, and in --out
+COMPILED = "compiled"  # in --out
+MEMORY = 0.7  # of a GPU's, for all workers together
 BEGIN, STOP = 0.85, 0.95  # of a slice: when no part is begun any more, for to compile takes a minute; when all stop
 
 DATA_PATH = launcher.define_path("data_path", "", "The text, 100 MB in enwik8's shape.")
@@ -46,6 +52,9 @@ SLICE_MINUTES = flags.DEFINE_float("slice_minutes", 8.5, "How long a slice may t
 KEEP_MEGABYTES = flags.DEFINE_integer(
     "keep_megabytes", 28, "Of compiled programs and unfinished runs, keep in --out what fits; 0: all.", lower_bound=0
 )
+TABLES = flags.DEFINE_list("tables", list(evidence.NUMBERS), "The tables; the main pairs of Table 1 come before them.")
+WORKERS = flags.DEFINE_integer("workers", 1, "Processes that share the device and the work.", lower_bound=1)
+WORKER = flags.DEFINE_integer("worker", 0, "Which one this is; the first starts the others and writes the reports.")
 launcher.define_runtime()
 
 
@@ -55,41 +64,70 @@ def main(_: list[str]) -> None:
     out = Path(OUT.value)
     setup = find_setup("enwik8", SCALE.value, DATA_PATH.value)
     directory = out / f"{Path(DATA_PATH.value).name}-{SCALE.value}"
-    groups = evidence.groups(setup, directory)
+    tables = evidence.find_tables(TABLES.value)
+    groups = evidence.groups(setup, directory, tables)
     parts = evidence.in_order(groups)
-    record = evidence.read_progress(directory / RECORD, parts)
+    record = evidence.read_progress(directory, parts)
     keep_compiled(out / COMPILED)
     if any(evidence.is_waiting(name, record) for name in parts):
-        run_slice(parts, record, setup, directory)
-    for path in evidence.write_reports(groups, setup, directory, Path(RESULTS.value or out / "results")):
-        print(path)
-    print(f"{out}: {tidy(parts) / 1e6:,.1f} MB\n\n{evidence.summary(groups, parts, record)}")
-
-
-def run_slice(parts: Mapping[str, Part], record: dict[str, Any], setup: Setup, directory: Path) -> None:
-    """Trains what `record` lacks, until the time is up or a signal comes."""
-    seconds = 60 * SLICE_MINUTES.value
-
-    def save(record: dict[str, Any]) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_whole(directory / RECORD, json.dumps(record, indent=1) + "\n")
-
-    with Signals(STOP * seconds) as signals:
-        work = Slice(record, BEGIN * seconds, save, whole=False)
-        runtime = launcher.read_runtime()
         source = setup_source(setup, [part.job for part in parts.values()])
-        given = (source, valid_sample(source, setup), runtime, signals)
+        others = [] if WORKER.value else start_others(record, directory)
         try:
-            for name in work.run({name: partial(evidence.train, part, *given) for name, part in parts.items()}):
-                print(evidence.describe(record["rows"][name]), flush=True)
-                tidy(parts)
+            run_slice(parts, record, source, setup, directory)
         except Interrupted as interruption:
             print(f"\n{interruption}", flush=True)
+            for worker in others:
+                worker.terminate()
+        for worker in others:
+            worker.wait()
+        record = evidence.read_progress(directory, parts)
+    if WORKER.value:
+        return
+    for path in evidence.write_reports(groups, tables, setup, directory, Path(RESULTS.value or out / "results")):
+        print(path)
+    size = evidence.tidy(parts.values(), out, out / COMPILED, KEEP_MEGABYTES.value * 10**6)
+    print(f"{out}: {size / 1e6:,.1f} MB\n\n{evidence.summary(groups, parts, record)}")
 
 
-def tidy(parts: Mapping[str, Part]) -> int:
-    out = Path(OUT.value)
-    return evidence.tidy(parts.values(), out, out / COMPILED, KEEP_MEGABYTES.value * 10**6)
+def start_others(record: Mapping[str, Any], directory: Path) -> list[subprocess.Popen[bytes]]:
+    """The other workers, of the same command; all go on from `record`, each with its share of a GPU's memory."""
+    for path in directory.glob(evidence.RECORDS):
+        path.unlink()
+    save(directory, record)
+    if WORKERS.value > 1:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{MEMORY / WORKERS.value:.3f}")
+    numbers = range(1, WORKERS.value)
+    return [subprocess.Popen([sys.executable, *sys.argv, f"--worker={number}"]) for number in numbers]
+
+
+def save(directory: Path, record: Mapping[str, Any]) -> None:
+    """A worker's record."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_whole(directory / evidence.RECORDS.replace("*", str(WORKER.value)), json.dumps(record, indent=1) + "\n")
+
+
+def run_slice(parts: Mapping[str, Part], record: dict[str, Any], source: Source, setup: Setup, directory: Path) -> None:
+    """Trains what `record` lacks and no other worker is at; raises Interrupted where time or a signal ends a part."""
+    seconds = 60 * SLICE_MINUTES.value
+    with Signals(STOP * seconds) as signals:
+        work = Slice(record, BEGIN * seconds, partial(save, directory), whole=False)
+        runtime = launcher.read_runtime()
+        given = (source, valid_sample(source, setup), runtime, signals)
+
+        def train_one() -> bool:
+            """Whether there was one to train."""
+            record["rows"] = evidence.stored(directory)["rows"] | record["rows"]
+            for name in evidence.that_can_begin(parts, record):
+                try:
+                    work.attempt(name, partial(evidence.train, parts[name], *given))
+                except RunBusy:
+                    continue
+                print(evidence.describe(record["rows"][name]), flush=True)
+                return True
+            return False
+
+        while not work.over and train_one():
+            pass
 
 
 if __name__ == "__main__":

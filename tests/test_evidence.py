@@ -16,6 +16,7 @@ from experiments.ablations.scales import SCALES, find_setup
 from experiments.ablations.tables import find_table
 from experiments.common.slices import TRIES, keep_compiled
 
+TABLES = evidence.find_tables(evidence.NUMBERS)
 # A pair of rows that train in seconds.
 PLUGIN = f"""{MICRO}
 from experiments.ablations import curves, evidence
@@ -25,7 +26,7 @@ from experiments.ablations.tables import TABLES
 light = resampling("average", "repeat") | {{"hierarchy": "0@1 1@2 1@1"}}
 rows = (Row("light", light, {{"bpc": 1.1}}), Row("1@1", TEXT | {{"hierarchy": "1@1"}}, {{"bpc": 1.2}}))
 TABLES["1", "enwik8"] = replace(TABLES["1", "enwik8"], rows=rows, baseline="1@1")
-evidence.PAIRS, evidence.NUMBERS, evidence.SEEDS = (("1@1", "light"),), ("1",), 1
+evidence.PAIRS, evidence.SEEDS = (("1@1", "light"),), 1
 curves.POINTS, curves.BRANCHES, curves.DECAY, curves.PAIRS = (480, 960), (960,), 0.4, ()
 """
 CURVE = "curves.PAIRS = (curves.Pair(curves.light('0@1 1@2 1@1'), ()),)"  # two legs and a branch
@@ -66,7 +67,7 @@ def make_home(home, plugin):
 def run_slice(home, *flags, **environment):
     """What the process said, its exit code, and the steps that it trained by run."""
     (home / "steps").write_text("")
-    flags = ["--plugin=plugin.py", "--plugin=watch.py", "--data_path=books", *flags]
+    flags = ["--plugin=plugin.py", "--plugin=watch.py", "--data_path=books", "--tables=1", *flags]
     process = run_forked("evidence", *flags, cwd=home, **environment)
     steps = {}
     for line in (home / "steps").read_text().splitlines():
@@ -138,6 +139,16 @@ def test_slices_that_are_stopped_or_killed_leave_what_one_run_leaves(tmp_path):
     assert not list(home.rglob("checkpoints"))
 
 
+def test_workers_share_the_parts_and_train_nothing_twice(slices, tmp_path):
+    home = make_home(tmp_path, PLUGIN)
+    process, steps = run_slice(home, "--workers=2", XLA_FLAGS="")
+    assert process.returncode == 0 and steps == {name: list(range(1, 13)) for name in (PLAIN, LIGHT)}, process.stderr
+    assert process.stdout.endswith("2 of 2 parts are done; nothing is left to train\n")
+    runs = home / "runs/evidence/books-micro"
+    assert sorted(path.name for path in runs.glob("slices-*")) == ["slices-0.json", "slices-1.json"]
+    assert reached(runs) == reached(slices[0] / "runs/evidence/books-micro")
+
+
 def test_without_time_nothing_begins(slices):
     process, steps = run_slice(slices[0], "--out=none", "--slice_minutes=0")
     assert process.returncode == 0 and not steps, process.stderr
@@ -177,12 +188,12 @@ def test_bad_input_is_one_line(tmp_path, flags, words):
 @pytest.mark.parametrize("scale", SCALES)
 def test_pairs_come_first_then_tables_then_seeds_then_curves(scale, tmp_path):
     setup = find_setup("enwik8", scale)
-    groups = evidence.groups(setup, tmp_path)
+    groups = evidence.groups(setup, tmp_path, TABLES)
     parts = list(evidence.in_order(groups).values())
     pairs = list(itertools.chain(*evidence.PAIRS))
     assert [part.job.config.hierarchy for part in parts[: len(pairs)]] == pairs
     assert len({part.job.directory for part in parts}) == len(parts)
-    jobs = plan([find_table(number, "enwik8") for number in evidence.NUMBERS], setup, tmp_path, 2)
+    jobs = plan(TABLES, setup, tmp_path, 2)
     rows = [part for part in parts if "curves" not in part.name]
     assert {job.directory for job in jobs} < {part.job.directory for part in rows}
     assert parts[len(rows) :] == groups["learning curves"]
@@ -213,7 +224,7 @@ def leave(directory, **sizes):
 
 
 def test_what_nobody_goes_on_from_goes(tmp_path):
-    parts = evidence.groups(find_setup("enwik8", "micro"), tmp_path / "runs")["learning curves"]
+    parts = evidence.groups(find_setup("enwik8", "micro"), tmp_path / "runs", TABLES)["learning curves"]
     first, second, third = [part for part in parts if "curves/6@1/" in part.name and "constant" in part.name][:3]
     for part in (first, second):
         leave(part.job.directory, **{"result.json": 1, "metrics.jsonl": 5, "tensorboard__events": 7})
@@ -244,13 +255,12 @@ def test_what_nobody_goes_on_from_goes(tmp_path):
 
 
 def test_a_part_that_failed_is_tried_once_more_and_then_given_up(tmp_path):
-    parts = evidence.in_order(evidence.groups(find_setup("enwik8", "micro"), tmp_path))
+    parts = evidence.in_order(evidence.groups(find_setup("enwik8", "micro"), tmp_path, TABLES))
     first, second, *_ = parts
     record = {"rows": {name: {"kind": "failed", "reason": "no"} for name in (first, second)}, "tries": {}}
     record["tries"] = {first: TRIES - 1, second: TRIES}
-    path = tmp_path / "slices.json"
-    path.write_text(json.dumps(record))
-    assert evidence.read_progress(path, parts)["rows"] == {second: record["rows"][second]}
-    text = evidence.summary(evidence.groups(find_setup("enwik8", "micro"), tmp_path), parts, record)
+    (tmp_path / "slices-0.json").write_text(json.dumps(record))
+    assert evidence.read_progress(tmp_path, parts)["rows"] == {second: record["rows"][second]}
+    text = evidence.summary(evidence.groups(find_setup("enwik8", "micro"), tmp_path, TABLES), parts, record)
     assert f"{first} waits after: no" in text and f"{second} is given up: no" in text
     assert f"0 of {len(parts)} parts are done; next is {first}; the same command goes on" in text

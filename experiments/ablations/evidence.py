@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from experiments.ablations.table import Table
 from experiments.ablations.tables import find_table
 from experiments.common.reports import markdown_table, read_record
 from experiments.common.slices import TRIES
-from hourglass_jax import RuntimeConfig, UsageError
+from hourglass_jax import RuntimeConfig
 from hourglass_jax.data.pipeline import Batch
 from hourglass_jax.training.checkpoints import CHECKPOINTS
 from hourglass_jax.training.metrics import CURVES
@@ -27,9 +27,10 @@ from hourglass_jax.training.signals import Signals
 
 # Of Table 1: a plain transformer and the Hourglass of its cost, to 15 % at `micro`; 4@1 is where the plain line begins.
 PAIRS = (("6@1", "2@1 4@3 2@1"), ("8@1", "2@1 8@3 2@1"), ("10@1", "3@1 8@4 3@1"), ("4@1", "2@1 1@3 2@1"))
-NUMBERS = ("1", "5", "6", "B1", "7", "8")  # the tables, as they are wanted
+NUMBERS = ("1", "5", "6", "7", "8", "B1")  # the tables, as they are wanted
 KINDS = ("trained", "failed")  # what may become of a part
-SEEDS = 2  # of the pairs and of each table's baseline, at least
+SEEDS = 2  # of each row, at least
+RECORDS = "slices-*.json"  # in the directory of the runs, one of each worker
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,19 @@ class Part:
         return (self.job.directory / RESULT).exists()
 
 
-def tables() -> list[Table]:
-    return [find_table(number, "enwik8") for number in NUMBERS]
+def find_tables(numbers: Iterable[str]) -> list[Table]:
+    """Raises UsageError for one that there is not."""
+    return [find_table(number, "enwik8") for number in numbers]
 
 
-def groups(setup: Setup, directory: Path) -> dict[str, list[Part]]:
+def groups(setup: Setup, directory: Path, tables: Iterable[Table]) -> dict[str, list[Part]]:
     """The parts of each table and of the learning curves by title; a row that tables share is in all of them."""
     first = find_table("1", "enwik8")
     by_name = {row.name: row for row in first.rows}
-    pairs = replace(first, rows=tuple(by_name[name] for pair in PAIRS for name in pair), seeds=SEEDS)
+    pairs = replace(first, rows=tuple(by_name[name] for pair in PAIRS for name in pair))
     found = {}
-    for title, table in {"main pairs": pairs, **{f"table {table.number}": table for table in tables()}}.items():
-        jobs = rows.plan([table], setup, directory, SEEDS)
+    for title, table in {"main pairs": pairs, **{f"table {table.number}": table for table in tables}}.items():
+        jobs = rows.plan([replace(table, seeds=max(table.seeds, SEEDS))], setup, directory, SEEDS)
         found[title] = [Part(name_of(job, directory), job, partial(rows.train_row, job)) for job in jobs]
     legs = curves.plan(setup, directory / "curves", n_seeds=1)
     found["learning curves"] = [
@@ -77,18 +79,35 @@ def in_order(groups: Mapping[str, list[Part]]) -> dict[str, Part]:
     return {part.name: part for part in (*seeds, *of_curves)}
 
 
-def read_progress(path: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
+def stored(directory: Path) -> dict[str, Any]:
+    """What the workers have recorded in `directory`, together: of each part its row, and how often it was tried."""
+    rows: dict[str, Any] = {}
+    tries: dict[str, int] = {}
+    for record in map(read_record, sorted(directory.glob(RECORDS))):
+        rows |= record["rows"]
+        tries |= {name: max(n, tries.get(name, 0)) for name, n in record["tries"].items()}
+    return {"rows": rows, "tries": tries}
+
+
+def read_progress(directory: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
     """The record of a `Slice`: of what is stored, the parts that are done or given up.
 
     Raises UsageError where a part was trained with other settings.
     """
-    record = read_record(path) or {"rows": {}, "tries": {}}
+    record = stored(directory)
     of_kind = {kind: {n: row for n, row in record["rows"].items() if row["kind"] == kind} for kind in KINDS}
     found = {name: row for name, row in of_kind["failed"].items() if not is_waiting(name, record)}
     for name, part in parts.items():
         if part.job.result() is not None:
             found[name] = of_kind["trained"].get(name, {"kind": "trained"})
     return {"rows": found, "tries": record["tries"]}
+
+
+def that_can_begin(parts: Mapping[str, Part], record: Mapping[str, Any]) -> Iterator[str]:
+    """What neither `record` nor another worker has, and what goes on from a part only when that is done."""
+    for name, part in parts.items():
+        if name not in record["rows"] and not part.done and (part.before is None or part.before.result() is not None):
+            yield name
 
 
 def is_waiting(name: str, record: Mapping[str, Any]) -> bool:
@@ -102,8 +121,6 @@ def train(
 ) -> dict[str, Any]:
     """Trains a part, or goes on with it; what a `Slice` records of it."""
     print(part.name, flush=True)
-    if part.before and part.before.result() is None:
-        raise UsageError(f"{part.before.directory}, from which it goes on, has no result")
     run = Run(part.job.directory)
     try:
         part.train(run, source, validation, runtime, signals)
@@ -167,10 +184,12 @@ def remove(*paths: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_reports(groups: Mapping[str, list[Part]], setup: Setup, directory: Path, results: Path) -> list[str]:
+def write_reports(
+    groups: Mapping[str, list[Part]], tables: Iterable[Table], setup: Setup, directory: Path, results: Path
+) -> list[str]:
     """Of all tables and curves of which anything is done; their paths."""
     written = []
-    for table in tables():
+    for table in tables:
         if any(part.done for part in groups[f"table {table.number}"]):
             path = results / f"table{table.number}-{directory.name}"
             written.append(reporting.report(table, setup, directory, path, comment=None))

@@ -67,7 +67,10 @@ class Target:
         if self.platform == "tpu":
             return topologies.get_topology_desc(platform="tpu", topology_name=self.topology).devices
         return topologies.get_topology_desc(
-            platform="cuda", topology_name="", topology=self.topology, target_config=gpu_description(self.compiler)
+            platform="cuda",
+            topology_name="",
+            topology=self.topology,
+            target_config=gpu_description(f"NVIDIA {self.kind}", self.compiler),
         ).devices
 
 
@@ -127,10 +130,11 @@ def count_chips(topology: str) -> int:
     return chips
 
 
-def gpu_description(fields: Mapping[str, Any]) -> str:
-    """XLA's GpuTargetConfigProto as text."""
+def gpu_description(device: str, fields: Mapping[str, Any]) -> str:
+    """XLA's GpuTargetConfigProto as text; by `device`, from JAX 0.11 on, Pallas knows the device."""
     lines = []
     for name, value in fields.items():
         inner = " ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else ""
         lines.append(f"{name} {{ {inner} }}" if inner else f"{name}: {value}")
-    return "gpu_device_info {\n  " + "\n  ".join(lines) + '\n}\nplatform_name: "CUDA"\n'
+    info = "\n  ".join(lines)
+    return f'gpu_device_info {{\n  {info}\n}}\nplatform_name: "CUDA"\ndevice_description_str: "{device}"\n'

@@ -33,10 +33,15 @@ class Slice:
         self.record, self.save, self.whole = record, save, whole
         self.started, self.seconds, self.longest = time.perf_counter(), seconds, 0.0
 
+    @property
+    def over(self) -> bool:
+        """Whether it is too late to begin a part."""
+        return time.perf_counter() - self.started + self.longest * self.whole > self.seconds
+
     def run(self, parts: Mapping[str, Part]) -> Iterator[str]:
         """The names of the parts that it ran; each is saved before the next begins."""
         for name in [name for name in parts if name not in self.record["rows"]]:
-            if time.perf_counter() - self.started + self.longest * self.whole > self.seconds:
+            if self.over:
                 return
             self.attempt(name, parts[name])
             yield name
