@@ -67,7 +67,7 @@ def main(_: list[str]) -> None:
     tables = evidence.find_tables(TABLES.value)
     groups = evidence.groups(setup, directory, tables)
     parts = evidence.in_order(groups)
-    record = evidence.read_progress(directory, parts)
+    record = evidence.read_progress(directory, parts, str(WORKER.value) if WORKER.value else "*")
     keep_compiled(out / COMPILED)
     if any(evidence.is_waiting(name, record) for name in parts):
         source = setup_source(setup, [part.job for part in parts.values()])
@@ -91,26 +91,27 @@ def main(_: list[str]) -> None:
 
 def start_others(record: Mapping[str, Any], directory: Path) -> list[subprocess.Popen[bytes]]:
     """The other workers, of the same command; all go on from `record`, each with its share of a GPU's memory."""
+    numbers = range(WORKERS.value)
     for path in directory.glob(evidence.RECORDS):
         path.unlink()
-    save(directory, record)
+    for number in numbers:
+        save(directory, number, record)
     if WORKERS.value > 1:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{MEMORY / WORKERS.value:.3f}")
-    numbers = range(1, WORKERS.value)
-    return [subprocess.Popen([sys.executable, *sys.argv, f"--worker={number}"]) for number in numbers]
+    return [subprocess.Popen([sys.executable, *sys.argv, f"--worker={number}"]) for number in numbers[1:]]
 
 
-def save(directory: Path, record: Mapping[str, Any]) -> None:
-    """A worker's record."""
+def save(directory: Path, worker: int, record: Mapping[str, Any]) -> None:
+    """A worker's record, which is its own: what another one is at would look to it as tries that came to nothing."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / evidence.RECORDS.replace("*", str(WORKER.value)), json.dumps(record, indent=1) + "\n")
+    write_whole(directory / evidence.RECORDS.replace("*", str(worker)), json.dumps(record, indent=1) + "\n")
 
 
 def run_slice(parts: Mapping[str, Part], record: dict[str, Any], source: Source, setup: Setup, directory: Path) -> None:
     """Trains what `record` lacks and no other worker is at; raises Interrupted where time or a signal ends a part."""
     seconds = 60 * SLICE_MINUTES.value
     with Signals(STOP * seconds) as signals:
-        work = Slice(record, BEGIN * seconds, partial(save, directory), whole=False)
+        work = Slice(record, BEGIN * seconds, partial(save, directory, WORKER.value), whole=False)
         runtime = launcher.read_runtime()
         given = (source, valid_sample(source, setup), runtime, signals)
 

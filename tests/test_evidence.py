@@ -264,3 +264,11 @@ def test_a_part_that_failed_is_tried_once_more_and_then_given_up(tmp_path):
     text = evidence.summary(evidence.groups(find_setup("enwik8", "micro"), tmp_path, TABLES), parts, record)
     assert f"{first} waits after: no" in text and f"{second} is given up: no" in text
     assert f"0 of {len(parts)} parts are done; next is {first}; the same command goes on" in text
+
+
+def test_what_another_worker_is_at_counts_for_no_try(tmp_path):
+    parts = evidence.in_order(evidence.groups(find_setup("enwik8", "micro"), tmp_path, TABLES))
+    name = next(iter(parts))
+    for worker, tries in enumerate(({name: 1}, {})):
+        (tmp_path / f"slices-{worker}.json").write_text(json.dumps({"rows": {}, "tries": tries}))
+    assert [evidence.read_progress(tmp_path, parts, worker)["tries"] for worker in "1*"] == [{}, {name: 1}]

@@ -79,22 +79,22 @@ def in_order(groups: Mapping[str, list[Part]]) -> dict[str, Part]:
     return {part.name: part for part in (*seeds, *of_curves)}
 
 
-def stored(directory: Path) -> dict[str, Any]:
-    """What the workers have recorded in `directory`, together: of each part its row, and how often it was tried."""
+def stored(directory: Path, worker: str = "*") -> dict[str, Any]:
+    """What all workers, or one, have recorded in `directory`: of each part its row, and how often it was tried."""
     rows: dict[str, Any] = {}
     tries: dict[str, int] = {}
-    for record in map(read_record, sorted(directory.glob(RECORDS))):
+    for record in map(read_record, sorted(directory.glob(RECORDS.replace("*", worker)))):
         rows |= record["rows"]
         tries |= {name: max(n, tries.get(name, 0)) for name, n in record["tries"].items()}
     return {"rows": rows, "tries": tries}
 
 
-def read_progress(directory: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
-    """The record of a `Slice`: of what is stored, the parts that are done or given up.
+def read_progress(directory: Path, parts: Mapping[str, Part], worker: str = "*") -> dict[str, Any]:
+    """The record of a `Slice`: of what all workers, or one, have stored, the parts that are done or given up.
 
     Raises UsageError where a part was trained with other settings.
     """
-    record = stored(directory)
+    record = stored(directory, worker)
     of_kind = {kind: {n: row for n, row in record["rows"].items() if row["kind"] == kind} for kind in KINDS}
     found = {name: row for name, row in of_kind["failed"].items() if not is_waiting(name, record)}
     for name, part in parts.items():
