@@ -75,7 +75,7 @@ def test_public_methods_say_what_they_do(name):
 @pytest.mark.parametrize("name", [name for name in CLASSES if name.endswith("Config")])
 def test_configurations_explain_every_field(name):
     config = getattr(hg, name)
-    explained = re.findall(r"^    ([\w, ]+):", config.__doc__, re.M)
+    explained = re.findall(r"^([\w, ]+):", inspect.cleandoc(config.__doc__), re.M)
     explained = {field for fields in explained for field in fields.split(", ")}
     missing = [field for field in config.__dataclass_fields__ if field not in explained]
     assert not missing

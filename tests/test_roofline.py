@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config
+from jax.extend.core import jaxprs_in_params
 
 from experiments.accelerators.program import Program
 from experiments.accelerators.roofline import ATTENTION, PRODUCTS, Roofline, total
@@ -312,7 +313,7 @@ def equations(jaxpr):
     """Of a program and of all that it calls."""
     for each in jaxpr.eqns:
         yield each
-        for inner in jax.core.jaxprs_in_params(each.params):
+        for inner in jaxprs_in_params(each.params):
             yield from equations(inner)
 
 
