@@ -5,12 +5,15 @@ python experiments/evidence.py --data_path=data/gutenberg8 --workers=12         
 A command is a slice of under 9 minutes. It trains what is next in the order of experiments/ablations/evidence.py, saves
 what it is at when the time is up, brings the reports up to date, and says what comes next. All that the next slice
 needs lies in --out: runs, reports, compiled programs. A narrow model leaves most of a GPU idle: --workers share it,
-each at a part of its own, where NVIDIA's MPS runs (nvidia-cuda-mps-control -d) side by side and not in turn.
+each at a part of its own, where NVIDIA's MPS runs (nvidia-cuda-mps-control -d) side by side and not in turn. Compiling
+keeps a core busy for longer than training does: XLA_FLAGS="--xla_gpu_enable_triton_gemm=false
+--xla_gpu_autotune_level=0" makes it a third.
 
 Where a few files come back, those in $OUT, and go along the next time as $STATE, with the text packed by xz, in a line:
 
 cat $STATE/evidence.tar.* | tar xz; mkdir -p data; xz -dc gutenberg8.xz > data/gutenberg8; PYTHONPATH=. timeout 570
-    python experiments/evidence.py --data_path=data/gutenberg8; tar cz runs/evidence | split -b 15M - $OUT/evidence.tar.
+    python experiments/evidence.py --data_path=data/gutenberg8 --workers=12; tar cz runs/evidence |
+    split -b 15M - $OUT/evidence.tar.
 
 The scale is micro, that of the rows and curves trained on CPUs: its 20 million characters are 57 a parameter of 6@1 and
 26 of 2@1 8@3 2@1, those of small 9 and 4, far before hierarchy begins to pay; and a checkpoint of 4 to 15 MB travels.
