@@ -80,9 +80,9 @@ def run_accelerator() -> None:
     keep_compiled(path.parent / "compiled")
     sizes = launcher.read_config("accelerator", accelerator.Accelerator)
     settings = json.loads(json.dumps({"sizes": vars(sizes), "repeats": REPEATS.value}))
-    settings["machine"] = provenance()["machine"]
+    settings |= {name: provenance()[name] for name in ("machine", "versions")}
     record = read_record(report_file(path, ".json")) or settings | {"rows": {}, "tries": {}}
-    if different := differences({name: record[name] for name in settings}, settings):
+    if different := differences({name: record.get(name) for name in settings}, settings):
         raise UsageError(f"{path}.json: was measured otherwise ({described(different)}); give another --report")
     parts = accelerator.parts(sizes, REPEATS.value)
 

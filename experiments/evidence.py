@@ -12,8 +12,8 @@ keeps a core busy for longer than training does: XLA_FLAGS="--xla_gpu_enable_tri
 Where a few files come back, those in $OUT, and go along the next time as $STATE, with the text packed by xz, in a line:
 
 cat $STATE/evidence.tar.* | tar xz; mkdir -p data; xz -dc gutenberg8.xz > data/gutenberg8; PYTHONPATH=. timeout 570
-    python experiments/evidence.py --data_path=data/gutenberg8 --workers=12; tar cz runs/evidence |
-    split -b 15M - $OUT/evidence.tar.
+    python experiments/evidence.py --data_path=data/gutenberg8 --workers=12 --keep_megabytes=45;
+    tar cz runs/evidence | split -b 15M - $OUT/evidence.tar.
 
 The scale is micro, that of the rows and curves trained on CPUs: its 20 million characters are 57 a parameter of 6@1 and
 26 of 2@1 8@3 2@1, those of small 9 and 4, far before hierarchy begins to pay; and a checkpoint of 4 to 15 MB travels.
@@ -25,7 +25,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ from absl import flags
 
 from experiments.ablations import evidence
 from experiments.ablations.evidence import Part
-from experiments.ablations.rows import Source, setup_source, valid_sample
-from experiments.ablations.scales import SCALES, Setup, find_setup
+from experiments.ablations.rows import setup_source, valid_sample
+from experiments.ablations.scales import SCALES, find_setup
 from experiments.common import launcher
 from experiments.common.slices import Slice, keep_compiled
 from hourglass_jax import UsageError
@@ -53,7 +54,7 @@ OUT = launcher.define_path("out", "runs/evidence", "Directory of all that the ne
 RESULTS = launcher.define_path("results", "", "Directory of the reports; default: results/ in --out.")
 SLICE_MINUTES = flags.DEFINE_float("slice_minutes", 8.5, "How long a slice may take.", lower_bound=0)
 KEEP_MEGABYTES = flags.DEFINE_integer(
-    "keep_megabytes", 28, "Of compiled programs and unfinished runs, keep in --out what fits; 0: all.", lower_bound=0
+    "keep_megabytes", 0, "Of compiled programs and unfinished runs, keep in --out what fits; 0: all.", lower_bound=0
 )
 TABLES = flags.DEFINE_list("tables", list(evidence.NUMBERS), "The tables; the main pairs of Table 1 come before them.")
 WORKERS = flags.DEFINE_integer("workers", 1, "Processes that share the device and the work.", lower_bound=1)
@@ -73,22 +74,25 @@ def main(_: list[str]) -> None:
     record = evidence.read_progress(directory, parts, str(WORKER.value) if WORKER.value else "*")
     keep_compiled(out / COMPILED)
     if any(evidence.is_waiting(name, record) for name in parts):
+        runtime = launcher.read_runtime()
         source = setup_source(setup, [part.job for part in parts.values()])
-        others = [] if WORKER.value else start_others(record, directory)
-        try:
-            run_slice(parts, record, source, setup, directory)
-        except Interrupted as interruption:
-            print(f"\n{interruption}", flush=True)
-            for worker in others:
-                worker.terminate()
-        for worker in others:
-            worker.wait()
+        with Signals(STOP * 60 * SLICE_MINUTES.value) as signals:
+            given = (source, valid_sample(source, setup), runtime, signals)
+            others = [] if WORKER.value else start_others(record, directory)
+            try:
+                run_slice(parts, record, given, directory)
+                wait_for(others, signals)
+            except Interrupted as interruption:
+                print(f"\n{interruption}", flush=True)
+            finally:
+                end(others)
         record = evidence.read_progress(directory, parts)
     if WORKER.value:
         return
     for path in evidence.write_reports(groups, tables, setup, directory, Path(RESULTS.value or out / "results")):
         print(path)
     size = evidence.tidy(parts.values(), out, out / COMPILED, KEEP_MEGABYTES.value * 10**6)
+    record["rows"] = evidence.stored(directory)["rows"] | record["rows"]  # with the reasons of what failed once
     print(f"{out}: {size / 1e6:,.1f} MB\n\n{evidence.summary(groups, parts, record)}")
 
 
@@ -101,7 +105,27 @@ def start_others(record: Mapping[str, Any], directory: Path) -> list[subprocess.
         save(directory, number, record)
     if WORKERS.value > 1:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{MEMORY / WORKERS.value:.3f}")
-    return [subprocess.Popen([sys.executable, *sys.argv, f"--worker={number}"]) for number in numbers[1:]]
+    command = [sys.executable, *sys.argv]
+    return [  # each in a session of its own, so that a signal comes once: from here
+        subprocess.Popen([*command, f"--worker={number}"], start_new_session=True) for number in numbers[1:]
+    ]
+
+
+def wait_for(workers: Sequence[subprocess.Popen[bytes]], signals: Signals) -> None:
+    """Until all have ended; raises Interrupted for a signal, or where the time is up."""
+    while any(worker.poll() is None for worker in workers):
+        signals.check()
+        time.sleep(0.2)
+
+
+def end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Stops what still runs, which saves what it is at."""
+    for worker in workers:
+        if worker.poll() is None:
+            worker.terminate()
+    codes = [worker.wait() for worker in workers]
+    if any(codes):
+        print(f"workers ended with {', '.join(map(str, codes))}", flush=True)
 
 
 def save(directory: Path, worker: int, record: Mapping[str, Any]) -> None:
@@ -110,28 +134,28 @@ def save(directory: Path, worker: int, record: Mapping[str, Any]) -> None:
     write_whole(directory / evidence.RECORDS.replace("*", str(worker)), json.dumps(record, indent=1) + "\n")
 
 
-def run_slice(parts: Mapping[str, Part], record: dict[str, Any], source: Source, setup: Setup, directory: Path) -> None:
-    """Trains what `record` lacks and no other worker is at; raises Interrupted where time or a signal ends a part."""
-    seconds = 60 * SLICE_MINUTES.value
-    with Signals(STOP * seconds) as signals:
-        work = Slice(record, BEGIN * seconds, partial(save, directory, WORKER.value), whole=False)
-        runtime = launcher.read_runtime()
-        given = (source, valid_sample(source, setup), runtime, signals)
+def run_slice(parts: Mapping[str, Part], record: dict[str, Any], given: Sequence[Any], directory: Path) -> None:
+    """Trains what `record` lacks and no other worker is at; raises Interrupted where time or a signal ends a part.
 
-        def train_one() -> bool:
-            """Whether there was one to train."""
-            record["rows"] = evidence.stored(directory)["rows"] | record["rows"]
-            for name in evidence.that_can_begin(parts, record):
-                try:
-                    work.attempt(name, partial(evidence.train, parts[name], *given))
-                except RunBusy:
-                    continue
-                print(evidence.describe(record["rows"][name]), flush=True)
-                return True
-            return False
+    given: the other arguments of evidence.train.
+    """
+    seconds = BEGIN * 60 * SLICE_MINUTES.value
+    work = Slice(record, seconds, partial(save, directory, WORKER.value), whole=False)
 
-        while not work.over and train_one():
-            pass
+    def train_one() -> bool:
+        """Whether there was one to train."""
+        record["rows"] = evidence.stored(directory)["rows"] | record["rows"]
+        for name in evidence.that_can_begin(parts, record):
+            try:
+                work.attempt(name, partial(evidence.train, parts[name], *given))
+            except RunBusy:
+                continue
+            print(evidence.describe(record["rows"][name]), flush=True)
+            return True
+        return False
+
+    while not work.over and train_one():
+        pass
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ CARD = "README.md"
 
 def pretrained_names(directory: str | Path = SHIPPED) -> list[str]:
     """Of the models there are."""
-    return sorted(path.parent.name for path in Path(directory).glob(f"*/{WEIGHTS}"))
+    return sorted(path.parent.name for path in Path(directory).expanduser().glob(f"*/{WEIGHTS}"))
 
 
 def pretrained_path(name: str, directory: str | Path = SHIPPED) -> Path:
@@ -40,7 +40,7 @@ def pretrained_path(name: str, directory: str | Path = SHIPPED) -> Path:
     names = pretrained_names(directory)
     if name not in names:
         raise UsageError(f"no pretrained model is called {name!r}; there are: {', '.join(names) or 'none yet'}")
-    return Path(directory) / name
+    return Path(directory).expanduser() / name
 
 
 def load_pretrained(name: str, *, directory: str | Path = SHIPPED) -> tuple[HourglassLM, Any, HourglassConfig]:
@@ -63,7 +63,7 @@ def save_pretrained(
     base: the name of a model beside `directory`, whose parameters it takes where they are the same in bfloat16; it may
         have no others.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     tensors = {name: tensor.astype(jnp.bfloat16) for name, tensor in named_parameters(model).items()}
     if base:
         shared = _read(pretrained_path(base, directory.parent))

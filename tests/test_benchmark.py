@@ -7,6 +7,7 @@ from launching import run_forked
 
 from experiments.benchmarks import accelerator
 from experiments.benchmarks.accelerator import Accelerator, check, decode, describe, parts, train
+from experiments.common.reports import provenance
 from experiments.common.slices import TRIES, Slice
 from hourglass_jax.nn.attention.choice import IMPLEMENTATIONS
 from hourglass_jax.training.run import RunBusy
@@ -60,7 +61,9 @@ def test_a_part_that_fails_is_said_and_one_that_ends_the_process_is_given_up():
     assert "failed, no such kernel" in describe(record, SIZES, 3)
 
 
-@pytest.mark.parametrize("stop", [Interrupted("at the end of its time"), RunBusy("another process trains here")])
+@pytest.mark.parametrize(
+    "stop", [Interrupted("at the end of its time"), KeyboardInterrupt(), RunBusy("another process trains here")]
+)
 def test_a_part_that_is_stopped_goes_on_and_none_waits_for_a_long_one(stop):
     def stopped():
         raise stop
@@ -110,12 +113,15 @@ def test_a_wrong_kernel_does_not_pass(monkeypatch):
 
 
 def test_a_record_of_another_machine_is_not_gone_on_with(tmp_path):
-    """No part begins in no time; the machine, the sizes and the repeats are those of the record."""
+    """No part begins in no time; the machine, versions, sizes and repeats are those of the record."""
     flags = ["--suite=accelerator", "--slice_minutes=0", "--repeats=3", "--report=here"]
     result = run_forked("benchmark", *flags, cwd=tmp_path)
     assert result.returncode == 0 and "parts are done; the same command goes on" in result.stdout, result.stderr
-    record = {"sizes": vars(Accelerator()), "repeats": 3, "machine": "an abacus"} | empty()
-    (tmp_path / "here.json").write_text(json.dumps(record))
-    result = run_forked("benchmark", *flags, cwd=tmp_path)
-    [line] = result.stderr.splitlines()
-    assert result.returncode == 2 and "here.json: was measured otherwise (machine: an abacus -> 1 x " in line
+    record = {"sizes": vars(Accelerator()), "repeats": 3} | provenance() | empty()
+    others = [("machine: an abacus -> 1 x ", record | {"machine": "an abacus"})]
+    others += [("versions", record | {"versions": {"jax": "0.1"}}), ("repeats", {"sizes": {}, "rows": []})]
+    for words, other in others:  # the last is another suite's
+        (tmp_path / "here.json").write_text(json.dumps(other))
+        result = run_forked("benchmark", *flags, cwd=tmp_path)
+        [line] = result.stderr.splitlines()
+        assert result.returncode == 2 and "here.json: was measured otherwise (" in line and words in line

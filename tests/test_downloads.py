@@ -86,10 +86,12 @@ def test_a_good_download_over_http(offer, serve, tmp_path):
     assert downloads.fetch("enwik8", tmp_path / "data").read_bytes() == CONTENT
 
 
-def test_an_existing_good_file_needs_no_network(offer, tmp_path):
+def test_an_existing_good_file_needs_no_network(offer, tmp_path, monkeypatch):
     offer().unlink()
     (tmp_path / "enwik8").write_bytes(CONTENT)
-    assert downloads.fetch("enwik8", tmp_path) == tmp_path / "enwik8"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for directory in (tmp_path, "~"):
+        assert downloads.fetch("enwik8", directory) == tmp_path / "enwik8"
 
 
 @pytest.mark.parametrize(("content", "words"), [(CONTENT[:-1], "49,999 bytes"), (b"#" + CONTENT[1:], "SHA-256")])

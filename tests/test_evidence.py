@@ -245,7 +245,7 @@ def test_what_nobody_goes_on_from_goes(tmp_path):
     kept = {"losses.npy", "metrics.jsonl", "977", "1200", "old", "new"}
     assert left(0) == kept and left(1000) == kept
     assert not (first.job.directory / "checkpoints").exists()
-    assert left(100) == kept - {"old"}
+    assert left(100) == kept - {"old"}  # what is first in the order goes last
     assert left(40) == kept - {
         "old",
         "new",
@@ -272,3 +272,15 @@ def test_what_another_worker_is_at_counts_for_no_try(tmp_path):
     for worker, tries in enumerate(({name: 1}, {})):
         (tmp_path / f"slices-{worker}.json").write_text(json.dumps({"rows": {}, "tries": tries}))
     assert [evidence.read_progress(tmp_path, parts, worker)["tries"] for worker in "1*"] == [{}, {name: 1}]
+
+
+def test_what_goes_on_from_a_part_that_is_given_up_is_given_up_too(tmp_path):
+    groups = evidence.groups(find_setup("enwik8", "micro"), tmp_path, TABLES)
+    parts, curve = evidence.in_order(groups), [part for part in groups["learning curves"] if "/6@1/" in part.name]
+    first = curve[0].name
+    record = {"rows": {first: {"kind": "failed", "reason": "diverged"}}, "tries": {first: TRIES}}
+    (tmp_path / "slices-0.json").write_text(json.dumps(record))
+    progress = evidence.read_progress(tmp_path, parts)
+    assert progress["rows"].keys() == {part.name for part in curve}
+    assert not any(evidence.is_waiting(part.name, progress) for part in curve)
+    assert evidence.is_waiting(next(iter(parts)), progress)

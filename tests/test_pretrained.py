@@ -122,6 +122,13 @@ def test_a_base_has_no_parameters_of_its_own(weights):
     assert forward(model, TOKENS).tobytes() == forward(rounded(make_model(other)), TOKENS).tobytes()
 
 
+def test_a_directory_may_lie_in_the_home_directory(weights, monkeypatch):
+    monkeypatch.setenv("HOME", str(weights))
+    assert pretrained_names("~") == ["books", "haiku"]
+    save_pretrained(tuned(), Record(CONFIG, None, SETTINGS, []), "", "~/other", base="books")
+    assert hg.load_pretrained("other", directory="~")[2] == CONFIG
+
+
 def test_unknown_names_and_damaged_files_are_one_line(weights):
     with pytest.raises(hg.UsageError, match="called 'sonnets'; there are: books, haiku") as error:
         hg.load_pretrained("sonnets", directory=weights)

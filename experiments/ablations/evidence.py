@@ -97,9 +97,13 @@ def read_progress(directory: Path, parts: Mapping[str, Part], worker: str = "*")
     record = stored(directory, worker)
     of_kind = {kind: {n: row for n, row in record["rows"].items() if row["kind"] == kind} for kind in KINDS}
     found = {name: row for name, row in of_kind["failed"].items() if not is_waiting(name, record)}
+    names = {part.job.directory: name for name, part in parts.items()}
     for name, part in parts.items():
         if part.job.result() is not None:
             found[name] = of_kind["trained"].get(name, {"kind": "trained"})
+        elif part.before and (before := names[part.before.directory]) in found and not part.before.result():
+            found[name] = {"kind": "failed", "reason": f"goes on from {before}, which is given up"}
+            record["tries"][name] = TRIES
     return {"rows": found, "tries": record["tries"]}
 
 
@@ -143,7 +147,8 @@ def tidy(parts: Iterable[Part], directory: Path, compiled: Path, limit: int) -> 
     """Leaves in `directory` what the next slice needs, in at most `limit` bytes if that can be; returns their number.
 
     Of a finished run there stay what it is and what it reached; its last checkpoint, too, where a part is yet to go on
-    from it. While that is too much, compiled programs go, those of long ago first, then unfinished runs' checkpoints.
+    from it. While that is too much, compiled programs go, those of long ago first, then unfinished runs' checkpoints,
+    those of the last parts first.
     """
     parts = list(parts)
     needed = {part.before.directory for part in parts if part.before and not part.done}
@@ -158,7 +163,7 @@ def tidy(parts: Iterable[Part], directory: Path, compiled: Path, limit: int) -> 
         else:
             remove(run / CHECKPOINTS, run / "tensorboard", run / CURVES)
     programs = sorted((path for path in compiled.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime)
-    for path in (*programs, *unfinished):
+    for path in (*programs, *reversed(unfinished)):
         if not limit or size_of(directory) <= limit:
             break
         remove(path)

@@ -57,7 +57,7 @@ class Slice:
             started = time.perf_counter()
             try:
                 self.record["rows"][name] = part()
-            except (Interrupted, RunBusy):  # no fault of the part
+            except (Interrupted, KeyboardInterrupt, RunBusy):  # no fault of the part
                 self.record["tries"][name] = before
                 self.save(self.record)
                 raise

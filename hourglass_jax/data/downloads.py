@@ -47,7 +47,7 @@ def fetch(name: str, directory: str | Path) -> Path:
     leaves no file behind.
     """
     check_choice("corpus", name, CORPORA)
-    corpus, path = CORPORA[name], Path(directory) / name
+    corpus, path = CORPORA[name], Path(directory).expanduser() / name
     if path.exists():
         if problem := file_problem(path, corpus):
             raise UsageError(f"{path}: not the true {name}: {problem}; remove it to download it again")
