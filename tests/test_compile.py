@@ -34,7 +34,8 @@ def test_every_target_has_chips_rates_and_what_its_compiler_asks_for(name):
         assert rate > 1e9
     assert target.flops.keys() >= {"bfloat16", "float32"} and target.chips >= 1
     if target.platform == "gpu":
-        text = targets.gpu_description(target.compiler)
+        text = targets.gpu_description("NVIDIA A", target.compiler)
+        assert text.endswith('device_description_str: "NVIDIA A"\n')
         assert text.count("{") == text.count("}") and re.search(r"^  core_count: \d+$", text, re.M)
 
 
