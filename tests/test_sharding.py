@@ -101,6 +101,7 @@ def check_parts_of_parameters():
     assert 4 * held == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_kernels_on_eight_devices_equal_one_and_parameters_are_divided_over_fsdp():
     code = "import test_sharding as own; own.check_parts_of_parameters(); own.differentiate_on_eight_devices()"
     environment = os.environ | ENVIRONMENT | devices(8)
