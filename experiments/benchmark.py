@@ -80,7 +80,7 @@ def run_accelerator() -> None:
     keep_compiled(path.parent / "compiled")
     sizes = launcher.read_config("accelerator", accelerator.Accelerator)
     settings = json.loads(json.dumps({"sizes": vars(sizes), "repeats": REPEATS.value}))
-    settings |= {name: provenance()[name] for name in ("machine", "versions")}
+    settings |= {name: value for name, value in provenance().items() if name != "command"}
     record = read_record(report_file(path, ".json")) or settings | {"rows": {}, "tries": {}}
     if different := differences({name: record.get(name) for name in settings}, settings):
         raise UsageError(f"{path}.json: was measured otherwise ({described(different)}); give another --report")

@@ -245,7 +245,7 @@ def test_what_nobody_goes_on_from_goes(tmp_path):
     kept = {"losses.npy", "metrics.jsonl", "977", "1200", "old", "new"}
     assert left(0) == kept and left(1000) == kept
     assert not (first.job.directory / "checkpoints").exists()
-    assert left(100) == kept - {"old"}  # what is first in the order goes last
+    assert left(100) == kept - {"old"}
     assert left(40) == kept - {
         "old",
         "new",
@@ -284,3 +284,12 @@ def test_what_goes_on_from_a_part_that_is_given_up_is_given_up_too(tmp_path):
     assert progress["rows"].keys() == {part.name for part in curve}
     assert not any(evidence.is_waiting(part.name, progress) for part in curve)
     assert evidence.is_waiting(next(iter(parts)), progress)
+
+
+def test_of_unfinished_runs_the_last_in_the_order_goes_first(tmp_path):
+    parts = evidence.groups(find_setup("enwik8", "micro"), tmp_path / "runs", TABLES)["table 1"]
+    for part in parts[:3]:
+        leave(part.job.directory, checkpoints__488__params=10)
+    for limit, n_left in ((30, 3), (20, 2), (19, 1)):
+        evidence.tidy(parts, tmp_path, tmp_path / "compiled", limit)
+        assert [(part.job.directory / "checkpoints").exists() for part in parts[:3]] == [i < n_left for i in range(3)]
