@@ -7,6 +7,7 @@ python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --sc
 python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --scale=tiny --report
 python experiments/ablate.py --curves --data_path=books --scale=micro    learning curves at equal FLOPs; --report, too
 python experiments/ablate.py --lengths --scale=micro                     what a step costs at 256 to 16,384 characters
+python experiments/ablate.py --contexts --data_path=books --scale=micro    how far back Table 1's trained rows look
 python experiments/ablate.py --costs     what Table 1's rows cost: parameters, FLOPs, memory
 
 A row is a run directory that pretrain.py could have written; rows that tables share are trained once, finished ones
@@ -15,11 +16,12 @@ are skipped, and one that was interrupted goes on.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from absl import flags
 
-from experiments.ablations import costs, curve_report, curves, lengths, reporting, rows
+from experiments.ablations import contexts, costs, curve_report, curves, lengths, reporting, rows
 from experiments.ablations.scales import DATASETS, SCALES, TEXTS, Setup, find_setup
 from experiments.ablations.tables import find_table
 from experiments.common import launcher
@@ -58,11 +60,13 @@ CHARACTERS = flags.DEFINE_integer(
     "characters", 0, "With --curves: only up to so many, and what branches off there; 0: all.", lower_bound=0
 )
 LENGTHS = flags.DEFINE_boolean("lengths", False, "Measure a step at every length, on an otherwise idle machine.")
+CONTEXTS = flags.DEFINE_boolean("contexts", False, "Measure what more context gives to Table 1's trained rows.")
+PRETRAINED = flags.DEFINE_list("pretrained", [], "With --contexts: also these models that come with the package.")
 COSTS = flags.DEFINE_boolean("costs", False, "Print what the rows of Table 1 cost.")
 launcher.define_runtime()
 
 
-MODES = ("table", "curves", "lengths", "costs")  # one of them
+MODES = ("table", "curves", "lengths", "contexts", "costs")  # one of them
 FOR_TABLES = ("first_seed", "time")
 
 
@@ -70,12 +74,15 @@ def check_options() -> None:
     """Raises UsageError for options that are of no use together."""
     given = [mode for mode in MODES if flags.FLAGS[mode].value]
     if not given:
-        raise UsageError("nothing to do; choose tables, e.g. --table=1,5, or pass --curves, --lengths or --costs")
+        raise UsageError(
+            "nothing to do; choose tables, e.g. --table=1,5, or pass --curves, --lengths, --contexts or --costs"
+        )
     useless = [f"--{mode}" for mode in given[1:]]
     useless += [f"--{name}" for name in FOR_TABLES if flags.FLAGS[name].value and given != ["table"]]
     useless += ["--characters"] * bool(CHARACTERS.value and given != ["curves"])
+    useless += ["--pretrained"] * bool(PRETRAINED.value and given != ["contexts"])
     useless += ["--comment"] * (COMMENT.value is not None and not REPORT.value)
-    useless += ["--dry_run"] * (DRY_RUN.value and REPORT.value)
+    useless += ["--dry_run"] * (DRY_RUN.value and (REPORT.value or CONTEXTS.value))
     if useless:
         with_report = " with --report" * REPORT.value
         raise UsageError(f"{useless[0]} is of no use to --{given[0]}{with_report}; leave it out")
@@ -93,7 +100,7 @@ def main(_: list[str]) -> None:
         return
     name = DATA_NAME.value or (Path(DATA_PATH.value).name if DATASET.value in TEXTS else "") or DATASET.value
     name = f"{name}-{SCALE.value}"
-    run = run_curves if CURVES.value else run_tables
+    run = run_curves if CURVES.value else run_contexts if CONTEXTS.value else run_tables
     run(setup, Path(OUT.value) / name, name)
 
 
@@ -152,6 +159,24 @@ def run_curves(setup: Setup, directory: Path, name: str) -> None:
         fetch(DATASET.value, DOWNLOADS)
     with Signals() as signals:
         curves.train(legs, setup, launcher.read_runtime(), signals)
+
+
+def run_contexts(setup: Setup, directory: Path, name: str) -> None:
+    if DATASET.value not in TEXTS:
+        raise UsageError(f"--contexts are of texts; dataset={DATASET.value!r} is none, choose {' or '.join(TEXTS)}")
+    path = Path(RESULTS.value) / f"contexts-{name}"
+    if REPORT.value:
+        print(contexts.report(path, COMMENT.value))
+        return
+    table = replace(find_table("1", DATASET.value), seeds=SEEDS.value)
+    models = contexts.of_rows(rows.plan([table], setup, directory, SEEDS.value, ROWS.value))
+    models |= contexts.shipped(PRETRAINED.value)
+    if not models:
+        raise UsageError(f"{directory}: holds no finished row of table 1 with its checkpoints; train one first")
+    if downloaded():
+        fetch(DATASET.value, DOWNLOADS)
+    with Signals() as signals:
+        contexts.measure(models, setup, path, name, signals)
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def test_pairs_come_first_then_tables_then_seeds_then_curves(scale, tmp_path):
     assert seeds == sorted(seeds) and set(seeds) == {0, 1, 2}
     assert {row.job.config.hierarchy for row in rows if row.job.train.seed == 1} >= set(pairs)
     of_table_1 = {part.name for part in groups["table 1"]}
-    assert [i for i, part in enumerate(rows) if part.name in of_table_1 and not part.job.train.seed] == list(range(16))
+    assert [i for i, part in enumerate(rows) if part.name in of_table_1 and not part.job.train.seed] == list(range(18))
     for i, part in enumerate(parts):
         assert part.before is None or part.before in [earlier.job for earlier in parts[:i]]
 

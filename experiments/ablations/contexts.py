@@ -1,0 +1,158 @@
+"""How far back models look: bits of the same characters, after more and more of the text before them.
+
+What layers on shortened sequences are for is the distant past (section 1 of the paper), so that this bounds what they
+can gain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from matplotlib.figure import Figure
+
+import hourglass_jax as hg
+from experiments.ablations.rows import Job
+from experiments.ablations.scales import Setup
+from experiments.common.reports import markdown_table, provenance, read_record, report_file, write_report
+from hourglass_jax import ByteTokenizer, HourglassLM, UsageError
+from hourglass_jax.data.corpora import map_bytes, split_tokens
+from hourglass_jax.training.checkpoints import CHECKPOINTS
+from hourglass_jax.training.signals import Signals
+
+SHORTEST = 12  # characters of context; each is twice the one before, so that groups of 2, 3, 4 and 6 lie alike
+N_SCORED = 24  # characters after the context
+N_SEQUENCES = 1024  # where the set-up evaluates on everything
+BATCH = 64
+Record = dict[str, Any]
+Load = Callable[[], HourglassLM]
+
+
+def contexts(length: int) -> list[int]:
+    """Those for which a sequence of `length` characters has room; raises UsageError for none."""
+    found = [SHORTEST << i for i in range(max(length, 1).bit_length()) if (SHORTEST << i) + N_SCORED <= length]
+    if not found:
+        raise UsageError(f"max_length={length} has no room for {SHORTEST} characters and {N_SCORED} after them")
+    return found
+
+
+def sample(setup: Setup, context: int) -> np.ndarray:
+    """int32 [N, context + N_SCORED + 1] of the validation text; the last ones are the same at every context.
+
+    Raises UsageError for too short a text.
+    """
+    text = split_tokens(map_bytes(setup.data.path), setup.data).valid
+    first = len(text) // 10  # what lies before it is only read
+    if first < context + N_SCORED:
+        raise UsageError(
+            f"{setup.data.path}: has {len(text):,} characters for validation, and contexts of {context:,} need "
+            f"{10 * (context + N_SCORED):,}; give a longer text"
+        )
+    ends = np.linspace(first, len(text) - 1, setup.n_valid or N_SEQUENCES).astype(int)
+    return np.stack([text[end - context - N_SCORED : end + 1] for end in ends]).astype(np.int32)
+
+
+def bits(model: HourglassLM, tokens: np.ndarray) -> np.ndarray:
+    """Bits a character [N] of the last N_SCORED of each row."""
+    score = nnx.jit(hg.score)
+    batches = np.array_split(tokens, math.ceil(len(tokens) / BATCH))
+    losses = [-np.asarray(score(model, batch))[:, -N_SCORED:] for batch in batches]
+    return np.concatenate(losses).mean(axis=1, dtype=np.float64) / math.log(2)
+
+
+def measure(models: Mapping[str, Load], setup: Setup, path: Path, data: str, signals: Signals) -> None:
+    """Adds to PATH.json, PATH.md and PATH.png the models that they do not hold yet."""
+    record = read_record(report_file(path, ".json")) or {"data": data, "models": {}}
+    for name in (name for name in models if name not in record["models"]):
+        record["models"][name] = found = readings(models[name](), setup, signals)
+        save(record | provenance(), path)
+        print(f"{name}: " + ", ".join(f"{each['bits']:.3f} after {each['context']}" for each in found), flush=True)
+
+
+def readings(model: HourglassLM, setup: Setup, signals: Signals) -> list[Record]:
+    """Bits after each context, and what it gains over the shortest one, with the standard error of that."""
+    found: list[Record] = []
+    shortest = bits(model, sample(setup, SHORTEST))
+    for context in contexts(model.config.max_length):
+        signals.check()
+        losses = bits(model, sample(setup, context))
+        gain = shortest - losses
+        error = gain.std(ddof=1) / math.sqrt(len(gain))
+        found.append({"context": context, "bits": losses.mean(), "gain": gain.mean(), "standard_error": error})
+    return found
+
+
+def of_rows(jobs: Sequence[Job]) -> dict[str, Load]:
+    """What loads each finished row whose checkpoints are still there."""
+    there = [job for job in jobs if job.result() is not None and (job.directory / CHECKPOINTS).is_dir()]
+    return {f"{job.row.name}, seed {job.train.seed}": lambda job=job: hg.load(job.directory)[0] for job in there}
+
+
+def shipped(names: Sequence[str]) -> dict[str, Load]:
+    """What loads models that come with the package; raises UsageError for one that does not read bytes."""
+    for name in names:
+        tokenizer = hg.load_pretrained(name)[1]
+        if not isinstance(tokenizer, ByteTokenizer):
+            raise UsageError(f"{name}: reads tokens of kind {tokenizer.kind!r}, and the rows read bytes; leave it out")
+    return {f"{name} (shipped)": lambda name=name: hg.load_pretrained(name)[0] for name in names}
+
+
+def report(path: Path, comment: str | None) -> str:
+    """Writes PATH.md and PATH.png anew from PATH.json."""
+    record = read_record(report_file(path, ".json"))
+    if record is None:
+        raise UsageError(f"{path}.json: no such file; measure first, without --report")
+    save(record if comment is None else record | {"comment": comment}, path)
+    return f"{path}.md"
+
+
+def save(record: Record, path: Path) -> None:
+    write_report(path, record, render(record))
+    draw(record, report_file(path, ".png"))
+
+
+def render(record: Record) -> str:
+    found = sorted({each["context"] for model in record["models"].values() for each in model})
+    lines = []
+    for name, model in record["models"].items():
+        at = {each["context"]: f"{each['bits']:.3f}" for each in model}
+        gain = f"{model[-1]['gain']:.3f} ± {model[-1]['standard_error']:.3f}"
+        lines.append((name, *(at.get(context, "-") for context in found), gain))
+    return "\n".join(
+        (
+            f"# What more context gives, {record['data']}",
+            "",
+            f"![bits against characters of context](contexts-{record['data']}.png)",
+            "",
+            markdown_table(("model", *(f"{context:,}" for context in found), "gain"), lines),
+            *(("", record["comment"]) if record.get("comment") else ()),
+            "",
+            f"Bits per character of the same {N_SCORED} characters at each of many places, evenly spaced over the "
+            "validation data, after so many characters of context. The gain is that of the longest context over the "
+            "shortest, ± its standard error over places.",
+        )
+    )
+
+
+def draw(record: Record, path: Path) -> None:
+    """Bits against context, and what each context gains over the shortest."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for name, model in record["models"].items():
+        x = [each["context"] for each in model]
+        panels[0].plot(x, [each["bits"] for each in model], marker="o", ms=4, label=name)
+        gains, errors = ([each[key] for each in model] for key in ("gain", "standard_error"))
+        panels[1].errorbar(x, gains, errors, marker="o", ms=4, label=name)
+    for axes, label in zip(panels, ("bits per character", f"gain over {SHORTEST} characters, in bits"), strict=True):
+        axes.set(xscale="log", xlabel="characters of context", ylabel=label)
+        ticks = sorted({each["context"] for model in record["models"].values() for each in model})
+        axes.set_xticks(ticks, ticks)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[1].legend(fontsize=7)
+    figure.suptitle(f"What more context gives, {record['data']}")
+    figure.savefig(path, dpi=110)
