@@ -36,7 +36,7 @@ from absl import flags
 from experiments.ablations import evidence
 from experiments.ablations.evidence import Part
 from experiments.ablations.rows import setup_source, valid_sample
-from experiments.ablations.scales import SCALES, find_setup
+from experiments.ablations.scales import SCALES, Setup, find_setup
 from experiments.common import launcher
 from experiments.common.slices import Slice, keep_compiled
 from hourglass_jax import UsageError
@@ -65,35 +65,40 @@ launcher.define_runtime()
 def main(_: list[str]) -> None:
     if not DATA_PATH.value:
         raise UsageError("--data_path is not given; give a text of 100 MB in enwik8's shape")
-    out = Path(OUT.value)
-    setup = find_setup("enwik8", SCALE.value, DATA_PATH.value)
+    out, setup = Path(OUT.value), find_setup("enwik8", SCALE.value, DATA_PATH.value)
     directory = out / f"{Path(DATA_PATH.value).name}-{SCALE.value}"
     tables = evidence.find_tables(TABLES.value)
     groups = evidence.groups(setup, directory, tables)
     parts = evidence.in_order(groups)
-    record = evidence.read_progress(directory, parts, str(WORKER.value) if WORKER.value else "*")
     keep_compiled(out / COMPILED)
-    if any(evidence.is_waiting(name, record) for name in parts):
-        runtime = launcher.read_runtime()
-        source = setup_source(setup, [part.job for part in parts.values()])
-        with Signals(STOP * 60 * SLICE_MINUTES.value) as signals:
-            given = (source, valid_sample(source, setup), runtime, signals)
-            others = [] if WORKER.value else start_others(record, directory)
-            try:
-                run_slice(parts, record, given, directory)
-                wait_for(others, signals)
-            except Interrupted as interruption:
-                print(f"\n{interruption}", flush=True)
-            finally:
-                end(others)
-        record = evidence.read_progress(directory, parts)
+    train_slice(parts, setup, directory)
     if WORKER.value:
         return
     for path in evidence.write_reports(groups, tables, setup, directory, Path(RESULTS.value or out / "results")):
         print(path)
     size = evidence.tidy(parts.values(), out, out / COMPILED, KEEP_MEGABYTES.value * 10**6)
+    record = evidence.read_progress(directory, parts)
     record["rows"] = evidence.stored(directory)["rows"] | record["rows"]  # with the reasons of what failed once
     print(f"{out}: {size / 1e6:,.1f} MB\n\n{evidence.summary(groups, parts, record)}")
+
+
+def train_slice(parts: Mapping[str, Part], setup: Setup, directory: Path) -> None:
+    """Trains what is waiting until the time is up; the first worker starts the others, and stops them."""
+    record = evidence.read_progress(directory, parts, str(WORKER.value) if WORKER.value else "*")
+    if not any(evidence.is_waiting(name, record) for name in parts):
+        return
+    runtime = launcher.read_runtime()
+    source = setup_source(setup, [part.job for part in parts.values()])
+    with Signals(STOP * 60 * SLICE_MINUTES.value) as signals:
+        given = (source, valid_sample(source, setup), runtime, signals)
+        others = [] if WORKER.value else start_others(record, directory)
+        try:
+            train_own(parts, record, given, directory)
+            wait_for(others, signals)
+        except Interrupted as interruption:
+            print(f"\n{interruption}", flush=True)
+        finally:
+            end(others)
 
 
 def start_others(record: Mapping[str, Any], directory: Path) -> list[subprocess.Popen[bytes]]:
@@ -134,7 +139,7 @@ def save(directory: Path, worker: int, record: Mapping[str, Any]) -> None:
     write_whole(directory / evidence.RECORDS.replace("*", str(worker)), json.dumps(record, indent=1) + "\n")
 
 
-def run_slice(parts: Mapping[str, Part], record: dict[str, Any], given: Sequence[Any], directory: Path) -> None:
+def train_own(parts: Mapping[str, Part], record: dict[str, Any], given: Sequence[Any], directory: Path) -> None:
     """Trains what `record` lacks and no other worker is at; raises Interrupted where time or a signal ends a part.
 
     given: the other arguments of evidence.train.
