@@ -93,9 +93,13 @@ class Recorded(Boundaries):
 
 
 FEW = [
-    pytest.param("1@1 1@3 1@1", {"shortening": "average", "upsampling": "repeat"}, marks=pytest.mark.slow),
+    ("1@1 1@3 1@1", {"shortening": "average", "upsampling": "repeat"}),
     pytest.param("0@1 1@3 1@1", ATTENTION | {"positions": "rotary"}, marks=pytest.mark.slow),
-    ("1@1 0@2 1@4 0@2 0@1", {"boundaries": "router router", "shortening": "select", "upsampling": "smooth"}),
+    pytest.param(
+        "1@1 0@2 1@4 0@2 0@1",
+        {"boundaries": "router router", "shortening": "select", "upsampling": "smooth"},
+        marks=pytest.mark.slow,
+    ),
 ]
 
 

@@ -218,6 +218,7 @@ def test_options_of_the_original_project_mean_what_they_meant_there(home, tmp_pa
         assert options.items() <= record["settings"][part].items(), part
 
 
+@pytest.mark.slow
 def test_max_length_bounds_learned_positions_only(home, tmp_path):
     flags = ["--steps=2", "--model.max_length=16", "--positions=relative", f"--data_path={home / 'text.txt'}"]
     assert "sample: " in succeed("pretrain", *TINY, *flags, cwd=tmp_path).stdout

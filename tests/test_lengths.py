@@ -72,6 +72,7 @@ def test_a_dry_run_measures_nothing(tmp_path):
     assert result.stdout.count("\n") == 2 + 3 * len(lengths.LENGTHS) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_points_of_another_machine_are_reported_and_not_gone_on_with(tmp_path):
     name, setup = "lengths-micro", find_setup("enwik8", "micro")
     committed = json.loads((EXPERIMENTS / "results/ablations" / f"{name}.json").read_text())

@@ -313,6 +313,7 @@ def test_a_finished_run_can_be_made_longer(whole, tmp_path):
     assert sorted(records) == [10, 20] and hg.Run(tmp_path).read().settings["train"]["steps"] == 20
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_within_its_profile_writes_that_and_goes_on_with_it(tmp_path):
     for steps in (4, 8):
         train(tmp_path, steps=steps, eval_interval=4, runtime={"profile_steps": "3:6"})

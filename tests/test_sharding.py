@@ -206,6 +206,7 @@ for length in (16, 48):
 """
 
 
+@pytest.mark.slow
 def test_divided_devices_exchange_parameters_and_gradients_alone():
     """Whatever the length: activations stay where they are."""
     environment = os.environ | devices(8) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
