@@ -27,7 +27,7 @@ def setup(tmp_path_factory):
 
 def test_each_is_twice_the_one_before_up_to_the_model_s_length():
     assert contexts.contexts(256) == [12, 24, 48, 96, 192] and contexts.contexts(36) == [12]
-    with pytest.raises(UsageError, match="max_length=35 has no room for 12 characters and 24 after them"):
+    with pytest.raises(UsageError, match="sequences of 35 have no room for 12 characters and 24 after them"):
         contexts.contexts(35)
 
 
@@ -50,7 +50,7 @@ def test_bits_are_those_of_single_rows(setup):
 def test_only_a_model_that_looks_so_far_back_gains(setup, hierarchy, gains):
     """Two layers of five tokens see eight back; shortened layers see everything."""
     model = make_model(HourglassConfig(hierarchy=hierarchy, window=5, **SIZES))
-    shortest, *further = contexts.readings(model, setup, Signals())
+    shortest, *further = contexts.readings(model, 64, setup, Signals())
     assert shortest["context"] == 12 and shortest["gain"] == 0 and len(further) == 1
     for each in further:
         assert each["bits"] == pytest.approx(shortest["bits"] - each["gain"])
@@ -59,7 +59,7 @@ def test_only_a_model_that_looks_so_far_back_gains(setup, hierarchy, gains):
 
 def test_what_is_measured_stays_and_is_drawn(setup, tmp_path):
     path, config = tmp_path / "contexts-text", HourglassConfig(hierarchy="1@1", **SIZES)
-    load = {name: lambda seed=seed: make_model(config, seed) for seed, name in enumerate(("one", "two"))}
+    load = {name: lambda seed=seed: (make_model(config, seed), 64) for seed, name in enumerate(("one", "two"))}
     contexts.measure({"one": load["one"]}, setup, path, "text", Signals())
     first = json.loads((tmp_path / "contexts-text.json").read_text())["models"]["one"]
     contexts.measure({"one": load["two"], "two": load["two"]}, setup, path, "text", Signals())
@@ -74,7 +74,7 @@ def test_what_is_measured_stays_and_is_drawn(setup, tmp_path):
 
 @pytest.mark.slow
 def test_trained_rows_are_measured_by_the_launcher(tmp_path):
-    (tmp_path / "plugin.py").write_text(MICRO)
+    (tmp_path / "plugin.py").write_text(MICRO.replace("block_size=24", "block_size=36"))
     (tmp_path / "books").write_bytes(b"the quick brown fox jumps over the lazy dog. " * 1000)
     common = ("--plugin=plugin.py", "--data_path=books", "--scale=micro", "--seeds=1")
     assert run_forked("ablate", *common, "--table=1", "--rows=4@1", cwd=tmp_path).returncode == 0
@@ -82,7 +82,7 @@ def test_trained_rows_are_measured_by_the_launcher(tmp_path):
     measured = run_forked("ablate", *common, *flags, "--pretrained=books", cwd=tmp_path)
     assert measured.returncode == 0, measured.stderr
     record = json.loads((tmp_path / "results/contexts-books-micro.json").read_text())
-    assert {name: len(model) for name, model in record["models"].items()} == {"4@1, seed 0": 5, "books (shipped)": 5}
+    assert {name: len(model) for name, model in record["models"].items()} == {"4@1, seed 0": 1, "books (shipped)": 6}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from matplotlib.figure import Figure
 import hourglass_jax as hg
 from experiments.ablations.rows import Job
 from experiments.ablations.scales import Setup
+from experiments.common.recorded import recorded_data
 from experiments.common.reports import markdown_table, provenance, read_record, report_file, write_report
 from hourglass_jax import ByteTokenizer, HourglassLM, UsageError
 from hourglass_jax.data.corpora import map_bytes, split_tokens
+from hourglass_jax.pretrained import pretrained_path
 from hourglass_jax.training.checkpoints import CHECKPOINTS
+from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Signals
 
 SHORTEST = 12  # characters of context; each is twice the one before, so that groups of 2, 3, 4 and 6 lie alike
@@ -29,14 +33,14 @@ N_SCORED = 24  # characters after the context
 N_SEQUENCES = 1024  # where the set-up evaluates on everything
 BATCH = 64
 Record = dict[str, Any]
-Load = Callable[[], HourglassLM]
+Load = Callable[[], tuple[HourglassLM, int]]  # a model, and how many characters the sequences had that it trained on
 
 
 def contexts(length: int) -> list[int]:
     """Those for which a sequence of `length` characters has room; raises UsageError for none."""
     found = [SHORTEST << i for i in range(max(length, 1).bit_length()) if (SHORTEST << i) + N_SCORED <= length]
     if not found:
-        raise UsageError(f"max_length={length} has no room for {SHORTEST} characters and {N_SCORED} after them")
+        raise UsageError(f"sequences of {length} have no room for {SHORTEST} characters and {N_SCORED} after them")
     return found
 
 
@@ -66,18 +70,19 @@ def bits(model: HourglassLM, tokens: np.ndarray) -> np.ndarray:
 
 def measure(models: Mapping[str, Load], setup: Setup, path: Path, data: str, signals: Signals) -> None:
     """Adds to PATH.json, PATH.md and PATH.png the models that they do not hold yet."""
-    record = read_record(report_file(path, ".json")) or {"data": data, "models": {}}
+    places = setup.n_valid or N_SEQUENCES
+    record = read_record(report_file(path, ".json")) or {"data": data, "places": places, "models": {}}
     for name in (name for name in models if name not in record["models"]):
-        record["models"][name] = found = readings(models[name](), setup, signals)
+        record["models"][name] = found = readings(*models[name](), setup, signals)
         save(record | provenance(), path)
         print(f"{name}: " + ", ".join(f"{each['bits']:.3f} after {each['context']}" for each in found), flush=True)
 
 
-def readings(model: HourglassLM, setup: Setup, signals: Signals) -> list[Record]:
-    """Bits after each context, and what it gains over the shortest one, with the standard error of that."""
+def readings(model: HourglassLM, length: int, setup: Setup, signals: Signals) -> list[Record]:
+    """Bits after each context that fits in `length`, what it gains over the shortest, the standard error of that."""
     found: list[Record] = []
     shortest = bits(model, sample(setup, SHORTEST))
-    for context in contexts(model.config.max_length):
+    for context in contexts(length):
         signals.check()
         losses = bits(model, sample(setup, context))
         gain = shortest - losses
@@ -89,7 +94,7 @@ def readings(model: HourglassLM, setup: Setup, signals: Signals) -> list[Record]
 def of_rows(jobs: Sequence[Job]) -> dict[str, Load]:
     """What loads each finished row whose checkpoints are still there."""
     there = [job for job in jobs if job.result() is not None and (job.directory / CHECKPOINTS).is_dir()]
-    return {f"{job.row.name}, seed {job.train.seed}": lambda job=job: hg.load(job.directory)[0] for job in there}
+    return {f"{job.row.name}, seed {job.train.seed}": partial(loaded, hg.load, job.directory) for job in there}
 
 
 def shipped(names: Sequence[str]) -> dict[str, Load]:
@@ -98,7 +103,15 @@ def shipped(names: Sequence[str]) -> dict[str, Load]:
         tokenizer = hg.load_pretrained(name)[1]
         if not isinstance(tokenizer, ByteTokenizer):
             raise UsageError(f"{name}: reads tokens of kind {tokenizer.kind!r}, and the rows read bytes; leave it out")
-    return {f"{name} (shipped)": lambda name=name: hg.load_pretrained(name)[0] for name in names}
+    return {f"{name} (shipped)": partial(loaded, load_shipped, pretrained_path(name)) for name in names}
+
+
+def load_shipped(path: Path) -> Any:
+    return hg.load_pretrained(path.name, directory=path.parent)
+
+
+def loaded(load: Callable[[Path], Any], directory: Path) -> tuple[HourglassLM, int]:
+    return load(directory)[0], recorded_data(Run(directory).read().settings).block_size
 
 
 def report(path: Path, comment: str | None) -> str:
@@ -131,9 +144,9 @@ def render(record: Record) -> str:
             markdown_table(("model", *(f"{context:,}" for context in found), "gain"), lines),
             *(("", record["comment"]) if record.get("comment") else ()),
             "",
-            f"Bits per character of the same {N_SCORED} characters at each of many places, evenly spaced over the "
-            "validation data, after so many characters of context. The gain is that of the longest context over the "
-            "shortest, ± its standard error over places.",
+            f"Bits per character of the same {N_SCORED} characters at each of {record['places']:,} places, evenly "
+            "spaced over the validation data, after so many characters of context, up to what each model was trained "
+            "on. The gain is that of the longest context over the shortest, ± its standard error over places.",
         )
     )
 
