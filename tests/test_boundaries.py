@@ -336,6 +336,7 @@ TINY = ["--hierarchy=1@1 1@3 1@1", "--d_model=16", "--n_heads=2", "--d_ff=16", "
 TINY += ["--steps=2", "--data_path=text.txt", "--shortening=average", "--upsampling=repeat"]
 
 
+@pytest.mark.slow
 def test_launchers_train_and_generate_with_them(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 20)
     result = run_forked("pretrain", *TINY, "--boundaries=whitespace", cwd=tmp_path)

@@ -128,7 +128,7 @@ def gradient_bytes(config, length, batch):
     "smaller, larger",
     [
         ("2@1", "4@1"),
-        ("2@1", "1@1 1@2 1@1"),
+        pytest.param("2@1", "1@1 1@2 1@1", marks=pytest.mark.slow),
         pytest.param("8@1", "16@1", marks=pytest.mark.slow),
         pytest.param("1@1 0@2 1@1", "1@1 2@2 1@1", marks=pytest.mark.slow),
     ],

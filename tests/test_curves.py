@@ -86,6 +86,7 @@ def train_in_one_go(leg, directory):
     )
 
 
+@pytest.mark.slow
 def test_a_branch_is_the_uninterrupted_run_of_its_length(home, quick_compile, monkeypatch):
     monkeypatch.chdir(home)
     legs = home / BASE / "0@1_1@2_1@1-average-repeat" / "seed0"
@@ -105,6 +106,7 @@ def test_a_branch_is_the_uninterrupted_run_of_its_length(home, quick_compile, mo
     assert dict(whole) == pytest.approx({step: dict(branch)[step] for step in (10, 14)}, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_stored_of_a_leg_is_what_its_last_parameters_reach(home):
     leg = home / BASE / "1@1" / "seed0" / "960-decayed"
     result, losses = json.loads((leg / "result.json").read_text()), np.load(leg / "losses.npy")
@@ -115,12 +117,14 @@ def test_what_is_stored_of_a_leg_is_what_its_last_parameters_reach(home):
     assert losses[0] == pytest.approx(-float(hg.score(model, valid[None]).mean()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_finished_legs_are_not_trained_again(home):
     before = {path: path.stat().st_mtime_ns for path in (home / BASE).rglob("*.npy")}
     assert "6 of 6 legs are done" in ablate(home)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_the_report_comes_from_the_record_alone(home, tmp_path):
     ablate(home, "--report", "--comment=Said once.")
     path = home / "results" / "curves-books-micro"

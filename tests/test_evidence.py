@@ -139,6 +139,7 @@ def test_slices_that_are_stopped_or_killed_leave_what_one_run_leaves(tmp_path):
     assert not list(home.rglob("checkpoints"))
 
 
+@pytest.mark.slow
 def test_workers_share_the_parts_and_train_nothing_twice(slices, tmp_path):
     home = make_home(tmp_path, PLUGIN)
     process, steps = run_slice(home, "--workers=2", XLA_FLAGS="")

@@ -62,6 +62,7 @@ def test_factors_are_drawn_evenly_by_seed_and_step():
     assert all(abs(count - 1000) < 120 for count in Counter(drawn).values())
 
 
+@pytest.mark.slow
 def test_training_draws_factors_compiles_each_once_and_evaluates_at_each(tmp_path, caplog, quick_compile):
     text = np.random.default_rng(0).integers(0, 11, 400).astype(np.int32)
     config = small_config(hierarchy="0@1 1@3 1@1", shortening="average", upsampling="repeat")

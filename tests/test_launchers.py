@@ -189,6 +189,7 @@ def test_overwrite_replaces_a_run_of_another_configuration(home, tmp_path):
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_another_s_parameters_model_and_vocabulary(home, tmp_path):
     (tmp_path / "other.txt").write_text("the lazy dog jumps. " * 200)
     flags = [f"--init_from={home / 'runs' / 'pretrain'}", "--data_path=other.txt", "--block_size=32", "--steps=1"]

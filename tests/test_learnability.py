@@ -43,11 +43,13 @@ def trained_accuracy(hierarchy):
     return float((model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]).mean())
 
 
-@pytest.mark.parametrize("hierarchy", ["1@1 2@3 0@1", pytest.param("0@1 2@3 1@1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("hierarchy", ["1@1 2@3 0@1", "0@1 2@3 1@1"])
 def test_one_vanilla_layer_reaches_two_thirds(hierarchy):
     assert trained_accuracy(hierarchy) > 0.65
 
 
+@pytest.mark.slow
 def test_no_vanilla_layer_cannot():
     assert trained_accuracy("0@1 2@3 0@1") < 0.45
 

@@ -289,12 +289,12 @@ def test_each_level_draws_noise_of_its_own():
 # Causality and decoding
 
 GRID = [
-    ("1@1 0@2 1@4 0@2 0@1", {"boundaries": "router router", "positions": "rotary"}),
+    ("1@1 1@3 1@1", {"boundaries": "router", "boundary_slack": 1.0}),
     *(
         pytest.param(hierarchy, options, marks=pytest.mark.slow)
         for hierarchy, options in [
             ("0@1 1@3 1@1", {"boundaries": "entropy", "shortening": "attention_average", "upsampling": "attention"}),
-            ("1@1 1@3 1@1", {"boundaries": "router", "boundary_slack": 1.0}),
+            ("1@1 0@2 1@4 0@2 0@1", {"boundaries": "router router", "positions": "rotary"}),
             ("1@1 1@3 1@1", {"boundaries": "router", "dropout": 0.5, "norm": "final", "shortening": "average"}),
             ("1@1 1@2 1@6 0@2 1@1", {"boundaries": "gumbel", "shortening": "average", "upsampling": "repeat"}),
             ("1@1 1@2 1@6 0@2 1@1", {"boundaries": "fixed router", "positions": "learned"}),

@@ -208,9 +208,8 @@ def test_sixty_haiku_get_a_whole_schedule(home, results):
     assert max(rates) > 0.9 * 3e-4 and rates[-1] < 0.1 * 3e-4
 
 
-@pytest.mark.parametrize(
-    ("trained", "evaluated"), [pytest.param("haiku", "own_haiku", marks=pytest.mark.slow), ("extended", "own_extended")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("trained", "evaluated"), [("haiku", "own_haiku"), ("extended", "own_extended")])
 def test_a_fine_tuned_model_is_evaluated_as_its_training_ended(results, trained, evaluated):
     [figure] = re.findall(r"validation: loss (\S+)", results(trained).stdout)
     assert figures(results(evaluated))["loss"] == pytest.approx(float(figure), abs=1e-3)

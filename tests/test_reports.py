@@ -6,12 +6,17 @@ import json
 
 import pytest
 
-from experiments.ablations import curve_report, lengths, pictures, reporting
+from experiments.ablations import contexts, curve_report, lengths, pictures, reporting
 from experiments.common.reports import EXPERIMENTS, provenance, write_report
 
 RESULTS = EXPERIMENTS / "results/ablations"
 RECORDS = sorted(RESULTS.glob("table*.json"))
-RENDER = {"table": reporting.render, "curves": curve_report.render, "lengths": lengths.render}
+RENDER = {
+    "table": reporting.render,
+    "curves": curve_report.render,
+    "lengths": lengths.render,
+    "contexts": contexts.render,
+}
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
