@@ -142,10 +142,16 @@ GRID = [
     ("1@1 1@3 1@1", {"boundaries": "whitespace"}),
     ("0@1 2@3 1@1", {"boundaries": "spacelike", "shortening": "select", "positions": "rotary"}),
     ("1@1 1@3 0@1", {"boundaries": "tokens", "positions": "learned", "norm": "final"} | CROWDED),
-    ("1@1 1@2 1@6 0@2 1@1", {"boundaries": "tokens", "shortening": "select"}),  # and every third of those
+    pytest.param(  # and every third of those
+        "1@1 1@2 1@6 0@2 1@1", {"boundaries": "tokens", "shortening": "select"}, marks=pytest.mark.slow
+    ),
     ("1@1 0@2 1@4 1@2 1@1", {"boundaries": "fixed every", "positions": "rotary"}),
     ("1@1 1@3 0@1", {"shortening": "attention_average", "upsampling": "attention_repeat", "dropout": 0.5}),
-    ("0@1 1@2 1@6 0@2 1@1", {"shortening": "attention_average", "upsampling": "attention", "positions": "rotary"}),
+    pytest.param(
+        "0@1 1@2 1@6 0@2 1@1",
+        {"shortening": "attention_average", "upsampling": "attention", "positions": "rotary"},
+        marks=pytest.mark.slow,
+    ),
 ]
 
 

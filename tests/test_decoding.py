@@ -130,6 +130,7 @@ def test_a_long_run_compiles_nothing_new_and_keeps_its_memory(n):
     assert sizes[settled] == sizes[-1] and arrays[settled] == arrays[-1]
 
 
+@pytest.mark.slow
 def test_few_programs_serve_all_prompt_lengths():
     model = make_model(small_config())
     jax.clear_caches()

@@ -101,7 +101,8 @@ COMMANDS = {
 }
 AFTER = {"own_haiku": "haiku", "own_extended": "extended", "own_photos": "photos", "completed": "photos"}
 
-OF_IMAGES = ("photos", "own_photos", "completed")  # which a slow test alone asks for
+# Which slow tests alone ask for.
+RARE = ("photos", "own_photos", "completed", "haiku", "own_haiku", "extended", "own_extended")
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def results(home, tmp_path_factory):
 
     with ThreadPoolExecutor(2) as pool:
         for name in COMMANDS:
-            if name not in OF_IMAGES:
+            if name not in RARE:
                 begin(name)
         yield lambda name: begin(name).result()
 
@@ -215,6 +216,7 @@ def test_a_fine_tuned_model_is_evaluated_as_its_training_ended(results, trained,
     assert figures(results(evaluated))["loss"] == pytest.approx(float(figure), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_vocabulary_is_extended_by_both_texts(home, results):
     assert "all of held_out.txt" in results("own_extended").stdout
     old, new = (json.loads((home / name / "vocab.json").read_text())["vocabulary"] for name in ("text", "extended"))
