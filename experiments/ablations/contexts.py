@@ -1,7 +1,7 @@
 """How far back models look: bits of the same characters, after more and more of the text before them.
 
-What layers on shortened sequences are for is the distant past (section 1 of the paper), so that this bounds what they
-can gain.
+Layers on shortened sequences are for the distant past (section 1 of the paper): where a model makes little of that, there
+is little for them to do.
 """
 
 from __future__ import annotations
