@@ -1,7 +1,7 @@
 """How far back models look: bits of the same characters, after more and more of the text before them.
 
-Layers on shortened sequences are for the distant past (section 1 of the paper): where a model makes little of that, there
-is little for them to do.
+Layers on shortened sequences are for the distant past (section 1 of the paper): where a model makes little of that,
+there is little for them to do.
 """
 
 from __future__ import annotations
