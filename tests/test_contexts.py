@@ -57,14 +57,20 @@ def test_only_a_model_that_looks_so_far_back_gains(setup, hierarchy, gains):
         assert (abs(each["gain"]) > 1e-4 and each["standard_error"] > 1e-4) == gains
 
 
-def test_what_is_measured_stays_and_is_drawn(setup, tmp_path):
+def test_what_is_measured_stays_until_it_is_measured_again_and_is_drawn(setup, tmp_path):
     path, config = tmp_path / "contexts-text", HourglassConfig(hierarchy="1@1", **SIZES)
-    load = {name: lambda seed=seed: (make_model(config, seed), 64) for seed, name in enumerate(("one", "two"))}
-    contexts.measure({"one": load["one"]}, setup, path, "text", Signals())
-    first = json.loads((tmp_path / "contexts-text.json").read_text())["models"]["one"]
-    contexts.measure({"one": load["two"], "two": load["two"]}, setup, path, "text", Signals())
-    record = json.loads((tmp_path / "contexts-text.json").read_text())
-    assert list(record["models"]) == ["one", "two"] and record["models"]["one"] == first != record["models"]["two"]
+
+    def measured(**seeds):
+        models = {name: lambda seed=seed: (make_model(config, seed), 64) for name, seed in seeds.items()}
+        contexts.measure(models, setup, path, "text", Signals())
+        return json.loads((tmp_path / "contexts-text.json").read_text())["models"]
+
+    first, second = measured(one=0)["one"], measured(two=1)["two"]
+    assert measured(three=0) == {"one": first, "two": second, "three": first} and first != second
+    assert measured(one=1) == {"one": second, "two": second, "three": first}
+    first = second
+    with pytest.raises(UsageError, match="was measured at 20 places, and the set-up has 30; remove it"):
+        contexts.measure({}, replace(setup, n_valid=30), path, "text", Signals())
     (tmp_path / "contexts-text.png").unlink()
     contexts.report(path, "Said once.")
     text = (tmp_path / "contexts-text.md").read_text()

@@ -69,11 +69,19 @@ def bits(model: HourglassLM, tokens: np.ndarray) -> np.ndarray:
 
 
 def measure(models: Mapping[str, Load], setup: Setup, path: Path, data: str, signals: Signals) -> None:
-    """Adds to PATH.json, PATH.md and PATH.png the models that they do not hold yet."""
+    """Adds the models to PATH.json, PATH.md and PATH.png; others that were measured before stay.
+
+    Raises UsageError where those were measured at another number of places.
+    """
     places = setup.n_valid or N_SEQUENCES
     record = read_record(report_file(path, ".json")) or {"data": data, "places": places, "models": {}}
-    for name in (name for name in models if name not in record["models"]):
-        record["models"][name] = found = readings(*models[name](), setup, signals)
+    if record["places"] != places:
+        raise UsageError(
+            f"{path}.json: was measured at {record['places']:,} places, and the set-up has {places:,}; remove it, or "
+            "choose another --results"
+        )
+    for name, load in models.items():
+        record["models"][name] = found = readings(*load(), setup, signals)
         save(record | provenance(), path)
         print(f"{name}: " + ", ".join(f"{each['bits']:.3f} after {each['context']}" for each in found), flush=True)
 
