@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import jax
 import numpy as np
@@ -27,9 +28,9 @@ from experiments.common.recorded import recorded_images
 from hourglass_jax import HourglassLM, ImageTokenizer, UsageError, generate
 from hourglass_jax.checks import check_decodes
 from hourglass_jax.data.corpora import decode_text
-from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, to_utf8
+from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, clean, to_utf8
 from hourglass_jax.training.run import Run
-from hourglass_jax.training.signals import Signals
+from hourglass_jax.training.signals import Interrupted, Signals
 
 LOAD = launcher.ModelFlags("runs/finetune", "Directory of a pretrained or fine-tuned model.")
 GEN_MODE = flags.DEFINE_enum(
@@ -81,7 +82,7 @@ def main(_: list[str]) -> None:
     misplaced = sorted(given & (FOR_TEXT if images else FOR_IMAGES))
     if misplaced:
         raise UsageError(f"{misplaced[0]}: not for {LOAD.value}, a model of {'images' if images else 'text'}")
-    with Signals() as signals:
+    with launcher.stopping() as signals:
         (draw if images else write)(model, tokenizer, signals)
 
 
@@ -115,13 +116,14 @@ def write(model: HourglassLM, tokenizer: TextTokenizer, signals: Signals) -> Non
     if form == "prompt":  # such a model completes whole first lines
         prompts = [text.removesuffix(b"\n") + b"\n" if text else text for text in prompts]
     banned = [token for token in (tokenizer.unk_id, tokenizer.bos_id) if token is not None]
-    with open(RAW_OUT.value or os.devnull, "wb") as raw:
+    raw: BinaryIO | None = None
+    with contextlib.ExitStack() as files:
         for number, (text, _) in enumerate(itertools.product(prompts, range(NUM_SAMPLES.value))):
             if number:
                 print("-" * 20)
             print(text.decode("utf-8", "replace"), end="", flush=True)
             sample = Sample(tokenizer, STOP.value, signals)
-            with contextlib.suppress(StopText):
+            with contextlib.suppress(StopText, Interrupted):
                 generate(
                     model,
                     [prompt_tokens(tokenizer, text, form)],
@@ -134,7 +136,10 @@ def write(model: HourglassLM, tokenizer: TextTokenizer, signals: Signals) -> Non
                     banned_tokens=banned,
                     stream=sample.take,
                 )
-            raw.write(sample.finish())
+            new = sample.finish()
+            raw = raw or files.enter_context(open(RAW_OUT.value or os.devnull, "wb"))  # after all that may be refused
+            raw.write(new)
+            signals.check()
 
 
 def read_prompts(tokenizer: TextTokenizer) -> list[bytes]:
@@ -147,12 +152,24 @@ def read_prompts(tokenizer: TextTokenizer) -> list[bytes]:
         prompts = [line for line in raw.splitlines() if line] if EACH_LINE.value else [re.sub(rb"\r?\n\Z", b"", raw)]
         if not any(prompts):
             raise UsageError(f"--prompt_file={PROMPT_FILE.value}: there is no prompt in it")
+    if getattr(tokenizer, "clean", False):
+        check_cleaned(prompts)
     unknown = sorted(
         {character for text in prompts for character in tokenizer.unknown(text.decode("utf-8", "replace"))}
     )
     if unknown:
         logging.warning("the model does not know %s; taken as <UNK>", ", ".join(map(repr, unknown)))
     return prompts
+
+
+def check_cleaned(prompts: Sequence[bytes]) -> None:
+    """Tells which characters a model of cleaned texts does not see; raises UsageError where it sees none."""
+    for text in (prompt.decode("utf-8") for prompt in prompts if prompt):
+        if not clean(text):
+            raise UsageError(f"the prompt {text!r} is empty once it is cleaned as the model's texts; give it letters")
+    lost = sorted({c for prompt in prompts for c in prompt.decode("utf-8") if not clean(c)})
+    if lost:
+        logging.warning("the model's texts are cleaned, and so is the prompt, of %s", ", ".join(map(repr, lost)))
 
 
 def prompt_tokens(tokenizer: TextTokenizer, text: bytes, form: str) -> np.ndarray:

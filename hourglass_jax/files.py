@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from hourglass_jax.errors import UsageError
 
@@ -18,14 +19,25 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
     Several may write at once: the last one stays. A process that is killed may leave a file that `is_temporary`.
     """
+    with whole_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to; it becomes `path` where the body succeeds, and nothing is left where it does not."""
+    if path.exists() and not path.is_file():  # a device or a pipe, which nothing can replace
+        with path.open("wb") as file:
+            yield file
+        return
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         temporary.unlink(missing_ok=True)
         raise
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hourglass_jax.errors import UsageError
 from hourglass_jax.ranges import check_choice, check_range, take_plain_values
 
-MAX_SEED = 2**63 - 1  # what a key of JAX is made of fits 64 bits with a sign
+MAX_SEED = 2**32 - 1  # of a larger one, a key of JAX keeps the last 32 bits, so that two would share it
 IMAGE_SIZES = {"cifar10": 32, "imagenet32": 32, "imagenet64": 64}  # side of a data set's images, in pixels
 FOLDER = "folder"  # the data set of one's own images
 

@@ -3,6 +3,8 @@
 import codecs
 import io
 import itertools
+import os
+import signal
 import string
 import sys
 
@@ -173,6 +175,45 @@ def test_bad_options_give_one_line(runs, generate, tmp_path, run, options, messa
     with pytest.raises(hg.UsageError, match=message) as error:
         generate(runs[run], *(option.format(home=tmp_path) for option in options))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [["--top_p=2"], ["--prompt=a\ud800"]])
+def test_what_is_refused_leaves_the_bytes_that_are_there(runs, generate, tmp_path, options):
+    (tmp_path / "out").write_bytes(b"before")
+    with pytest.raises(hg.UsageError):
+        generate(runs["char"], *options, f"--raw_out={tmp_path / 'out'}")
+    assert (tmp_path / "out").read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_keeps_what_has_come_and_is_no_success(runs, generate, tmp_path, monkeypatch, capsys, number):
+    whole = generate(runs["char"], "--temperature=3", "--seed=1")[:-1]
+    take = launcher.Sample.take
+
+    def signalled(sample, new):
+        take(sample, new)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(launcher.Sample, "take", signalled)
+    with pytest.raises(SystemExit) as end:
+        generate(runs["char"], "--temperature=3", "--seed=1", "--num_samples=3", f"--raw_out={tmp_path / 'out'}")
+    shown, error = capsys.readouterr()
+    assert end.value.code == 128 + number and error.count("\n") == 1 and f"stopped by {number.name}" in error
+    assert (
+        shown == (tmp_path / "out").read_text() + "\n"
+        and 0 < len(shown) - 1 < len(whole)
+        and whole.startswith(shown[:-1])
+    )
+
+
+def test_a_prompt_that_cleaning_leaves_nothing_of_is_refused(tmp_path, generate, caplog):
+    run = write_model(tmp_path / "clean", hg.CharTokenizer.from_text("hello world\n", clean=True))
+    with pytest.raises(hg.UsageError, match=r"'日本語42'.* is empty once it is cleaned"):
+        generate(run, PROMPT, "--prompt=日本語42")
+    generate(run, PROMPT, "--prompt=HéLLo")
+    assert not caplog.records
+    generate(run, PROMPT, "--prompt=hello 42")
+    assert "'2', '4'" in caplog.text
 
 
 def test_a_file_that_is_missing_is_named(runs, generate, tmp_path):

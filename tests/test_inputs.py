@@ -196,7 +196,13 @@ def test_what_is_right_is_taken(model):
     assert [len(row) for row in generated(model, np.ones((2, 3), int), key=jax.random.PRNGKey(0))] == [2, 2]
     assert [len(row) for row in generated(model, (np.uint8([1]), jnp.array([2])), banned_tokens={0, 1})] == [2, 2]
     assert generated(model, []) == []
-    jax.random.key(MAX_SEED)
+
+
+def test_no_two_seeds_share_a_key():
+    keys = [jax.random.key_data(jax.random.key(seed)).tolist() for seed in (0, 1, MAX_SEED - 1, MAX_SEED)]
+    assert len(set(map(tuple, keys))) == 4
+    if not jax.config.jax_enable_x64:  # why there is a largest
+        assert jax.random.key(MAX_SEED + 1) == jax.random.key(0)
 
 
 def test_numpy_s_numbers_in_a_configuration_are_python_s():

@@ -16,6 +16,7 @@ from launching import run_forked
 from PIL import Image
 
 import hourglass_jax as hg
+from experiments.common.sources import HaikuSource
 from experiments.common.vocabulary import check_characters
 from hourglass_jax.data.corpora import load_tokens
 from hourglass_jax.training.checkpoints import CheckpointStore
@@ -63,6 +64,8 @@ def home(tmp_path_factory):
             write_model(home / name, f"{name}.txt")
         write_model(home / "bytes", "bytes.txt", tokenizer="byte")
     (home / "gone.txt").unlink()
+    characters = hg.CharTokenizer.load(home / "text" / "vocab.json").characters
+    hg.CharTokenizer(characters[::-1]).save(home / "other.json")
     (home / "changed.txt").write_text(TEXT + "a fox\n")
     shutil.copytree(home / "text", home / "strange")
     record = json.loads((home / "strange" / "config.json").read_text())
@@ -250,6 +253,7 @@ BAD_INPUT = [
     (("finetune", "--load_model_path=text", "--data_path=haiku.txt", "--epochs=0"), "epochs=0"),
     (("finetune", "--load_model_path=text", "--data_path=text.txt", "--valid_path=no.txt", "--format=text"), "no.txt"),
     (("pretrain", "--vocab_path=text/vocab.json", "--data_path=chinese.txt", "--block_size=16"), "--allow_unknown"),
+    (("pretrain", "--vocab_path=other.json", "--init_from=text", "--data_path=text.txt"), "for another vocabulary"),
     (("pretrain", "--valid_path=chinese.txt", "--data_path=text.txt", "--block_size=16"), "chinese.txt: 160 of 160"),
     (("pretrain", "--valid_path=chinese.txt", "--data.split=enwik8"), "valid_path"),
     (("pretrain", "--data.dataset=folder", "--data_path=empty"), "empty"),
@@ -266,6 +270,18 @@ def test_bad_input_gets_one_line(home, tmp_path, command, words):
     assert result.returncode == 2 and not (tmp_path / "new").exists()
     [line] = result.stderr.splitlines()
     assert line.startswith(f"{script}.py: error: ") and words in line, line
+
+
+def test_a_run_goes_on_with_the_haiku_for_validation_that_it_began_with(tmp_path):
+    train, tokenizer = ["an old fox\njumps\nagain"], hg.ByteTokenizer()
+    settings = [
+        HaikuSource(train, valid, tokenizer, form="haiku", batch_size=1).fingerprint | {"valid_path": f"{i}.txt"}
+        for i, valid in enumerate((["a dog\nsleeps\non"], ["a dog\nsleeps\non"], ["a dog\nwakes\nup"]))
+    ]
+    for given in settings[:2]:  # wherever they lie
+        Run(tmp_path).start(small_config(vocab_size=258), tokenizer, given)
+    with pytest.raises(hg.UsageError, match="valid_fingerprint"):
+        Run(tmp_path).start(small_config(vocab_size=258), tokenizer, settings[2])
 
 
 @pytest.mark.parametrize("n_unknown", [0, 1, 9, 10, 11, 50])

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from flax import nnx
 
 import hourglass_jax as hg
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
-from hourglass_jax.files import is_temporary, write_whole
+from hourglass_jax.files import is_temporary, whole_file, write_whole
 from hourglass_jax.training import trainer
 from hourglass_jax.training.checkpoints import CHECKPOINTS
 from hourglass_jax.training.identity import differences, identity
@@ -173,6 +174,29 @@ def test_many_writers_of_one_file_do_not_collide(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert is_temporary(Path("a/vocab.json.0a1b2c3d.tmp"), ["vocab.json"])
     assert not is_temporary(Path("a/thesis.0a1b2c3d.tmp"), ["vocab.json"])
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_file_is_what_it_was_until_all_is_written(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    with pytest.raises(error), whole_file(path) as file:
+        file.write(b"a part")
+        file.flush()
+        raise error
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
+    with whole_file(path) as file:
+        file.write(b"all")
+    assert path.read_bytes() == b"all"
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(path.read_bytes)
+        write_whole(path, "text")
+        assert read.result() == b"text" and path.is_fifo()
 
 
 @pytest.mark.parametrize(

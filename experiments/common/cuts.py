@@ -12,6 +12,7 @@ from experiments.common.surprise import token_names
 from hourglass_jax import HourglassLM, UsageError
 from hourglass_jax.cuts import boundaries_of_rows, count_groups
 from hourglass_jax.data.pipeline import Batch
+from hourglass_jax.files import whole_file
 from hourglass_jax.nn.learned import LearnedBoundaries
 from hourglass_jax.tokenizers import TextTokenizer
 from hourglass_jax.training.trainer import MOST_SUPPRESSED
@@ -28,12 +29,12 @@ def write_boundaries(path: Path, model: HourglassLM, batches: Sequence[Batch], t
     if model.config.parsed_hierarchy.total_factor == 1:
         raise UsageError(f"--boundaries: hierarchy='{model.config.hierarchy}' shortens nowhere; leave it out")
     names, position = token_names(tokenizer), 0
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(HEADER)
+    with whole_file(path) as file:
+        file.write(HEADER.encode())
         for tokens, weights in batches:
             levels, counted = boundaries_of_rows(model, tokens[:, :-1]).sum(axis=1), weights > 0
             for token, n in zip(tokens[:, :-1][counted].tolist(), levels[counted].tolist(), strict=True):
-                file.write(f"{position}\t{names[token]}\t{n}\n")
+                file.write(f"{position}\t{names[token]}\t{n}\n".encode())
                 position += 1
 
 

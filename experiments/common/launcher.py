@@ -9,7 +9,8 @@ import logging as python_logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -292,7 +293,7 @@ def where_it_decodes(sample: Callable[[HourglassLM], str]) -> Callable[[Hourglas
 
 def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
     """absl's app.run. Bad input is one line on stderr and exit code 2; 0 where a signal ends a run that is saved,
-    130 where Ctrl-C ends anything else.
+    where it ends anything else 128 and its number.
 
     `positional`: main takes arguments beside the flags.
     """
@@ -326,6 +327,17 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
     for flag in FLAGS.get_key_flags_for_module(__name__):
         FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # so that --help shows what is defined here too
     app.run(guarded, flags_parser=parse)
+
+
+@contextmanager
+def stopping() -> Iterator[Signals]:
+    """Signals for what leaves nothing to go on with: one line on stderr, and an exit code that is not 0."""
+    with Signals() as signals:
+        try:
+            yield signals
+        except Interrupted as interruption:
+            assert signals.received is not None
+            fail(sys.argv[0], str(interruption), code=128 + signals.received)
 
 
 def fail(program: str, message: str, code: int = 2) -> None:

@@ -91,7 +91,7 @@ def recorded_haiku(run: str | Path) -> HaikuSource:
     source = HaikuSource(
         *haiku_parts(settings, tokenizer), tokenizer, form=form, batch_size=batch_size, allow_unknown=True
     )
-    if source.fingerprint["text_fingerprint"] != settings["text_fingerprint"]:
+    if any(settings.get(name, found) != found for name, found in source.fingerprint.items()):
         logging.warning("%s: have changed since the model was trained on them", settings["data_path"] or "the haiku")
     return source
 

@@ -97,7 +97,8 @@ class HaikuSource:
         self.unit = UNITS[tokenizer.kind]
         self.n_examples = len(train)
         self.first_line = valid[-1].split("\n")[0] if form == "prompt" else ""
-        self.fingerprint = {"text_fingerprint": fingerprint(self.train[0])}
+        parts = {"text_fingerprint": self.train, "valid_fingerprint": self.valid}
+        self.fingerprint = {name: fingerprint(tokens) for name, (tokens, _) in parts.items()}
         self.size = f"{len(train):,} haiku to train on, {len(valid):,} held back"
         self.next_command = ("generate", "--gen_mode=scratch")
         if self.first_line:
@@ -156,7 +157,10 @@ class ImageSource:
 def open_source(
     config: DataConfig, vocab_path: str = "", tokenizer: Tokenizer | None = None, *, allow_unknown: bool = False
 ) -> TextSource | ImageSource:
-    """What `config` asks for; a text in the tokens of `tokenizer`, of the vocabulary at `vocab_path`, or in its own."""
+    """What `config` asks for; a text in the tokens of `tokenizer`, of the vocabulary at `vocab_path`, or in its own.
+
+    Raises UsageError where both are given and differ.
+    """
     kind = tokenizer.kind if tokenizer else config.tokenizer
     if vocab_path and (config.dataset != "text" or kind == "byte"):
         option = "--data.tokenizer=byte" if config.dataset == "text" else f"--data.dataset={config.dataset}"
@@ -164,7 +168,10 @@ def open_source(
     if config.dataset != "text":
         return ImageSource(config)
     if vocab_path:
-        tokenizer = CharTokenizer.load(vocab_path)
+        chosen = CharTokenizer.load(vocab_path)
+        if tokenizer is not None and vars(tokenizer) != vars(chosen):
+            raise UsageError(f"--vocab_path={vocab_path}: the parameters are for another vocabulary; leave it out")
+        tokenizer = chosen
     return TextSource(config, tokenizer, allow_unknown=allow_unknown)
 
 

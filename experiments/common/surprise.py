@@ -11,6 +11,7 @@ from flax import nnx
 
 from hourglass_jax import Evaluation, HourglassLM, score
 from hourglass_jax.data.pipeline import Batch
+from hourglass_jax.files import whole_file
 from hourglass_jax.tokenizers import CharTokenizer, TextTokenizer
 
 HEADER = "position\tcharacter\tnats\tbits\n"
@@ -24,14 +25,15 @@ def write_surprise(path: Path, model: HourglassLM, batches: Sequence[Batch], tok
     """
     names, compiled = token_names(tokenizer), nnx.jit(score)
     position, loss = 0, 0.0
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(HEADER)
+    with whole_file(path) as file:
+        file.write(HEADER.encode())
         for tokens, weights in batches:
             counted = weights > 0
             nats = -np.asarray(compiled(model, tokens), np.float64)[counted]
             for token, surprise in zip(tokens[:, 1:][counted].tolist(), nats.tolist(), strict=True):
                 position += 1
-                file.write(f"{position}\t{names[token]}\t{surprise:.6f}\t{surprise / math.log(2):.6f}\n")
+                line = f"{position}\t{names[token]}\t{surprise:.6f}\t{surprise / math.log(2):.6f}\n"
+                file.write(line.encode())
             loss += nats.sum()
     return Evaluation(loss / position, position)
 
