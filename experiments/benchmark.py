@@ -67,7 +67,9 @@ def main(_: list[str]) -> None:
 
 
 def integers(flag: flags.FlagHolder) -> list[int]:
-    """Of a list; raises UsageError for what is none."""
+    """Of a list; raises UsageError for what is none, or empty."""
+    if not flag.value:
+        raise UsageError(f"--{flag.name} is empty; give whole numbers with commas between")
     numbers = launcher.parse_flag(flag.name, ",".join(flag.value), lambda _: [int(n) for n in flag.value])
     for number in numbers:
         check_range(flag.name, number, 1)

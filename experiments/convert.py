@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
 from pathlib import Path
 
 from absl import flags
@@ -100,7 +99,7 @@ def main(arguments: list[str]) -> None:
         write_model(model, tokenizer, directory)
     print(f"{describe(model)} -> {out}")
     script = "generate" if model.config.decodes else "evaluate"
-    print(f"\nnext: python experiments/{script}.py --load_model_path={shlex.quote(out)}")
+    print(f"\n{launcher.next_command(script, f'--load_model_path={out}')}")
 
 
 def read_paths(arguments: list[str]) -> tuple[str, str | None, str]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
+from hourglass_jax.tokenizers import Tokenizer
 
 Array = jax.Array | np.ndarray
 
@@ -59,10 +60,20 @@ def _all_below(tokens: Array, vocab_size: int) -> bool:
 def token_mask(name: str, tokens: int | Iterable[int], vocab_size: int) -> np.ndarray:
     """bool [V], true at each of `tokens`, one or several or none. Raises UsageError as `check_tokens`."""
     mask = np.zeros(vocab_size, bool)
-    listed = list(tokens) if isinstance(tokens, Iterable) else [tokens]
+    # An array of no axes calls itself Iterable, and is one token.
+    listed = list(tokens) if isinstance(tokens, Iterable) and getattr(tokens, "ndim", 1) else [tokens]
     if listed:
         mask[np.asarray(check_tokens(name, listed, vocab_size, "n"))] = True
     return mask
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: HourglassConfig) -> None:
+    """Raises UsageError for one that is not of the model's size."""
+    if tokenizer.vocab_size != config.tokenizer_size:
+        raise UsageError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {config.tokenizer_size}; give the one it "
+            "was trained with"
+        )
 
 
 def check_mask(mask: Any, shape: tuple[int, ...], config: HourglassConfig) -> Array:

@@ -22,6 +22,7 @@ from hourglass_jax.nn.boundaries import BOUNDARIES
 from hourglass_jax.nn.groups import FixedGroups
 from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS, AttentionShortening, AttentionUpsampling
 from hourglass_jax.nn.transformer import is_unrolled
+from hourglass_jax.ranges import check_range
 
 
 class Work(NamedTuple):
@@ -178,7 +179,9 @@ def level_lengths(config: HourglassConfig, length: int) -> dict[int, int]:
     """Positions of each level for a sequence of `length` tokens, by its factor.
 
     Where groups have any length, as many as there is room for, used or not: what a program of fixed shapes computes.
+    Raises UsageError for a length below 1.
     """
+    check_range("length", length, 1)
     levels = config.parsed_hierarchy.levels
     lengths = {1: length}
     for name, (level, inner) in zip(config.boundaries_by_level, itertools.pairwise(levels), strict=True):

@@ -206,6 +206,7 @@ class HourglassLM(nnx.Module):
         self.hourglass = Hourglass(config, config.parsed_hierarchy.levels, rngs=rngs)
         self.norm = layer_norm(config, rngs=rngs) if config.norm == "final" else None
         self.head = linear(config, config.d_model, config.vocab_size, rngs=rngs)
+        self.head.preferred_element_type = jnp.promote_types(config.dtype, jnp.float32)  # bfloat16 would tie logits
 
     def __call__(self, tokens: jax.Array, key: jax.Array | None = None, *, mask: jax.Array | None = None) -> jax.Array:
         return self.read(tokens, key, mask)[0]
@@ -310,8 +311,7 @@ class HourglassLM(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """The Hourglass's output [..., D] -> logits [..., V], float32 at least."""
-        logits = self.head(x if self.norm is None else self.norm(x))
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return self.head(x if self.norm is None else self.norm(x))
 
     def init_cache(self, batch: int, max_length: int, context: int | None = None) -> Cache:
         """Room for `max_length` tokens a row, of which it may see `context` (default: all); multiples of K."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hourglass_jax.checks import check_causal
+from hourglass_jax.checks import check_causal, check_tokenizer
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.tokenizers import CharTokenizer, TextTokenizer, boundary_tokens
 
@@ -22,8 +22,9 @@ def extend_vocabulary(model: HourglassLM, tokenizer: Tokenizer, text: str) -> tu
     New tokens come after the old ones. In the embedding and the head they start as the mean of the old ones, so that
     the logits of the old tokens are what they were and those of the new ones never stand out. Boundaries that the text
     decides are told the new characters, too. Where all characters are known, as bytes always are, the two come back.
-    Raises UsageError for a model that sees both sides.
+    Raises UsageError for a tokenizer that is not of the model's size, and for a model that sees both sides.
     """
+    check_tokenizer(tokenizer, model.config)
     new = tokenizer.unknown(text)
     if not new or not isinstance(tokenizer, CharTokenizer):
         return model, tokenizer

@@ -125,3 +125,10 @@ def test_a_record_of_another_machine_is_not_gone_on_with(tmp_path):
         result = run_forked("benchmark", *flags, cwd=tmp_path)
         [line] = result.stderr.splitlines()
         assert result.returncode == 2 and "here.json: was measured otherwise (" in line and words in line
+
+
+@pytest.mark.parametrize("flag", ["--lengths=", "--batches=", "--batches=0"])
+def test_lists_without_a_number_are_one_line(tmp_path, flag):
+    result = run_forked("benchmark", "--suite=decoding", "--nopeer", flag, cwd=tmp_path)
+    [line] = result.stderr.splitlines()
+    assert result.returncode == 2 and flag.strip("-=0") in line, line

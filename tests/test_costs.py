@@ -14,7 +14,7 @@ from experiments.ablations.costs import costs_table
 from experiments.ablations.rows import row_config
 from experiments.ablations.scales import find_setup
 from experiments.ablations.tables import TABLE_1
-from hourglass_jax import HourglassLM
+from hourglass_jax import HourglassLM, UsageError
 from hourglass_jax.costs import (
     activation_bytes,
     cache_bytes,
@@ -107,6 +107,12 @@ def test_cache_bytes_are_those_of_the_cache(hierarchy, shortening, upsampling, p
     options = {"shortening": shortening, "upsampling": upsampling, "positions": positions}
     config = small_config(hierarchy=hierarchy, **options)
     assert cache_bytes(config, 48, 3) == total_bytes(make_model(config).init_cache(3, 48))
+
+
+@pytest.mark.parametrize("cost", [forward_flops, training_flops, activation_bytes])
+def test_a_sequence_of_nothing_has_no_costs(cost):
+    with pytest.raises(UsageError, match="length=0"):
+        cost(small_config(), 0)
 
 
 def test_state_bytes_are_those_of_parameters_and_adamw():

@@ -195,6 +195,8 @@ def test_learned_positions_bound_a_cache_and_a_check(learned):
 def test_what_is_right_is_taken(model):
     assert [len(row) for row in generated(model, np.ones((2, 3), int), key=jax.random.PRNGKey(0))] == [2, 2]
     assert [len(row) for row in generated(model, (np.uint8([1]), jnp.array([2])), banned_tokens={0, 1})] == [2, 2]
+    for stop in (np.int64(3), np.array(3), jnp.array(3)):
+        assert len(generated(model, [[1]], stop_token=stop, banned_tokens=jnp.array(0))) == 1
     assert generated(model, []) == []
 
 

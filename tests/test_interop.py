@@ -319,6 +319,7 @@ def test_gelu_in_its_tanh_form_would_give_other_logits(tmp_path):
         ((1, 1, 1), {}, {"shorten_factor": 2, "n_heads": 8}, "n_heads=8 does not divide the 15"),
         ((1, 1, 1), {}, {"shorten_factor": 2.5}, "whole number"),
         ((1, 1, 1), {}, {"shorten_factor": (2, 7)}, "shortens 1 times"),
+        (2, {}, {"shorten_factor": 4}, "shortens 0 times"),
         (
             (1, 1, 1),
             {"updown_sample_type": "linear"},
@@ -330,5 +331,5 @@ def test_gelu_in_its_tanh_form_would_give_other_logits(tmp_path):
 )
 def test_what_the_pypi_package_has_and_this_library_has_not(tmp_path, depth, options, given, message):
     with pytest.raises(hg.UsageError, match=message) as error:
-        convert_peer(tmp_path, peer(depth, 2, **options), **given)
+        convert_peer(tmp_path, peer(depth, 2 if isinstance(depth, tuple) else None, **options), **given)
     assert "\n" not in str(error.value)

@@ -47,6 +47,10 @@ def shared(tmp_path):
     return tmp_path / "shared"
 
 
+def test_others_may_read_what_is_shared(shared):
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in shared.iterdir())
+
+
 def test_nothing_of_the_training_is_exported(shared):
     assert json.loads((shared / "config.json").read_text())["settings"] == {}
 

@@ -100,15 +100,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(row["model"] for row in rows):
-        points = [
-            (row["length"], row["characters_per_second"]) for row in rows if row["model"] == name and row["batch"] == 1
-        ]
+        own = [row for row in rows if row["model"] == name]
+        batch = min(row["batch"] for row in own)
+        points = [(row["length"], row["characters_per_second"]) for row in own if row["batch"] == batch]
         label = models.PEER if name == "peer" else f"hourglass_jax, {name} positions"
-        axes.loglog(*zip(*points, strict=True), marker="o", label=label)
+        axes.loglog(*zip(*points, strict=True), marker="o", label=f"{label}, batch {batch}")
     lengths = sorted({row["length"] for row in rows})
     axes.set_xticks(lengths, map(str, lengths))
     axes.set_xticks([], minor=True)
-    axes.set(xlabel="characters generated", ylabel="characters/s, batch 1")
+    axes.set(xlabel="characters generated", ylabel="characters/s")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -65,7 +65,7 @@ def from_pypi(
         )
     tensors = assemble(rename(state, NAMES, path), path)
     n_factors = max(name.count(".inner") for name in tensors)
-    factors = list(shorten_factor) if isinstance(shorten_factor, Sequence) else [shorten_factor] * n_factors
+    factors = list(shorten_factor) if isinstance(shorten_factor, Sequence) else [shorten_factor] * max(n_factors, 1)
     for factor in factors:
         check_range("shorten_factor", factor, 2)
     if len(factors) not in (0, n_factors):

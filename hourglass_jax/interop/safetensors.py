@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors.numpy import load_file, save_file
 
+from hourglass_jax.checks import check_tokenizer
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.files import whole_directory
@@ -29,13 +30,10 @@ def export_safetensors(model: HourglassLM, tokenizer: Tokenizer, directory: str 
     """
     if tokenizer is None:
         raise UsageError("tokenizer is None, as of a run of bare tokens; give one, such as hg.ByteTokenizer()")
-    if tokenizer.vocab_size != model.config.tokenizer_size:
-        raise UsageError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {model.config.tokenizer_size}; "
-            "give the one it was trained with"
-        )
+    check_tokenizer(tokenizer, model.config)
     with whole_directory(Path(directory)) as temporary:
         save_file(named_parameters(model), temporary / WEIGHTS, metadata={"format": "flax"})
+        (temporary / WEIGHTS).chmod(0o644)  # it is to be shared
         Run(temporary).write(Record(model.config, tokenizer, settings={}, history=[]))
 
 

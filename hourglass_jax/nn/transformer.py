@@ -139,7 +139,7 @@ class Stack(nnx.Module):
     def __init__(self, config: HourglassConfig, n_layers: int, unit: int, *, rngs: nnx.Rngs):
         self.config, self.n_layers = config, n_layers
         make_layers = nnx.vmap(lambda rngs: Block(config, unit, rngs=rngs))
-        self.layers: Any = make_layers(rngs.fork(split=n_layers)) if n_layers else None
+        self.layers: Any = make_layers(rngs.split(n_layers)) if n_layers else None
         self.norm = layer_norm(config, rngs=rngs) if config.norm == "stack" else None
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
