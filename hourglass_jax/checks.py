@@ -61,7 +61,7 @@ def token_mask(name: str, tokens: int | Iterable[int], vocab_size: int) -> np.nd
     """bool [V], true at each of `tokens`, one or several or none. Raises UsageError as `check_tokens`."""
     mask = np.zeros(vocab_size, bool)
     # An array of no axes calls itself Iterable, and is one token.
-    listed = list(tokens) if isinstance(tokens, Iterable) and getattr(tokens, "ndim", 1) else [tokens]
+    listed = list(tokens) if isinstance(tokens, Iterable) and getattr(tokens, "shape", None) != () else [tokens]
     if listed:
         mask[np.asarray(check_tokens(name, listed, vocab_size, "n"))] = True
     return mask
