@@ -88,6 +88,7 @@ def test_a_model_with_it_equals_its_formula(positions, window):
     assert largest_error(small_config(hierarchy="1@1 1@3 1@1", **options)) < 1e-10
 
 
+@pytest.mark.slow
 def test_a_model_with_it_is_causal_and_decodes_as_it_reads():
     model = make_model(small_config(hierarchy="1@1 1@2 0@1", attention="kernel", window=3))
     hg.check_causality(model)

@@ -117,6 +117,7 @@ def test_parameter_counts_of_table_1(row):
     assert count_parameters(row_config(row, PAPER)) / 1e6 == pytest.approx(row.paper["parameters_millions"], rel=0.03)
 
 
+@pytest.mark.slow
 def test_the_program_does_not_grow_with_depth():
     def program_size(n_layers):
         config = small_config(hierarchy=f"2@1 {n_layers}@4 2@1")

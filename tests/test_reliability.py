@@ -232,7 +232,7 @@ MOMENTS = {  # what is about to be called when the signal comes, for which time,
 }
 
 
-RARE = ("start", "compilation", "evaluation", "seal", "sample")
+RARE = ("start", "compilation", "step", "evaluation", "seal", "last evaluation", "sample")
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,7 @@ def compiled():
     return steps
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_training_step_add_up_to_the_whole(compiled):
     roofline = Roofline(compiled["none"].text, TARGET)
     parts, whole = roofline.breakdown(), total(roofline.kernels)
@@ -254,6 +255,7 @@ def test_the_parts_of_a_training_step_add_up_to_the_whole(compiled):
     assert parts[OTHER].flops == 0 and roofline.unknown_loops == 0
 
 
+@pytest.mark.slow
 def test_the_products_of_a_training_step_are_those_of_the_model(compiled):
     run = small_run()
     flops = total(Roofline(compiled["none"].text, TARGET).kernels).flops
@@ -262,6 +264,7 @@ def test_the_products_of_a_training_step_are_those_of_the_model(compiled):
     assert flops < total(Roofline(compiled["full"].text, TARGET).kernels).flops
 
 
+@pytest.mark.slow
 def test_memory_is_divided_without_rest_and_remat_keeps_fewer_activations(compiled):
     memory = {remat: step.memory for remat, step in compiled.items()}
     for step in compiled.values():

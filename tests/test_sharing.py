@@ -56,10 +56,8 @@ READERS = [
 EAGER = [lambda model: hg.score(model, TEXT[None, :9])]
 
 
-@pytest.mark.parametrize(
-    "readers, n_calls",
-    [(READERS, 9), pytest.param(READERS + EAGER, 200, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("readers, n_calls", [(READERS, 9), (READERS + EAGER, 200)])
 def test_threads_that_share_a_model_get_what_each_would_alone(two_cores, readers, n_calls):
     options = {"shortening": "average", "upsampling": "attention"}  # one model at several factors, too
     model = make_model(small_config(hierarchy="1@1 1@2 1@1", d_model=8, **options))

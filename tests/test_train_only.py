@@ -39,6 +39,7 @@ def chosen(name):
     return name.startswith(("hourglass.post.", "head."))
 
 
+@pytest.mark.slow
 def test_the_rest_stays_and_the_chosen_go_as_with_all(tmp_path):
     """Adam takes each number by itself: the first step of the chosen is that of a training of everything."""
     before = named_parameters(make_model(CONFIG, scale=1.0))

@@ -67,4 +67,5 @@ def test_nothing_new_changes_nothing():
     model = small_model(tokenizer)
     assert extend_vocabulary(model, tokenizer, "Càb日") == (model, tokenizer)  # as it is cleaned, all is known
     tokenizer = hg.ByteTokenizer()
+    model = small_model(tokenizer)
     assert extend_vocabulary(model, tokenizer, "日") == (model, tokenizer)
