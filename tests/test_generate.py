@@ -177,11 +177,10 @@ def test_bad_options_give_one_line(runs, generate, tmp_path, run, options, messa
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("options", [["--top_p=2"], ["--prompt=a\ud800"]])
-def test_what_is_refused_leaves_the_bytes_that_are_there(runs, generate, tmp_path, options):
+def test_what_is_refused_leaves_the_bytes_that_are_there(runs, generate, tmp_path):
     (tmp_path / "out").write_bytes(b"before")
     with pytest.raises(hg.UsageError):
-        generate(runs["char"], *options, f"--raw_out={tmp_path / 'out'}")
+        generate(runs["char"], "--top_p=2", f"--raw_out={tmp_path / 'out'}")
     assert (tmp_path / "out").read_bytes() == b"before"
 
 

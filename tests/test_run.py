@@ -3,14 +3,12 @@
 import dataclasses
 import io
 import json
-import os
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,7 +19,6 @@ from flax import nnx
 
 import hourglass_jax as hg
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
-from hourglass_jax.files import is_temporary, whole_file, write_whole
 from hourglass_jax.training import trainer
 from hourglass_jax.training.checkpoints import CHECKPOINTS
 from hourglass_jax.training.identity import differences, identity
@@ -163,40 +160,6 @@ def test_two_threads_do_not_train_in_one_directory(tmp_path):
         held.result()
     with run.training():
         pass
-
-
-def test_many_writers_of_one_file_do_not_collide(tmp_path):
-    texts = [str(i) * 100_000 for i in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        for _ in range(5):
-            list(pool.map(lambda text: write_whole(tmp_path / "file", text), texts))
-            assert (tmp_path / "file").read_text() in texts
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert is_temporary(Path("a/vocab.json.0a1b2c3d.tmp"), ["vocab.json"])
-    assert not is_temporary(Path("a/thesis.0a1b2c3d.tmp"), ["vocab.json"])
-
-
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_file_is_what_it_was_until_all_is_written(tmp_path, error):
-    path = tmp_path / "file"
-    path.write_bytes(b"before")
-    with pytest.raises(error), whole_file(path) as file:
-        file.write(b"a part")
-        file.flush()
-        raise error
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
-    with whole_file(path) as file:
-        file.write(b"all")
-    assert path.read_bytes() == b"all"
-
-
-def test_a_pipe_is_written_to_and_stays_one(tmp_path):
-    path = tmp_path / "pipe"
-    os.mkfifo(path)
-    with ThreadPoolExecutor(1) as pool:
-        read = pool.submit(path.read_bytes)
-        write_whole(path, "text")
-        assert read.result() == b"text" and path.is_fifo()
 
 
 @pytest.mark.parametrize(
