@@ -20,22 +20,25 @@ from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 POSITIONS = ("relative", "rotary", "learned")
 
 
-def methods():
-    """Every shortening, upsampling and positions; quick are two of each shortening, as of each upsampling.
+def methods(*others):
+    """Every shortening and upsampling, and of each of `others` one; quick is one of each.
 
-    At fixed boundaries there is nothing to smooth, so that this is repeating without a norm: slow, too.
+    At fixed boundaries there is nothing to smooth, so that this is repeating without a norm: slow.
     """
     for (i, shortening), (j, upsampling) in itertools.product(enumerate(SHORTENINGS), enumerate(UPSAMPLINGS)):
-        for n, positions in enumerate(POSITIONS):
-            quick = (j - i) % len(SHORTENINGS) < 2 and (i + j) % len(POSITIONS) == n and upsampling != "smooth"
-            marks = () if quick else pytest.mark.slow
-            yield pytest.param(shortening, upsampling, positions, marks=marks)
+        for chosen in itertools.product(*map(enumerate, others)):
+            quick = i == j and all(n == (i + j) % len(other) for (n, _), other in zip(chosen, others, strict=True))
+            values = shortening, upsampling, *(value for _, value in chosen)
+            yield pytest.param(*values, marks=() if quick else pytest.mark.slow)
 
 
-METHODS = list(methods())
+RESAMPLINGS = list(methods())
+METHODS = list(methods(POSITIONS))
 NESTED = "0@1 1@2 1@6 0@2 1@1"  # two shortenings with few layers, all unequal: for the grid of methods
 # No shortening, equal and unequal layers before and after, one to three shortenings.
 HIERARCHIES = ("2@1", "1@1 1@3 1@1", "1@1 1@2 1@6 0@2 2@1", "0@1 1@2 0@4 1@8 1@4 0@2 1@1")
+# The last takes as long as the others together.
+EVERY_HIERARCHY = [*HIERARCHIES[:-1], pytest.param(HIERARCHIES[-1], marks=pytest.mark.slow)]
 
 
 # The older code generator of XLA:CPU compiles small programs three times as fast.
@@ -89,9 +92,9 @@ def run_cached(model, read, start, tokens):
     return passed, stepped.swapaxes(0, 1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quick_compile():
-    """For the sweeps: XLA's optimisations would take longer than what they speed up."""
+    """For the sweeps: XLA's optimisations would take longer than what they speed up. On to the end of a file."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -113,6 +116,11 @@ def forgotten_padding(monkeypatch):
 def small_config(**options) -> HourglassConfig:
     defaults = {"vocab_size": 11, "hierarchy": "1@1 1@3 1@1", "d_model": 16, "n_heads": 2, "d_ff": 32}
     return HourglassConfig(**(defaults | {"max_length": 64} | options))
+
+
+def light_config(**options) -> HourglassConfig:
+    """For laws that are of other things than the model: it compiles in a third of the time."""
+    return small_config(**{"hierarchy": "0@1 1@2 0@1", "shortening": "average", "upsampling": "repeat"} | options)
 
 
 def make_model(config: HourglassConfig, seed: int = 0, scale: float = 5.0) -> HourglassLM:

@@ -140,7 +140,11 @@ def test_a_rule_that_sees_the_future_is_found_though_no_derivative_shows_it(rule
 CROWDED = {"boundary_tokens": range(7), "boundary_slack": 1.0}  # more want to end a group than there is room for
 GRID = [
     ("1@1 1@3 1@1", {"boundaries": "whitespace"}),
-    ("0@1 2@3 1@1", {"boundaries": "spacelike", "shortening": "select", "positions": "rotary"}),
+    pytest.param(
+        "0@1 2@3 1@1",
+        {"boundaries": "spacelike", "shortening": "select", "positions": "rotary"},
+        marks=pytest.mark.slow,
+    ),
     ("1@1 1@3 0@1", {"boundaries": "tokens", "positions": "learned", "norm": "final"} | CROWDED),
     pytest.param(  # and every third of those
         "1@1 1@2 1@6 0@2 1@1", {"boundaries": "tokens", "shortening": "select"}, marks=pytest.mark.slow

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import HIERARCHIES, METHODS, NESTED, forward, make_model, run_cached, small_config
+from conftest import EVERY_HIERARCHY, METHODS, NESTED, forward, make_model, run_cached, small_config
 from flax import nnx
 
 from hourglass_jax.decoding import AlignedPrompts
@@ -46,7 +46,7 @@ def test_cached_logits_with_heads_of_their_own_size_and_biases(positions):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
-@pytest.mark.parametrize("hierarchy", HIERARCHIES)
+@pytest.mark.parametrize("hierarchy", EVERY_HIERARCHY)
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float64", 1e-12)])
 def test_cached_logits_on_the_whole_grid(dtype, tolerance, hierarchy, shortening, upsampling, positions):
     options = {"shortening": shortening, "upsampling": upsampling, "positions": positions, "dtype": dtype}
@@ -54,7 +54,7 @@ def test_cached_logits_on_the_whole_grid(dtype, tolerance, hierarchy, shortening
         assert largest_difference(make_model(small_config(hierarchy=hierarchy, **options))) < tolerance
 
 
-@pytest.mark.parametrize("hierarchy", HIERARCHIES)
+@pytest.mark.parametrize("hierarchy", EVERY_HIERARCHY)
 @pytest.mark.parametrize(
     "options",
     [
@@ -74,7 +74,7 @@ def test_a_cache_that_misses_its_padding_is_noticed(forgotten_padding):
     assert np.abs(passed[1, 3:6] - forward(model, tokens)[1, :3]).max() > 1e-3
 
 
-@pytest.mark.parametrize("hierarchy", HIERARCHIES)
+@pytest.mark.parametrize("hierarchy", EVERY_HIERARCHY)
 def test_a_layer_at_factor_f_runs_once_every_f_tokens(hierarchy, monkeypatch):
     runs = []
     original = Block.step

@@ -51,7 +51,7 @@ def test_a_shift_of_k_minus_2_leaks_and_is_found(shortening, upsampling, positio
 @pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("level", [0, 1])
 def test_a_leak_at_any_level_is_found(level):
-    model = make_model(small_config(hierarchy="1@1 1@3 1@9 1@3 1@1"))
+    model = make_model(small_config(hierarchy="0@1 1@3 1@9 0@3 0@1"))
     leaky = model.hourglass.inner if level else model.hourglass
     leaky.boundaries.shift -= 1
     with pytest.raises(CausalityError):

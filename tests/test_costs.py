@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from conftest import HIERARCHIES, make_model, small_config
+from conftest import EVERY_HIERARCHY, make_model, small_config
 from flax import nnx
 from launching import ROOT
 
@@ -101,7 +101,7 @@ def test_forward_flops_of_groups_of_any_length_are_those_of_the_program():
     assert expected < 0.9 * xla_forward_flops(config)  # counting the groups that are expected would not do
 
 
-@pytest.mark.parametrize("hierarchy", HIERARCHIES)
+@pytest.mark.parametrize("hierarchy", EVERY_HIERARCHY)
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
 def test_cache_bytes_are_those_of_the_cache(hierarchy, shortening, upsampling, positions):
     options = {"shortening": shortening, "upsampling": upsampling, "positions": positions}

@@ -1,18 +1,16 @@
 """Shorten-factor dropout (section 4.1): one set of parameters at several factors."""
 
-import itertools
 from collections import Counter
 
 import jax
 import numpy as np
 import pytest
-from conftest import forward, make_model, small_config
+from conftest import RESAMPLINGS, forward, make_model, small_config
 from flax import nnx
 
 import hourglass_jax as hg
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
 from hourglass_jax.factors import drawn_factor
-from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 from hourglass_jax.training.metrics import read_curves
 from hourglass_jax.training.trainer import fit
 
@@ -27,7 +25,7 @@ FREE = {
 }  # of parameters of the factor's size
 
 
-@pytest.mark.parametrize("shortening, upsampling", itertools.product(SHORTENINGS, UPSAMPLINGS))
+@pytest.mark.parametrize("shortening, upsampling", RESAMPLINGS)
 def test_every_method_without_parameters_of_its_own_takes_another_factor_and_no_other_does(shortening, upsampling):
     options = {"shortening": shortening, "upsampling": upsampling}
     model = nnx.eval_shape(lambda: hg.HourglassLM(small_config(**options), rngs=nnx.Rngs(0)))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from conftest import make_model, small_config
+from conftest import light_config, make_model
 from flax import nnx
 
 import hourglass_jax as hg
@@ -31,7 +31,7 @@ CHARACTERS, BYTES, OLD_BYTES = (
 
 
 def write_model(directory, tokenizer, **settings):
-    model = make_model(small_config(hierarchy="1@1 1@2 1@1", d_model=8, vocab_size=tokenizer.vocab_size), scale=10.0)
+    model = make_model(light_config(d_model=8, vocab_size=tokenizer.vocab_size), scale=10.0)
     Run(directory).write(Record(model.config, tokenizer, settings, []))
     store = CheckpointStore(directory)
     store.save(1, nnx.state(model, nnx.Param))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_model, small_config
+from conftest import light_config, make_model, small_config
 from flax import nnx
 
 import hourglass_jax as hg
@@ -21,12 +21,12 @@ CHARACTERS, BYTES = hg.CharTokenizer("abc"), hg.ByteTokenizer()
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(small_config(hierarchy="1@1 1@2 1@1", d_model=8))  # 11 tokens
+    return make_model(light_config(d_model=8))  # 11 tokens
 
 
 @pytest.fixture(scope="module")
 def learned():
-    return make_model(small_config(hierarchy="1@1 1@2 1@1", d_model=8, positions="learned", max_length=8))
+    return make_model(light_config(d_model=8, positions="learned", max_length=8))
 
 
 def generated(model, prompts=([1],), **options):
@@ -230,7 +230,7 @@ def test_a_vocabulary_is_written_and_read_at_a_path_of_either_kind(tmp_path, kin
 @pytest.mark.core
 @pytest.mark.parametrize("positions", ["relative", "learned"])
 def test_float64_is_float64_or_refused_and_parameters_are_float32_either_way(positions):
-    config = small_config(hierarchy="1@1 1@2 1@1", d_model=8, positions=positions, dtype="float64")
+    config = light_config(d_model=8, positions=positions, dtype="float64")
     with jax.enable_x64(True):
         drawn = nnx.eval_shape(lambda: hg.HourglassLM(config, rngs=nnx.Rngs(0)))
         assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(drawn))} == {jnp.dtype("float32")}

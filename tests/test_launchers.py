@@ -13,7 +13,8 @@ import pytest
 from launching import EXPERIMENTS, README, run, run_forked
 
 WORDS = "the quick brown fox jumps over a lazy dog while five wizards mix jugs of quartz pink vow"
-TINY = ["--hierarchy=1@1 1@2 1@1", "--d_model=32", "--n_heads=2", "--d_ff=64", "--block_size=32"]
+TINY = ["--hierarchy=0@1 1@2 1@1", "--shortening=average", "--upsampling=repeat"]
+TINY += ["--d_model=32", "--n_heads=2", "--d_ff=64", "--block_size=32"]
 TINY += ["--batch_size=4", "--steps=30", "--train.eval_interval=15", "--optimizer.warmup_steps=5"]
 
 
@@ -68,7 +69,7 @@ def finetune(home, form):
 @pytest.mark.parametrize("name", ["pretrain", "haiku", "prompt"])
 def test_a_run_writes_its_outputs(home, name):
     out = home / "runs" / name
-    assert json.loads((out / "config.json").read_text())["model"]["hierarchy"] == "1@1 1@2 1@1"
+    assert json.loads((out / "config.json").read_text())["model"]["hierarchy"] == "0@1 1@2 1@1"
     assert "<EOS>" in json.loads((out / "vocab.json").read_text())["vocabulary"]
     assert any((out / "checkpoints").iterdir())
     assert any((out / "tensorboard").iterdir())
@@ -264,7 +265,11 @@ PRETRAIN = [
     ("epochs_and_steps", ["--epochs=2", "--iter=3"], "--epochs and --iter and --train.eval_interval both give"),
     ("two_hierarchies", ["--factors=2,1,1,2"], "--hierarchy and --factors differ about model.hierarchy"),
     ("two_widths", ["--model.d_model=64"], "--model.d_model and --d_model differ"),
-    ("factors_of_linear", ["--shorten_factors=2,3"], "parameters that depend on the shorten factor"),
+    (
+        "factors_of_linear",
+        ["--shorten_factors=2,3", "--upsampling=linear"],
+        "parameters that depend on the shorten factor",
+    ),
     ("trains_nothing", ["--optimizer.train_only=hed"], "hed"),
     ("short_positions", ["--positions=learned", "--model.max_length=16"], "max_length"),
     ("other_sizes", ["--init_from=run", "--out=new", "--d_model=64"], "do not fit"),

@@ -13,7 +13,7 @@ from hourglass_jax import HourglassConfig, UsageError
 from hourglass_jax.training.signals import Signals
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", [pytest.param(s, marks=[pytest.mark.slow] * (s != "micro")) for s in SCALES])
 def test_models_are_of_equal_depth_and_equal_flops(scale):
     setup = find_setup("enwik8", scale)
     at = {(point["role"], point["length"]): point for point in lengths.predictions(setup)}

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import HIERARCHIES, forward, make_model, small_config
+from conftest import EVERY_HIERARCHY, forward, make_model, small_config
 from flax import nnx
 
 import hourglass_jax as hg
@@ -45,7 +45,7 @@ def test_what_is_computed_again_changes_no_gradient():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("hierarchy", HIERARCHIES)
+@pytest.mark.parametrize("hierarchy", EVERY_HIERARCHY)
 @pytest.mark.parametrize("length", [1, 7, 16])
 def test_any_length_gives_finite_float32_logits(hierarchy, length):
     logits = forward(make_model(small_config(hierarchy=hierarchy)), jnp.ones((2, length), int))
@@ -169,7 +169,7 @@ def test_bad_configurations_say_what_is_wrong(options, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("hierarchy", [*HIERARCHIES, "2@1 8@3 2@1"])
+@pytest.mark.parametrize("hierarchy", [*EVERY_HIERARCHY, "2@1 8@3 2@1"])
 def test_hierarchies_print_as_they_read(hierarchy):
     parsed = hg.Hierarchy.parse(hierarchy)
     assert str(parsed) == hierarchy

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
-from conftest import make_model, small_config
+from conftest import light_config, make_model
 from flax import nnx
 
 import hourglass_jax as hg
@@ -24,7 +24,7 @@ from hourglass_jax.training.signals import Interrupted, Signals
 from hourglass_jax.training.trainer import fit
 
 TOKENS = np.tile(np.arange(3, 11), 300).astype(np.int32)
-CONFIG = small_config(dropout=0.1, hierarchy="1@1 1@2 1@1")
+CONFIG = light_config(dropout=0.1)
 BATCHES = random_windows(TOKENS, 16, 8, seed=0)
 
 

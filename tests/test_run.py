@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import make_model, small_config
+from conftest import light_config, make_model
 from flax import nnx
 
 import hourglass_jax as hg
@@ -28,7 +28,7 @@ from hourglass_jax.training.trainer import fit
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TOKENS = np.tile(np.arange(3, 11), 300).astype(np.int32)
-CONFIG = small_config(hierarchy="1@1 1@2 1@1")
+CONFIG = light_config()
 TOKENIZER = hg.CharTokenizer("abcdefgh")
 SETTINGS = {"data": {"path": "here/text.txt", "block_size": 16}, "pretrained": "runs/a", "text_fingerprint": 7}
 
@@ -239,7 +239,7 @@ def test_the_home_directory_is_found(whole, tmp_path, monkeypatch):
     "options, message",
     [
         ({"optimizer": {"learning_rate": 1e-3}}, r"optimizer.learning_rate: 0.01 -> 0.001"),
-        ({"config": small_config(hierarchy="1@1 1@2 1@1", d_ff=48)}, "model.d_ff: 32 -> 48"),
+        ({"config": light_config(d_ff=48)}, "model.d_ff: 32 -> 48"),
         ({"tokens": TOKENS[::-1]}, "first_batch_fingerprint"),
         ({"steps": 10}, "train.steps: 20 -> 10"),
         ({"validation": []}, "validation has no batch"),

@@ -1,23 +1,21 @@
 """Models come back from safetensors bit for bit, and damaged or other directories are refused in one line."""
 
-import itertools
 import json
 
 import numpy as np
 import pytest
-from conftest import NESTED, forward, make_model, small_config
+from conftest import NESTED, RESAMPLINGS, forward, make_model, small_config
 from safetensors.numpy import load_file, save_file
 
 import hourglass_jax as hg
 from hourglass_jax.interop import export_safetensors, import_safetensors
 from hourglass_jax.interop.parameters import named_parameters
-from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 
 TOKENIZER = hg.CharTokenizer("abcdefgh", clean=True)
 KERNEL = "hourglass.inner.pre.layers.attention.query.kernel"
 
 
-@pytest.mark.parametrize("shortening, upsampling", itertools.product(SHORTENINGS, UPSAMPLINGS))
+@pytest.mark.parametrize("shortening, upsampling", RESAMPLINGS)
 def test_every_method_comes_back_bit_for_bit(tmp_path, shortening, upsampling):
     config = small_config(hierarchy=NESTED, shortening=shortening, upsampling=upsampling)
     model = make_model(config)

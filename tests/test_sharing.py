@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
-from conftest import make_model, small_config
+from conftest import light_config, make_model
 from flax import nnx
 
 import hourglass_jax as hg
@@ -26,7 +26,7 @@ N_THREADS = 8
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(small_config(hierarchy="1@1 1@2 1@1", d_model=8))
+    return make_model(light_config(d_model=8))
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ EAGER = [lambda model: hg.score(model, TEXT[None, :9])]
 @pytest.mark.parametrize("readers, n_calls", [(READERS, 9), (READERS + EAGER, 200)])
 def test_threads_that_share_a_model_get_what_each_would_alone(two_cores, readers, n_calls):
     options = {"shortening": "average", "upsampling": "attention"}  # one model at several factors, too
-    model = make_model(small_config(hierarchy="1@1 1@2 1@1", d_model=8, **options))
+    model = make_model(light_config(d_model=8, **options))
     alone = [reader(model) for reader in readers]
 
     def work(thread):
@@ -143,9 +143,7 @@ def test_settings_of_this_thread_hold_for_what_it_generates(two_cores, monkeypat
     monkeypatch.setattr(decoding, "Sampler", Watched)
     options = {"max_tokens": 3, "key": KEY}
     with context():
-        model = make_model(
-            small_config(hierarchy="1@1 1@2 1@1", d_model=8, dtype="float64" if name == "float64" else "float32")
-        )
+        model = make_model(light_config(d_model=8, dtype="float64" if name == "float64" else "float32"))
         hg.generate(model, [[1, 2]] * n_rows, **options)
         expected = seen_by(np.zeros(1))
     assert seen and set(seen) == {expected}

@@ -4,7 +4,7 @@ import re
 
 import jax
 import pytest
-from conftest import HIERARCHIES, make_model, small_config
+from conftest import EVERY_HIERARCHY, make_model, small_config
 from flax import nnx
 
 import hourglass_jax as hg
@@ -17,7 +17,7 @@ def abstract(config):
 
 
 @pytest.mark.parametrize("options", [{}, {"positions": "learned", "norm": "final", "shortening": "linear"}])
-@pytest.mark.parametrize("hierarchy", HIERARCHIES)
+@pytest.mark.parametrize("hierarchy", EVERY_HIERARCHY)
 def test_rows_add_up(hierarchy, options):
     config = small_config(hierarchy=hierarchy, **options)
     *parts, total = summary_rows(abstract(config), 50)

@@ -22,11 +22,11 @@ from hourglass_jax.training.trainer import fit
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TOKENS = np.tile(np.arange(3, 11), 300).astype(np.int32)
-CONFIG = small_config(dropout=0.1)
+CONFIG = small_config(hierarchy="0@1 1@3 0@1", dropout=0.1)
 OPTIMIZER = hg.OptimizerConfig(learning_rate=1e-2, warmup_steps=5)
 
 
-def train(directory, batch_at=None, steps=60):
+def train(directory, batch_at=None):
     run = hg.Run(directory)
     run.start(CONFIG, hg.CharTokenizer("abcdefgh"))
     model = make_model(CONFIG, scale=1.0)
@@ -36,7 +36,7 @@ def train(directory, batch_at=None, steps=60):
         consecutive_windows(TOKENS[:200], 16, 4),
         run,
         optimizer_config=OPTIMIZER,
-        train_config=hg.TrainConfig(steps=steps, eval_interval=20),
+        train_config=hg.TrainConfig(steps=60, eval_interval=20),
     )
     return model, result
 
@@ -54,27 +54,34 @@ def batches_that_end(at):
     return batch_at
 
 
+@pytest.fixture(scope="module")
+def whole(quick_compile, tmp_path_factory):
+    """A run from its first step to its last: where, the model, the result."""
+    directory = tmp_path_factory.mktemp("whole")
+    return directory, *train(directory)
+
+
 @pytest.mark.core
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
-    whole, result = train(tmp_path / "whole")
+def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path):
+    directory, trained, result = whole
     with pytest.raises(Killed):
         train(tmp_path / "killed", batches_that_end(at=50))
     assert CheckpointStore(tmp_path / "killed").sound_step() in (20, 40)
     resumed, resumed_result = train(tmp_path / "killed")
     assert result == resumed_result
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(whole), nnx.state(resumed))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(trained), nnx.state(resumed))
     losses, resumed_losses = (
-        {r["step"]: r["train_loss"] for r in read_curves(tmp_path / run) if "train_loss" in r}
-        for run in ("whole", "killed")
+        {r["step"]: r["train_loss"] for r in read_curves(run) if "train_loss" in r}
+        for run in (directory, tmp_path / "killed")
     )
     assert losses == resumed_losses
 
 
 @pytest.mark.core
-def test_training_learns_and_the_directory_loads(tmp_path):
-    trained, result = train(tmp_path)
+def test_training_learns_and_the_directory_loads(whole):
+    directory, trained, result = whole
     assert result.loss < 0.2  # a cycle of eight letters
-    model, tokenizer, config = hg.load(tmp_path)
+    model, tokenizer, config = hg.load(directory)
     assert config == CONFIG and tokenizer.characters == list("abcdefgh")
     jax.tree.map(np.testing.assert_array_equal, nnx.state(trained), nnx.state(model))
     assert hg.evaluate(model, TOKENS[:200], block_size=16, batch_size=4).loss == pytest.approx(result.loss, rel=1e-6)
@@ -91,13 +98,6 @@ def test_load_takes_the_best_step_not_the_last(tmp_path):
     best = make_model(CONFIG, seed=2)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(best), nnx.state(model))
     assert CheckpointStore(tmp_path).sound_step() == 3
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("run")
-    train(directory, steps=1)
-    return directory
 
 
 def edit(path, **changes):
@@ -118,9 +118,9 @@ def edit(path, **changes):
         (lambda d: shutil.rmtree(d / "checkpoints"), "holds no checkpoint"),
     ],
 )
-def test_damaged_directories_say_what_is_wrong(run, tmp_path, damage, message):
+def test_damaged_directories_say_what_is_wrong(whole, tmp_path, damage, message):
     copy = tmp_path / "copy"
-    shutil.copytree(run, copy)
+    shutil.copytree(whole[0], copy)
     damage(copy)
     with pytest.raises(hg.UsageError, match=message):
         hg.load(copy)
@@ -213,7 +213,7 @@ def test_evaluation_equals_a_loop_over_windows():
     "accumulate", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow)]
 )
 def test_accumulated_gradients_are_those_of_the_large_batch(accumulate):
-    config = small_config(dtype="float64")
+    config = small_config(hierarchy="0@1 1@3 0@1", dtype="float64")
     tokens = np.random.default_rng(0).integers(0, 11, (6, 13))
     weights = np.random.default_rng(1).random((6, 12))  # parts of unequal weight
     steps = []

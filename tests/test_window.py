@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_model, small_config
+from conftest import forward, make_model, small_config
 from test_cache import largest_difference
 from test_oracle import largest_error
 
@@ -16,7 +16,10 @@ from hourglass_jax.nn.attention import Attention, blocked
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 WINDOWS = [1, 2, 5, 99]  # alone, no multiple of the factor 3, longer than the text
-CASES = [(1, "relative"), (2, "rotary"), (2, "relative"), (5, "learned"), (5, "relative"), (99, "relative")]
+CASES = [
+    *((1, "relative"), (2, "rotary"), (5, "learned")),
+    *(pytest.param(window, "relative", marks=pytest.mark.slow) for window in (2, 5, 99)),
+]
 HIERARCHY = "1@1 1@3 1@1"
 
 
@@ -106,4 +109,4 @@ def test_costs_are_those_of_the_band():
 def test_a_negative_window_is_refused():
     with pytest.raises(hg.UsageError, match="window=-1 is out of range"):
         small_config(window=-1)
-    assert jnp.isfinite(make_model(small_config(window=3))(jnp.ones((1, 1), int))).all()
+    assert jnp.isfinite(forward(make_model(small_config(window=3)), jnp.ones((1, 1), int))).all()
