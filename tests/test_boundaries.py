@@ -227,7 +227,7 @@ LEARNED = {"boundaries": "router", "shortening": "select", "upsampling": "smooth
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"positions": "rotary"} | ATTENTION, pytest.param(LEARNED, marks=pytest.mark.slow)]
+    "options", [{}, *(pytest.param(o, marks=pytest.mark.slow) for o in ({"positions": "rotary"} | ATTENTION, LEARNED))]
 )
 def test_rows_are_what_they_would_be_alone_beyond_the_context_too(options):
     model = make_model(event_config(**options))

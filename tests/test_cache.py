@@ -37,7 +37,7 @@ def test_cached_logits_of_every_method_equal_the_full_forward(shortening, upsamp
         assert largest_difference(make_model(small_config(hierarchy=NESTED, **options))) < 1e-12
 
 
-@pytest.mark.parametrize("positions", ["relative", "rotary"])
+@pytest.mark.parametrize("positions", ["relative", pytest.param("rotary", marks=pytest.mark.slow)])
 def test_cached_logits_with_heads_of_their_own_size_and_biases(positions):
     options = {"positions": positions, "d_head": 6, "qkv_bias": True, "dtype": "float64"}
     with jax.enable_x64(True):
@@ -95,7 +95,7 @@ def test_a_layer_at_factor_f_runs_once_every_f_tokens(hierarchy, monkeypatch):
         assert times == sorted([*range(0, 19, level.factor)] * n_layers)
 
 
-@pytest.mark.parametrize("positions", ["relative", "rotary"])
+@pytest.mark.parametrize("positions", ["relative", pytest.param("rotary", marks=pytest.mark.slow)])
 def test_a_forgetful_row_sees_its_context_and_dropping_what_nobody_sees_changes_nothing(positions):
     config = small_config(hierarchy="0@1 1@2 1@1", positions=positions, upsampling="attention", dtype="float64")
     tokens = jax.random.randint(jax.random.key(0), (2, 90), 0, 11)

@@ -73,7 +73,11 @@ def train(directory, steps, hierarchy="0@1 1@3 0@1", boundaries="gumbel"):
 
 
 @pytest.mark.parametrize(
-    "level, options", [("", {}), ("_2", {"hierarchy": "0@1 0@2 1@4 0@2 0@1", "boundaries": "fixed gumbel"})]
+    "level, options",
+    [
+        ("", {}),
+        pytest.param("_2", {"hierarchy": "0@1 0@2 1@4 0@2 0@1", "boundaries": "fixed gumbel"}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_has_curves_of_its_events_and_a_warning_where_they_find_no_room(tmp_path, monkeypatch, level, options):
     warnings = []

@@ -52,7 +52,7 @@ def test_every_hierarchy_and_option_equals_its_formula(hierarchy, options):
 
 
 @pytest.mark.parametrize("hierarchy", ONE_AND_OTHERS)
-@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("positions", [pytest.param("rotary", marks=pytest.mark.slow), "learned"])
 def test_the_fused_kernel_equals_the_formula_as_far_as_its_float32_goes(hierarchy, positions):
     assert largest_error(small_config(hierarchy=hierarchy, positions=positions, attention="fused")) < 1e-5
 

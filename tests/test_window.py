@@ -76,7 +76,7 @@ def test_a_ring_that_is_too_small_is_noticed(monkeypatch):
     assert largest_difference(make_model(small_config(hierarchy=HIERARCHY, window=5, d_ff=20))) > 1e-3
 
 
-@pytest.mark.parametrize("positions", ["relative", "rotary"])
+@pytest.mark.parametrize("positions", ["relative", pytest.param("rotary", marks=pytest.mark.slow)])
 def test_texts_beyond_the_context_are_the_same_alone_and_in_a_batch(positions):
     model = make_model(small_config(window=7, positions=positions))
     prompts = [[1, 2, 3], [4], np.arange(100) % 11]  # the last one is longer than the context
