@@ -37,8 +37,17 @@ BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Decoding: texts at a time; 
 SLICE_MINUTES = flags.DEFINE_float("slice_minutes", 8.5, "Accelerator: begin no part that would end later than this.")
 launcher.define_config("accelerator", accelerator.Accelerator())
 
+TAKEN_BY = {
+    "lengths": ("--suite=decoding",),
+    "batches": ("--suite=decoding",),
+    "peer": ("--suite=decoding", "--suite=training"),
+    "slice_minutes": ("--suite=accelerator",),
+    **{f"accelerator.{name}": ("--suite=accelerator",) for name in vars(accelerator.Accelerator())},
+}
+
 
 def main(_: list[str]) -> None:
+    launcher.check_taken(TAKEN_BY, f"--suite={SUITE.value}")
     if SUITE.value == "accelerator":
         run_accelerator()
         return

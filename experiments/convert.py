@@ -82,10 +82,7 @@ def main(arguments: list[str]) -> None:
     if (FROM.value is None) == (TO.value is None):
         raise UsageError("give one of --from=original|pypi|safetensors and --to=safetensors|package")
     mode = f"--from={FROM.value}" if FROM.value else f"--to={TO.value}"
-    given = {name for name in TAKEN_BY if flags.FLAGS[name].present} | ({"vocab"} if vocab_path else set())
-    for option in sorted(given):
-        if mode not in TAKEN_BY[option]:
-            raise UsageError(f"--{option} is for {' and '.join(TAKEN_BY[option])}, not for {mode}; leave it out")
+    launcher.check_taken(TAKEN_BY, mode, given=["vocab"] if vocab_path else [])
     if TO.value:
         model, tokenizer, _ = launcher.load_run(model_path)
         if TO.value == "package":

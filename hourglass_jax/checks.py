@@ -106,9 +106,12 @@ def check_key(key: Any) -> None:
     if isinstance(key, Array):
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and not key.ndim:
             return
-        if key.dtype == jnp.uint32 and key.ndim == 1:
+        if key.dtype == jnp.uint32 and key.shape == jax.random.key_data(jax.random.key(0)).shape:
             return
-    raise UsageError(f"key is {type(key).__name__}, not a random key; give one such as jax.random.key(0)")
+        given = f"{key.dtype} {list(key.shape)}"
+    else:
+        given = type(key).__name__
+    raise UsageError(f"key is {given}, not a random key; give one such as jax.random.key(0)")
 
 
 def check_x64(config: HourglassConfig) -> None:

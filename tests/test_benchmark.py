@@ -132,3 +132,13 @@ def test_lists_without_a_number_are_one_line(tmp_path, flag):
     result = run_forked("benchmark", "--suite=decoding", "--nopeer", flag, cwd=tmp_path)
     [line] = result.stderr.splitlines()
     assert result.returncode == 2 and flag.strip("-=0") in line, line
+
+
+@pytest.mark.parametrize(
+    "suite, flag", [("training", "--batches=2"), ("boundaries", "--nopeer"), ("decoding", "--accelerator.d_model=64")]
+)
+def test_options_of_other_suites_are_refused(tmp_path, suite, flag):
+    result = run_forked("benchmark", f"--suite={suite}", flag, "--report=here", cwd=tmp_path)
+    [line] = result.stderr.splitlines()
+    assert result.returncode == 2 and f"not for --suite={suite}; leave it out" in line, line
+    assert not list(tmp_path.iterdir())

@@ -129,6 +129,7 @@ def test_bytes_on_disk_need_no_look():
         (lambda model: generated(model, None), "prompts is NoneType"),
         (lambda model: generated(model, key=0), "key is int, not a random key"),
         (lambda model: generated(model, key=jax.random.split(KEY, 2)), "not a random key"),
+        (lambda model: generated(model, key=jnp.zeros(3, jnp.uint32)), r"key is uint32 \[3\], not a random key"),
         (lambda model: model([[1, 2]], 0), "key is int, not a random key"),
         (lambda model: generated(model, stop_token=11), "stop_token has tokens outside"),
         (lambda model: generated(model, stop_token=[1, -1]), "stop_token has tokens outside"),

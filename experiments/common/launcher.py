@@ -9,7 +9,7 @@ import logging as python_logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -104,6 +104,16 @@ def parse_flag(flag: str, text: str, parse: Callable[[str], Any]) -> Any:
         raise
     except ValueError as error:
         raise UsageError(f"--{flag}={text}: cannot be read as a value of this flag ({error})") from error
+
+
+def check_taken(taken_by: dict[str, tuple[str, ...]], mode: str, given: Collection[str] = ()) -> None:
+    """Raises UsageError for an option that is given, by name or as one of `given`, but not for this mode.
+
+    taken_by: of each option that only some modes take, these, as they are written: '--suite=decoding'.
+    """
+    for option, modes in sorted(taken_by.items()):
+        if (option in given or (option in FLAGS and FLAGS[option].present)) and mode not in modes:
+            raise UsageError(f"--{option} is for {' and '.join(modes)}, not for {mode}; leave it out")
 
 
 def import_plugin(plugin: str) -> None:
