@@ -43,9 +43,12 @@ def naive(inputs, pattern, first):
     return out
 
 
-@pytest.fixture(params=[(64, 8), (1, 99), (3, 2), (2, 1)], ids=lambda p: f"rows{p[0]}-segments{p[1]}")
+@pytest.fixture(
+    params=[(64, 8), (3, 2), *(pytest.param(blocks, marks=pytest.mark.slow) for blocks in [(1, 99), (2, 1)])],
+    ids=lambda p: f"rows{p[0]}-segments{p[1]}",
+)
 def blocks(request, monkeypatch):
-    """Blocks of so many query rows, so many segments; the last two leave an incomplete block."""
+    """Blocks of so many query rows, so many segments; 3 and 2 rows leave an incomplete block."""
     monkeypatch.setattr(blocked, "QUERY_ROWS", request.param[0])
     monkeypatch.setattr(blocked, "SEGMENTS", request.param[1])
     monkeypatch.setattr(blocked, "HEADS_IN_CACHE", request.param[0] * HEADS)

@@ -41,12 +41,12 @@ CASES = [  # groups: two blocks and a bit, a whole number of them, one group, le
     ("memory", Pattern(1, 1), 37, True, False),
     ("rotation", Pattern(1, 1, 0.3, 5), 37, True, True),
     ("memory", Pattern(1, 1, 0.0, 17), 48, True, True),
-    ("memory", Pattern(1, 1, 0.2), 37, False, True),
+    pytest.param("memory", Pattern(1, 1, 0.2), 37, False, True, marks=pytest.mark.slow),
     ("rotation", Pattern(1, 3), 21, True, True),
-    ("memory", Pattern(1, 2, 0.1), 18, False, False),
+    pytest.param("memory", Pattern(1, 2, 0.1), 18, False, False, marks=pytest.mark.slow),
     ("memory", Pattern(3, 1, 0.2), 21, True, True),
     ("memory", Pattern(1, 1), 1, True, False),
-    ("rotation", Pattern(3, 1), 5, True, False),
+    pytest.param("rotation", Pattern(3, 1), 5, True, False, marks=pytest.mark.slow),
 ]
 
 

@@ -46,7 +46,7 @@ def test_what_is_computed_again_changes_no_gradient():
 
 @pytest.mark.core
 @pytest.mark.parametrize("hierarchy", EVERY_HIERARCHY)
-@pytest.mark.parametrize("length", [1, 7, 16])
+@pytest.mark.parametrize("length", [1, 7, pytest.param(16, marks=pytest.mark.slow)])
 def test_any_length_gives_finite_float32_logits(hierarchy, length):
     logits = forward(make_model(small_config(hierarchy=hierarchy)), jnp.ones((2, length), int))
     assert logits.shape == (2, length, 11) and logits.dtype == jnp.float32
