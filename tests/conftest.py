@@ -20,24 +20,22 @@ from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 POSITIONS = ("relative", "rotary", "learned")
 
 
-def methods(*others):
-    """Every shortening and upsampling, and of each of `others` one; quick is one of each.
-
-    At fixed boundaries there is nothing to smooth, so that this is repeating without a norm: slow.
-    """
-    for (i, shortening), (j, upsampling) in itertools.product(enumerate(SHORTENINGS), enumerate(UPSAMPLINGS)):
-        for chosen in itertools.product(*map(enumerate, others)):
-            quick = i == j and all(n == (i + j) % len(other) for (n, _), other in zip(chosen, others, strict=True))
-            values = shortening, upsampling, *(value for _, value in chosen)
-            yield pytest.param(*values, marks=() if quick else pytest.mark.slow)
+def slow_unless(quick):
+    return () if quick else pytest.mark.slow
 
 
-RESAMPLINGS = list(methods())
-METHODS = list(methods(POSITIONS))
+# Quick is one of each. At fixed boundaries there is nothing to smooth, so that this is repeating without a norm: slow.
+PAIRS = list(itertools.product(enumerate(SHORTENINGS), enumerate(UPSAMPLINGS)))
+RESAMPLINGS = [pytest.param(down, up, marks=slow_unless(i == j)) for (i, down), (j, up) in PAIRS]
+METHODS = [
+    pytest.param(down, up, positions, marks=slow_unless(i == j and n == i % len(POSITIONS)))
+    for (i, down), (j, up) in PAIRS
+    for n, positions in enumerate(POSITIONS)
+]
 NESTED = "0@1 1@2 1@6 0@2 1@1"  # two shortenings with few layers, all unequal: for the grid of methods
 # No shortening, equal and unequal layers before and after, one to three shortenings.
 HIERARCHIES = ("2@1", "1@1 1@3 1@1", "1@1 1@2 1@6 0@2 2@1", "0@1 1@2 0@4 1@8 1@4 0@2 1@1")
-# The last takes as long as the others together.
+# Three shortenings take long to compile.
 EVERY_HIERARCHY = [*HIERARCHIES[:-1], pytest.param(HIERARCHIES[-1], marks=pytest.mark.slow)]
 
 
@@ -119,7 +117,7 @@ def small_config(**options) -> HourglassConfig:
 
 
 def light_config(**options) -> HourglassConfig:
-    """For laws that are of other things than the model: it compiles in a third of the time."""
+    """For laws that are of other things than the model: a training of it compiles much sooner."""
     return small_config(**{"hierarchy": "0@1 1@2 0@1", "shortening": "average", "upsampling": "repeat"} | options)
 
 
