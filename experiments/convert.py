@@ -26,7 +26,7 @@ from hourglass_jax.files import whole_directory
 from hourglass_jax.interop import export_safetensors, from_original, from_pypi, import_safetensors
 from hourglass_jax.model import n_parameters
 from hourglass_jax.pretrained import save_pretrained
-from hourglass_jax.run_config import IMAGE_SIZES, DataConfig
+from hourglass_jax.run_config import FOLDER, IMAGE_SIZES, DataConfig
 from hourglass_jax.tokenizers import ImageTokenizer, Tokenizer
 from hourglass_jax.training.checkpoints import CheckpointStore
 from hourglass_jax.training.run import Record, Run
@@ -60,7 +60,10 @@ FORMAT = flags.DEFINE_enum(
     "format", "text", ["text", "haiku", "prompt"], "What the model was trained on last, as of finetune.py."
 )
 DATASET = flags.DEFINE_enum(
-    "dataset", "cifar10", list(IMAGE_SIZES), "Of a model of images: what evaluate.py and generate.py shall read."
+    "dataset",
+    None,
+    [*IMAGE_SIZES, FOLDER],
+    "Of a model of images: what evaluate.py and generate.py shall read; default: cifar10, where its images fit.",
 )
 
 PYTORCH, PACKAGE = ("--from=original", "--from=pypi"), ("--to=package",)
@@ -134,7 +137,7 @@ def write_model(model: HourglassLM, tokenizer: Tokenizer, directory: Path) -> No
     """A run directory; its settings are what the other launchers ask a run for."""
     config = model.config
     if isinstance(tokenizer, ImageTokenizer):
-        data = DataConfig(dataset=DATASET.value, image_size=tokenizer.shape[0])
+        data = image_data(tokenizer.shape)
     else:
         data = DataConfig(tokenizer=tokenizer.kind, clean=getattr(tokenizer, "clean", False))
         if config.positions == "learned":
@@ -146,6 +149,19 @@ def write_model(model: HourglassLM, tokenizer: Tokenizer, directory: Path) -> No
     store = CheckpointStore(directory)
     store.save(0, nnx.state(model, nnx.Param))
     store.close()
+
+
+def image_data(shape: tuple[int, int, int]) -> DataConfig:
+    """--dataset; where it is not given, cifar10 for images of that shape, averaged or not, else a folder."""
+    height, width, channels = shape
+    coloured_square = height == width and channels == 3
+    of_cifar10 = coloured_square and IMAGE_SIZES["cifar10"] % height == 0
+    dataset = DATASET.value or ("cifar10" if of_cifar10 else FOLDER)
+    if dataset != FOLDER and not coloured_square:
+        raise UsageError(
+            f"--dataset={dataset}: the model's images are {width}x{height}x{channels}; give --dataset={FOLDER}"
+        )
+    return DataConfig(dataset=dataset, image_size=height if height == width else 0)
 
 
 def write_package(model: HourglassLM, record: Record, out: str) -> None:

@@ -93,7 +93,7 @@ def finetune(signals: Signals) -> None:
         "train": dataclasses.asdict(train),
     }
     run = Run(OUT.value)
-    launcher.start_run(run, model.config, tokenizer, settings, runtime, BATCH_SIZE.value)
+    launcher.start_run(run, model.config, tokenizer, settings, runtime, source.batches(train.seed)(0))
     epochs = train.steps * BATCH_SIZE.value / source.n_examples
     print(
         f"{source.size}, {train.steps} steps ({epochs:.3g} epochs, warm-up {optimizer.warmup_steps} steps) "
@@ -172,18 +172,30 @@ def read_haiku(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[Haiku
 
 
 def schedule(n_examples: int) -> tuple[TrainConfig, OptimizerConfig]:
-    """Steps by the number of examples, and a warm-up that leaves most of them, where these are not given."""
+    """Steps by the number of examples, and a warm-up that leaves most of them, where these are not given.
+
+    More epochs make a run that is there longer and leave it the same run, with the warm-up it began with.
+    """
     steps_an_epoch = -(-n_examples // BATCH_SIZE.value)
     if EPOCHS.value is None:
         steps = max(EPOCHS_OF_MANY * steps_an_epoch, MIN_STEPS)
     else:
         check_range("epochs", EPOCHS.value, 1)
         steps = EPOCHS.value * steps_an_epoch
+    begun = steps if flags.FLAGS.overwrite else first_steps(Run(OUT.value), steps)
     optimizer = launcher.read_config("optimizer", OptimizerConfig)
     if "optimizer.warmup_steps" not in flags.FLAGS:
-        warmup_steps = min(optimizer.warmup_steps, round(MAX_WARMUP * steps))
+        warmup_steps = min(optimizer.warmup_steps, round(MAX_WARMUP * begun))
         optimizer = dataclasses.replace(optimizer, warmup_steps=warmup_steps)
-    return TrainConfig(steps=steps, eval_interval=max(steps_an_epoch, steps // 10), seed=SEED.value), optimizer
+    return TrainConfig(steps=steps, eval_interval=max(steps_an_epoch, begun // 10), seed=SEED.value), optimizer
+
+
+def first_steps(run: Run, steps: int) -> int:
+    """How many the run was to have before it was made longer; `steps` where there is none."""
+    if not run.exists:
+        return steps
+    _, _, settings, history = run.read()
+    return history[0]["steps"][0] if history else settings.get("train", {}).get("steps", steps)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from experiments.common.recorded import recorded_images
 from hourglass_jax import HourglassLM, ImageTokenizer, UsageError, generate
 from hourglass_jax.checks import check_decodes
 from hourglass_jax.data.corpora import decode_text
+from hourglass_jax.decoding import MAX_NEW_TOKENS
 from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, clean, to_utf8
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Interrupted, Signals
@@ -46,7 +47,9 @@ PROMPT_FILE = launcher.define_path(
 EACH_LINE = flags.DEFINE_boolean("each_line", False, "Each line of --prompt_file that is not empty is a prompt.")
 STOP = flags.DEFINE_multi_string("stop", [], "End a sample before this text; may be repeated.")
 RAW_OUT = launcher.define_path("raw_out", "", "File for the new bytes as they are, of one sample after another.")
-MAX_TOKENS = flags.DEFINE_integer("max_tokens", 250, "New characters (bytes) a sample at most.", lower_bound=1)
+MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 250, "New characters (bytes) a sample at most.", lower_bound=1, upper_bound=MAX_NEW_TOKENS
+)
 OUT = launcher.define_path("out", "samples.png", "Where the images go.")
 DATA_PATH = launcher.define_path("data_path", "", "Directory of the images to complete; empty: where they were.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples to write.", lower_bound=1)
@@ -82,6 +85,7 @@ def main(_: list[str]) -> None:
     misplaced = sorted(given & (FOR_TEXT if images else FOR_IMAGES))
     if misplaced:
         raise UsageError(f"{misplaced[0]}: not for {LOAD.value}, a model of {'images' if images else 'text'}")
+    launcher.check_directory_of(OUT.value if images else RAW_OUT.value)
     with launcher.stopping() as signals:
         (draw if images else write)(model, tokenizer, signals)
 

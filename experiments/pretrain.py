@@ -63,7 +63,7 @@ def pretrain(signals: Signals) -> None:
         at_shorten_factor(model, factor)
     check_groups(model, *batch)
     run = Run(pretraining.OUT.value)
-    launcher.start_run(run, config, source.tokenizer, settings, runtime, data.batch_size)
+    launcher.start_run(run, config, source.tokenizer, settings, runtime, batch)
     groups = describe_groups(model, *batch)
     causal = launcher.causality(model)
     millions = n_parameters(model) / 1e6

@@ -65,7 +65,7 @@ __all__ = [
     "summary",
 ]
 
-_MODULES = ["costs", "data", "nn", "registry", "training"]
+_MODULES = ["costs", "data", "interop", "nn", "registry", "training"]
 
 
 def __dir__() -> list[str]:

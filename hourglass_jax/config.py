@@ -30,7 +30,7 @@ class HourglassConfig:
         | tokens (each of `boundary_tokens`) | router | gumbel | entropy (learned), or another of `registry.BOUNDARIES`.
         But for fixed, k is the expected length. For the first shortening; the others are fixed, or each has a name too.
     boundary_tokens: those at which a group ends. None: a vocabulary of 256 or more is read as bytes.
-    boundary_slack: groups there is room for, for each that is expected; what comes too early waits.
+    boundary_slack: groups there is room for, for each that is expected, and four more; ends beyond them are left out.
     boundary_weight: of the losses of learned boundaries, times that of their papers (router 0.03, the others 1).
     positions: relative (Transformer-XL) | rotary | learned (absolute, added to the tokens).
     dropout: probability, of the embedding, attention and both residuals of a block.

@@ -27,6 +27,7 @@ from hourglass_jax.nn.transformer import Stack
 from hourglass_jax.ranges import check_range
 from hourglass_jax.sampling import Sampler, row_keys
 
+MAX_NEW_TOKENS = 10**9  # positions are int32
 BLOCK = 64  # tokens between two returns from the jitted loop
 STREAM_BLOCK = 8  # the same when someone is watching
 MIN_CACHE = 256  # tokens; a cache grows with its text, since every step attends over all of it
@@ -207,7 +208,7 @@ def generate(
     learned positions, and a model that sees both sides or has LSH attention.
     """
     check_decodes(model.config)
-    check_range("max_tokens", max_tokens, 1)
+    check_range("max_tokens", max_tokens, 1, MAX_NEW_TOKENS)
     check_key(key)
     sampler = Sampler(temperature, top_k, top_p)
     config = model.config

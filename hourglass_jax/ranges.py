@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import os
 from collections.abc import Collection
 from typing import Any
 
@@ -12,7 +13,7 @@ from hourglass_jax.errors import UsageError
 
 
 def take_plain_values(config: Any) -> None:
-    """Makes NumPy's numbers and dtypes in a frozen dataclass, as of a computation, Python's own, which JSON takes."""
+    """Makes NumPy's numbers and dtypes and paths in a frozen dataclass what JSON takes: Python's own, and text."""
     for name, value in vars(config).items():
         object.__setattr__(config, name, plain(value))
 
@@ -22,6 +23,8 @@ def plain(value: Any) -> Any:
         return value.name
     if isinstance(value, tuple | list):
         return tuple(map(plain, value))
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -139,6 +139,8 @@ class TrainConfig:
             check_range(name, getattr(self, name), 1)
         check_range("patience", self.patience, 0)
         check_range("seed", self.seed, 0, MAX_SEED)
+        if not isinstance(self.shorten_factors, tuple):
+            raise UsageError(f"shorten_factors={self.shorten_factors!r}: give factors, as (2, 3)")
         for factor in self.shorten_factors:
             check_range("shorten_factors", factor, 2)
 

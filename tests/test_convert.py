@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_model, small_config
+from conftest import light_config, make_model, small_config
 from launching import run_forked
 from layouts import planes, write_binary
 
@@ -74,6 +74,19 @@ def test_a_model_of_images_goes_and_comes_back(home, tmp_path):
     succeed("convert", "--from=safetensors", "images", "run", cwd=tmp_path)
     out = succeed("evaluate", "--load_model_path=run", "--data_path=cifar", cwd=tmp_path)
     assert json.loads(out.splitlines()[-1])["bits_per_dim"] > 0
+
+
+@pytest.mark.parametrize(
+    "shape, data", [((24, 24, 3), ("folder", 24)), ((16, 16, 1), ("folder", 16)), ((6, 4, 3), ("folder", 0))]
+)
+def test_a_model_of_one_s_own_images_comes_back_as_one_of_a_folder(tmp_path, shape, data):
+    config = light_config(vocab_size=hg.ImageTokenizer.vocab_size)
+    export_safetensors(make_model(config), hg.ImageTokenizer(shape), tmp_path / "images")
+    succeed("convert", "--from=safetensors", "images", "run", cwd=tmp_path)
+    _, tokenizer, settings, _ = hg.Run(tmp_path / "run").read()
+    assert tokenizer.shape == shape and (settings["data"]["dataset"], settings["data"]["image_size"]) == data
+    refused = run_forked("convert", "--from=safetensors", "--dataset=cifar10", "images", "other", cwd=tmp_path)
+    assert refused.returncode == 2 and not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

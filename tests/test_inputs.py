@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +163,8 @@ def test_bytes_on_disk_need_no_look():
         (lambda _: small_config(dropout="0.1"), "dropout='0.1' is out of range; it must be at least 0 and below 1"),
         (lambda _: small_config(dropout=1), "dropout=1 "),
         (lambda _: hg.OptimizerConfig(beta2=1.0), "beta2=1.0 is out of range; it must be at least 0 and below 1"),
+        (lambda _: hg.TrainConfig(shorten_factors=2), r"shorten_factors=2: give factors, as \(2, 3\)"),
+        (lambda model: generated(model, [[1]], max_tokens=2**31), "max_tokens=2147483648 is out of range"),
         (lambda _: hg.DataConfig(train_fraction=1.0), "train_fraction=1.0 .* more than 0 and below 1"),
         (lambda _: BYTES.decode([np.arange(3), np.arange(4)]), "rows of different lengths; .* one text at a time"),
         (lambda _: hg.ImageTokenizer((1, 1, 3)).decode([1.9, 2.9, 3.0]), "no images of 3 intensities"),
@@ -208,12 +211,12 @@ def test_no_two_seeds_share_a_key():
         assert jax.random.key(MAX_SEED + 1) == jax.random.key(0)
 
 
-def test_numpy_s_numbers_in_a_configuration_are_python_s():
+def test_paths_and_numpy_s_numbers_in_a_configuration_are_text_and_python_s():
     for config in (
         hg.HourglassConfig(vocab_size=np.int64(9), dtype=np.dtype("float32"), boundary_tokens=np.arange(2)),
         hg.OptimizerConfig(learning_rate=np.float32(0.5), warmup_steps=np.int32(1)),
         hg.TrainConfig(seed=np.int64(3), shorten_factors=[np.int64(2)]),
-        hg.DataConfig(block_size=np.int64(8), train_fraction=np.float64(0.5)),
+        hg.DataConfig(path=Path("a.txt"), block_size=np.int64(8), train_fraction=np.float64(0.5)),
         hg.RuntimeConfig(accumulate=np.int64(2)),
     ):
         again = json.loads(json.dumps(dataclasses.asdict(config)))

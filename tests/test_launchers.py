@@ -80,6 +80,16 @@ def test_a_run_writes_its_outputs(home, name):
         assert values and all(map(math.isfinite, values))
 
 
+@pytest.mark.slow
+def test_more_epochs_make_a_run_longer(home, tmp_path):
+    """Though that many alone would have another warm-up, and evaluations further apart."""
+    shutil.copytree(home / "runs/prompt", tmp_path / "longer")
+    prompts = ["--data_path=haiku.txt", "--format=prompt"]
+    succeed("finetune", *prompts, "--epochs=20", f"--out={tmp_path}/longer", cwd=home)
+    train, history = (json.loads((tmp_path / "longer/config.json").read_text())[key] for key in ("settings", "history"))
+    assert train["train"]["steps"] == 20 and history[0]["steps"] == [1, 20]
+
+
 @pytest.mark.parametrize(("log", "script"), [("pretrained", "finetune"), ("haiku", "generate"), ("prompt", "generate")])
 def test_a_run_prints_figures_a_sample_and_the_next_command(home, log, script):
     stdout = (home / f"{log}.log").read_text()
@@ -281,11 +291,15 @@ PRETRAIN = [
     ("foreign_out", ["--out=foreign", "--overwrite"], "not a run"),
     ("never_again", ["--out=run", "--resume=never"], "--overwrite"),
     ("another_configuration", ["--out=run", "--learning_rate=0.5"], "learning_rate"),
+    ("another_split", ["--out=run", "--valid_path=text.txt", "--steps=99"], "first_batch_fingerprint"),
+    ("no_fraction", ["--data.train_fraction=nan"], "train_fraction=nan is out of range"),
 ]
 OTHERS = [
     ("generate", ["--load_model_path=run", "--temperature=-1"], "temperature"),
     ("generate", ["--load_model_path=run", "--top_p=2"], "top_p"),
     ("generate", ["--load_model_path=run", "--max_tokens=0"], "max_tokens"),
+    ("generate", ["--load_model_path=run", "--max_tokens=3000000000"], "max_tokens"),
+    ("generate", ["--load_model_path=run", "--raw_out=nowhere/new"], "there is no directory nowhere"),
     ("generate", ["--load_model_path=run", "--gen_mode=prompt"], "--prompt"),
     ("generate", ["--load_model_path=run", "--seed=9223372036854775808"], "seed"),
     ("finetune", ["--load_model_path=run", "--seed=9223372036854775808"], "seed"),

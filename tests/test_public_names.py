@@ -39,7 +39,7 @@ NAMES = [
     ),
     "summary",
 ]
-MODULES = ["costs", "data", "nn", "registry", "training"]
+MODULES = ["costs", "data", "interop", "nn", "registry", "training"]
 
 
 def test_completion_offers_the_names_that_matter():

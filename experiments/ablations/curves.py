@@ -227,8 +227,8 @@ def train_leg(
     Returns whether it did, and another process had not done it since. Raises RunBusy where one is at it.
     """
     job = leg.job
-    settings = job.settings() | source.fingerprint
-    launcher.start_run(run, job.config, source.tokenizer, settings, runtime, job.setup.data.batch_size)
+    settings, batches = job.settings() | source.fingerprint, source.batches(job.train.seed)
+    launcher.start_run(run, job.config, source.tokenizer, settings, runtime, batches(0))
     if job.result() is not None:
         return False
     print(job.directory, flush=True)
@@ -238,7 +238,7 @@ def train_leg(
     check_causality(model)
     fit(
         model,
-        source.batches(job.train.seed),
+        batches,
         validation[: job.train.eval_batches],
         run,
         optimizer_config=job.setup.optimizer,

@@ -199,15 +199,15 @@ def train_row(
     job: Job, run: Run, source: Source, validation: Sequence[Batch], runtime: RuntimeConfig, signals: Signals
 ) -> dict[str, Any]:
     """Trains a row in `run`, leaves its figures there and returns them; raises RunBusy where another process does."""
-    settings, batch_size = job.settings() | source.fingerprint, job.setup.data.batch_size
-    launcher.start_run(run, job.config, source.tokenizer, settings, runtime, batch_size)
+    settings, batches = job.settings() | source.fingerprint, source.batches(job.train.seed)
+    launcher.start_run(run, job.config, source.tokenizer, settings, runtime, batches(0))
     if (result := job.result()) is not None:  # another process has trained it since
         return result
     model = nnx.jit(lambda rngs: HourglassLM(job.config, rngs=rngs))(nnx.Rngs(job.train.seed))
     launcher.causality(model)
     evaluation = fit(
         model,
-        source.batches(job.train.seed),
+        batches,
         validation,
         run,
         optimizer_config=job.setup.optimizer,

@@ -33,10 +33,12 @@ from hourglass_jax import (
 )
 from hourglass_jax.causality import NotStrictlyCausal
 from hourglass_jax.checks import check_decodes
+from hourglass_jax.data.pipeline import Batch
 from hourglass_jax.memory import keep_memory
 from hourglass_jax.pretrained import pretrained_names, pretrained_path
 from hourglass_jax.run_config import MAX_SEED
 from hourglass_jax.tokenizers import Tokenizer
+from hourglass_jax.training.identity import of_first_batch
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.sharding import check_batch, make_mesh
 from hourglass_jax.training.signals import Interrupted, Signals
@@ -91,7 +93,7 @@ def read_config(name: str, cls: type[Config], **given: Any) -> Config:
     for field, names in given_fields(name).items():
         found = [values[field]] * (f"{name}.{field}" in names)
         found += [parse_flag(flag, FLAGS[flag].value, _aliases[flag][1]) for flag in names if flag in _aliases]
-        if any(value != found[0] for value in found):
+        if any(value != found[0] for value in found[1:]):
             raise UsageError(f"--{' and --'.join(names)} differ about {name}.{field}; leave out all but one")
         values[field] = found[0]
     return cls(**(values | given))
@@ -155,6 +157,12 @@ class PathParser(flags.ArgumentParser):
 def define_path(name: str, default: str | None, help_text: str) -> flags.FlagHolder:
     """A flag for a file or directory; `~/x` lies in the home directory, which a shell leaves as it is after `=`."""
     return flags.DEFINE(PathParser(), name, default, help_text, serializer=flags.ArgumentSerializer())
+
+
+def check_directory_of(path: str) -> None:
+    """Raises UsageError where no file can be written: before what it is to hold is computed."""
+    if not (directory := Path(path).parent).is_dir():
+        raise UsageError(f"{path}: there is no directory {directory}; make it, or give another path")
 
 
 class ModelFlags:
@@ -256,11 +264,16 @@ def start_run(
     tokenizer: Tokenizer,
     settings: Mapping[str, Any],
     runtime: RuntimeConfig,
-    batch_size: int,
+    batch: Batch,
 ) -> None:
-    """Starts `run`, or finds it to be this one; raises UsageError where it must not or cannot go on."""
-    check_batch(make_mesh(runtime), batch_size, runtime.accumulate)
+    """Starts `run`, or finds it to be this one, of which `batch` is the first.
+
+    Raises UsageError where it must not or cannot go on, and leaves it as it was: what `fit` would refuse is among it.
+    """
+    tokens, _ = batch
+    check_batch(make_mesh(runtime), len(tokens), runtime.accumulate)
     if jax.process_index() == 0:
+        settings = {**settings, **of_first_batch(tokens)}
         run.start(config, tokenizer, settings, overwrite=FLAGS.overwrite, resume=FLAGS.resume == "auto")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the run directory is ready")

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from hourglass_jax import HourglassLM, ImageTokenizer, generate
+from hourglass_jax.files import whole_file
 
 COLUMNS = 8  # of a grid
 GAP = 2  # white pixels between its images
@@ -69,4 +70,5 @@ def save_grid(path: Path, *groups: np.ndarray) -> None:
         for j, image in enumerate(row):
             y, x = i * down + GAP, j * right + GAP
             canvas[y : y + height * scale, x : x + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
-    Image.fromarray(canvas).save(path, format="PNG")
+    with whole_file(path) as file:
+        Image.fromarray(canvas).save(file, format="PNG")

@@ -34,6 +34,11 @@ def fingerprint(tokens: np.ndarray) -> int:
     return crc
 
 
+def of_first_batch(tokens: np.ndarray) -> dict[str, int]:
+    """What a run's settings say of its first batch: beside a text's own fingerprint, how it is split and ordered."""
+    return {"first_batch_fingerprint": fingerprint(tokens)}
+
+
 def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What of a run's settings says which run it is: all but PATHS and MEANS.
 

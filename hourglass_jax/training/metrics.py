@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hourglass_jax.files import write_whole
+from hourglass_jax.files import whole_file, write_whole
 from hourglass_jax.nn.platform import platform
 
 CURVES = "metrics.jsonl"
@@ -77,7 +77,8 @@ def plot_curves(directory: Path) -> Path:
     for axes in below:
         plot_rates(axes, rates)
     path = Path(directory) / "loss.png"
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=120)
     return path
 
 

@@ -25,7 +25,7 @@ from hourglass_jax.factors import at_shorten_factor, drawn_factor
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.run_config import OptimizerConfig, RuntimeConfig, TrainConfig
 from hourglass_jax.training import sharding
-from hourglass_jax.training.identity import fingerprint
+from hourglass_jax.training.identity import of_first_batch
 from hourglass_jax.training.metrics import CurveWriter, matmul_ceiling, peak_memory_bytes
 from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from hourglass_jax.training.progress import Progress
@@ -109,7 +109,7 @@ class _Training:
         self.settings = {
             "optimizer": dataclasses.asdict(optimizer_config),
             "train": dataclasses.asdict(train_config),
-            "first_batch_fingerprint": fingerprint(tokens),
+            **of_first_batch(tokens),
         }
         sharding.check_batch(self.mesh, self.batch_size, runtime_config.accumulate)
         self.rows = sharding.local_rows(self.batch_sharding, self.batch_size)
