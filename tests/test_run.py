@@ -346,8 +346,10 @@ def test_a_model_without_a_training_s_state_is_not_gone_on_with(tmp_path):
     store = run.checkpoints()
     store.save(0, nnx.state(make_model(CONFIG), nnx.Param))
     store.close()
+    before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(hg.UsageError, match="without the state of a training; start a new run from it"):
         train(tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
 class Closed(io.StringIO):

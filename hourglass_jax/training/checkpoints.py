@@ -74,10 +74,6 @@ class CheckpointStore:
         if problem := damage(self.directory / str(step)):
             raise UsageError(f"{self.directory}: the checkpoint of step {step} cannot be used: {problem}")
 
-    def holds_training(self, step: int) -> bool:
-        """Whether the checkpoint of `step` has an optimiser's state, so that a run can go on from it."""
-        return (self.directory / str(step) / "opt_state").is_dir()
-
     def evaluated(self, step: int) -> bool:
         """Whether the checkpoint of `step` has a validation loss."""
         return math.isfinite(self._valid_loss(step))

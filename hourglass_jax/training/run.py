@@ -187,6 +187,11 @@ class Run:
             self.write(Record(config, tokenizer, asked, history=[]))
             return
         found = self.read()
+        if "train" in asked and "train" not in found.settings and self.has_checkpoints:
+            raise UsageError(
+                f"{self.directory}: holds a model without the state of a training; start a new run from it, with "
+                f"--init_from={self.directory}"
+            )
         known = {"model": dataclasses.asdict(found.config)} | found.settings
         changes = differences(identity({name: known.get(name) for name in asked}), identity(asked))
         changes = {name: values for name, values in changes.items() if name.partition(".")[0] in known}

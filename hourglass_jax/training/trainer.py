@@ -153,11 +153,6 @@ class _Training:
         self.store.rewind(self.step)
         if self.saved_step is None:
             self.state = jax.jit(start, out_shardings=shardings)(params)
-        elif not self.store.holds_training(self.step):
-            raise UsageError(
-                f"{run.directory}: holds a model without the state of a training; start a new run from it, with "
-                f"--init_from={run.directory}"
-            )
         else:
             places = sharding.abstract(state, shardings)
             items = self.store.restore(self.step, params=places.params, opt_state=places.opt_state)
