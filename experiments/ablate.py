@@ -46,7 +46,10 @@ ROWS = flags.DEFINE_list(
     "rows", [], 'Only these rows, by the name that --dry_run prints, "in quotes" if it has a comma; default: all.'
 )
 SEEDS = flags.DEFINE_integer(
-    "seeds", 2, "Of the baseline row, the others have one, in B1 three; with --curves, of each.", lower_bound=1
+    "seeds",
+    2,
+    "Of the baseline row, the others have one, in B1 three; with --curves, or if given with --rows, of each.",
+    lower_bound=1,
 )
 FIRST_SEED = flags.DEFINE_integer(
     "first_seed", 0, "Only seeds from this one on, for a table whose report has the runs before.", lower_bound=0
@@ -118,6 +121,8 @@ def run_tables(setup: Setup, directory: Path, name: str) -> None:
             path = Path(RESULTS.value) / f"table{table.number}-{name}"
             print(reporting.report(table, setup, directory, path, COMMENT.value))
         return
+    if ROWS.value and SEEDS.present:
+        tables = [replace(table, seeds=max(table.seeds, SEEDS.value)) for table in tables]
     jobs = rows.plan(tables, setup, directory, SEEDS.value, ROWS.value, FIRST_SEED.value)
     if DRY_RUN.value:
         print(costs.plan_table(jobs, setup))

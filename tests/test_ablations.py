@@ -218,6 +218,7 @@ def test_a_shortening_of_one_s_own_is_a_row_of_table_8(home):
         *("| average", "| attention_average", "| attention_linear", "| linear", "| gated", "| attention_average")
     ]
     assert ablate(home, "--table=8", "--rows=gated", "--dry_run").count("to train") == 1
+    assert ablate(home, "--table=8", "--rows=gated", "--seeds=3", "--first_seed=1", "--dry_run").count("to train") == 2
 
 
 def test_a_row_s_directory_is_a_run(home):
