@@ -65,6 +65,21 @@ def test_a_signal_ends_a_run_well_and_says_where_it_is_saved(stopped, name):
     assert step == int(said) >= 10
 
 
+@pytest.mark.parametrize("seconds", [1, 3, 5, 8])
+def test_a_second_signal_ends_it_at_once_whatever_xla_is_at(tmp_path, seconds):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 300)
+    command = [sys.executable, EXPERIMENTS / "pretrain.py", *FLAGS, "--hierarchy=2@1 12@3 2@1", "--steps=100000"]
+    environment = os.environ | ENVIRONMENT | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, encoding="utf-8") as process:
+        while not (tmp_path / "run/config.json").exists():
+            time.sleep(0.01)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and stderr.endswith("pretrain.py: error: interrupted\n"), stderr
+
+
 def test_after_signals_the_same_command_ends_the_run(stopped):
     _, outcomes, last = stopped
     assert last.returncode == 0 and "validation: " in last.stdout, last.stderr

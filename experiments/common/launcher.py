@@ -343,7 +343,9 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
         except Interrupted as interruption:
             print(f"\n{interruption}")
         except KeyboardInterrupt:
-            fail(argv[0], "interrupted", code=130)  # as a shell reports it
+            complain(argv[0], "interrupted")
+            sys.stdout.flush()
+            os._exit(130)  # as a shell reports it; at once, since Python's own end crashes where XLA is at work
         except (UsageError, CausalityError, OSError) as error:
             fail(argv[0], str(error))
 
@@ -363,6 +365,10 @@ def stopping() -> Iterator[Signals]:
             fail(sys.argv[0], str(interruption), code=128 + signals.received)
 
 
+def complain(program: str, message: str) -> None:
+    print(f"{Path(program).name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
 def fail(program: str, message: str, code: int = 2) -> None:
-    print(f"{Path(program).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    complain(program, message)
     sys.exit(code)
