@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 from absl import flags
 from flax import nnx
@@ -95,12 +96,9 @@ def finetune(signals: Signals) -> None:
     run = Run(OUT.value)
     launcher.start_run(run, model.config, tokenizer, settings, runtime, source.batches(train.seed)(0))
     epochs = train.steps * BATCH_SIZE.value / source.n_examples
-    print(
-        f"{source.size}, {train.steps} steps ({epochs:.3g} epochs, warm-up {optimizer.warmup_steps} steps) "
-        f"-> {run.directory}"
-    )
+    print(f"{source.size}, {train.steps} steps ({epochs:.3g} epochs, warm-up {optimizer.warmup_steps} steps) -> {run}")
     unit = unit_of(source.unit, model.config)
-    heading, sample = source.sampler(model.config, train.seed, run.directory, signals)
+    heading, sample = source.sampler(model.config, train.seed, Path(OUT.value), signals)
     result = fit(
         model,
         source.batches(train.seed),
@@ -113,11 +111,11 @@ def finetune(signals: Signals) -> None:
         unit=unit,
         signals=signals,
     )
-    print(f"validation: {result.summary(unit)} (curves in {plot_curves(run.directory)})")
+    print(f"validation: {result.summary(unit)} (curves in {plot_curves(Path(OUT.value))})")
     print(f"sample: {heading}{sample(model)}")
     script, *options = ("generate",) if FORMAT.value == "text" else source.next_command
     script = script if model.config.decodes else "evaluate"
-    print("\n" + launcher.next_command(script, f"--load_model_path={run.directory}", *options))
+    print("\n" + launcher.next_command(script, f"--load_model_path={run}", *options))
 
 
 def read_text(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[TextSource, dict]:

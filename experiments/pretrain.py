@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 
 from absl import flags
 from flax import nnx
@@ -68,9 +69,9 @@ def pretrain(signals: Signals) -> None:
     causal = launcher.causality(model)
     millions = n_parameters(model) / 1e6
     print(f"{config.hierarchy}, {millions:.2f}M parameters, vocabulary {config.vocab_size}, causal: {causal}{groups}")
-    print(f"{source.size} -> {run.directory}")
+    print(f"{source.size} -> {run}")
     unit = unit_of(source.unit, config)
-    heading, sample = source.sampler(config, train.seed, run.directory, signals)
+    heading, sample = source.sampler(config, train.seed, Path(pretraining.OUT.value), signals)
     result = fit(
         model,
         source.batches(train.seed),
@@ -83,13 +84,13 @@ def pretrain(signals: Signals) -> None:
         unit=unit,
         signals=signals,
     )
-    plot = plot_curves(run.directory)
+    plot = plot_curves(Path(pretraining.OUT.value))
     groups = describe_groups(model, *batch)
     seconds = time.perf_counter() - started
     print(f"validation: {result.summary(unit)} ({seconds:.0f} s, curves in {plot}{groups})")
     print(f"sample: {heading}{sample(model)}")
     script, *options = source.next_command if config.decodes else ("evaluate",)
-    print("\n" + launcher.next_command(script, f"--load_model_path={run.directory}", *options))
+    print("\n" + launcher.next_command(script, f"--load_model_path={run}", *options))
 
 
 if __name__ == "__main__":

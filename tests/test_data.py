@@ -90,6 +90,15 @@ def test_several_texts_are_joined_in_the_order_of_their_names(library, monkeypat
     assert bytes(tokens).decode() == load_text(path)
 
 
+def test_a_text_counts_once_whatever_links_lead_to_it(library):
+    directory = Path("linked")
+    (directory / "v1").mkdir(parents=True)
+    (directory / "v1/a.txt").write_text("one")
+    (directory / "latest").symlink_to("v1")
+    (directory / "v1/up").symlink_to("..")
+    assert load_text(str(directory)) == load_text(f"linked/v1/a.txt,{directory.absolute()}/v1/a.txt") == "one"
+
+
 def test_a_file_with_a_comma_or_a_star_in_its_name_is_itself(library):
     for name in ("a,b.txt", "*.txt"):
         (library / name).write_text("itself")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hourglass_jax.files import is_temporary, whole_file, write_whole
+from hourglass_jax.errors import UsageError
+from hourglass_jax.files import is_temporary, whole_directory, whole_file, write_whole
 
 
 def test_many_writers_of_one_file_do_not_collide(tmp_path):
@@ -41,3 +42,25 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path):
         read = pool.submit(path.read_bytes)
         write_whole(path, "text")
         assert read.result() == b"text" and path.is_fifo()
+
+
+def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("file", "directory"):
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere" / name)
+    (tmp_path / "elsewhere/directory").mkdir()
+    write_whole(tmp_path / "file", "new")
+    with whole_directory(tmp_path / "directory") as directory:
+        (directory / "part").write_text("new")
+    assert (tmp_path / "elsewhere/file").read_text() == (tmp_path / "elsewhere/directory/part").read_text() == "new"
+    assert {path.name for path in tmp_path.rglob("*")} == {"elsewhere", "file", "directory", "part"}
+    assert (tmp_path / "file").is_symlink() and (tmp_path / "directory").is_symlink()
+
+
+def test_the_working_directory_may_be_what_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with whole_directory(Path(".")) as directory:
+        (directory / "part").write_text("new")
+    assert os.listdir() == ["part"]
+    with pytest.raises(UsageError, match="exists; choose another"), whole_directory(Path(".")):
+        pass

@@ -91,6 +91,15 @@ def test_what_is_hidden_or_below_it_is_no_image(tmp_path):
     assert sorted(image[0, 0, 0] for part in load_folder(tmp_path) for image in part) == [0, 1]
 
 
+def test_a_link_adds_no_image_and_moves_none(tmp_path):
+    for i in range(20):
+        save(tmp_path / f"v1/{i}.png", np.full((2, 2), i, np.uint8))
+    before = load_folder(tmp_path)
+    (tmp_path / "latest").symlink_to("v1")
+    for part, part_before in zip(load_folder(tmp_path), before, strict=True):
+        np.testing.assert_array_equal(part, part_before)
+
+
 @pytest.mark.parametrize("fraction", [0.001, 0.999])
 def test_both_parts_have_an_image(tmp_path, fraction):
     for i in range(3):

@@ -143,6 +143,32 @@ def test_an_error_does_not_lock_its_own_process_out(tmp_path):
     hg.Run(f"{tmp_path}/").start(CONFIG, TOKENIZER, {"seed": 0})
 
 
+def test_a_directory_that_was_removed_is_claimed_anew(tmp_path):
+    """As by a notebook's cell that is run again: its lock went with it, and another process may hold the new one."""
+    out = tmp_path / "run"
+    hg.Run(out).start(CONFIG, TOKENIZER)
+    shutil.rmtree(out)
+    hg.Run(out).start(CONFIG, TOKENIZER, overwrite=True)
+    shutil.rmtree(out)
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, encoding="utf-8") as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunBusy):
+            hg.Run(out).start(CONFIG, TOKENIZER)
+        other.kill()
+
+
+def test_a_run_stays_where_it_was_made_wherever_the_process_goes(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = hg.Run("run")
+    run.start(CONFIG, TOKENIZER)
+    assert run.checkpoints().sound_step() is None  # to look at it makes nothing of it
+    monkeypatch.chdir("sub")
+    train(run, steps=10)
+    assert not any((tmp_path / "sub").iterdir()) and str(run) == "run"
+    assert hg.load(tmp_path / "run")[1].characters == TOKENIZER.characters
+
+
 def test_two_threads_do_not_train_in_one_directory(tmp_path):
     run, inside, leave = hg.Run(tmp_path), threading.Event(), threading.Event()
 

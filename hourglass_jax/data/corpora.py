@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hourglass_jax.errors import UsageError
+from hourglass_jax.files import each_once, files_below
 from hourglass_jax.run_config import DataConfig
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, TextTokenizer
 
@@ -58,19 +59,22 @@ def builtin_text() -> str:
 
 
 def text_files(path: str | Path) -> list[Path]:
-    """The files that `path` names, as `DataConfig.path` says, sorted. Raises UsageError where a part names none."""
+    """The files that `path` names, as `DataConfig.path` says, sorted, each once whatever links lead to it.
+
+    Raises UsageError where a part names none.
+    """
     path = os.path.expanduser(path)
     if os.path.isfile(path):  # whatever its name
         return [Path(path)]
     files: set[Path] = set()
     parts = [path] if os.path.isdir(path) else [part.strip() for part in path.split(",")]
     for part in map(os.path.expanduser, parts):
-        directory = os.path.isdir(part)
+        directory, named = os.path.isdir(part), [Path(part)]  # a file whatever its name
         if directory:
-            names = glob.glob("**/*.txt", root_dir=part, recursive=True)
-        else:  # a file whatever its name, or a pattern
-            names = [part] if os.path.isfile(part) else glob.glob(part, recursive=True)
-        found = {file for name in names if (file := Path(part if directory else "", name)).is_file()}
+            named = [file for file in files_below(part) if file.suffix == ".txt"]
+        elif not os.path.isfile(part):
+            named = [Path(name) for name in glob.glob(part, recursive=True)]
+        found = {file for file in named if file.is_file()}
         if not found:
             problem = "the directory holds no .txt file" if directory else "no such file"
             raise UsageError(
@@ -78,7 +82,7 @@ def text_files(path: str | Path) -> list[Path]:
                 "commas between"
             )
         files |= found
-    return sorted(files)
+    return each_once(files)
 
 
 def load_text(path: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL import Image, ImageOps
 
 from hourglass_jax.data.images import ImageSplits, explained
 from hourglass_jax.errors import UsageError
+from hourglass_jax.files import each_once, files_below
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 GRAY, COLOURED = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's modes of 8 bits a channel
@@ -31,8 +31,7 @@ def load_folder(path: str | Path, image_size: int = 0, train_fraction: float = 0
     folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such directory; give one with PNG or JPEG files")
-    names = glob.glob("**", root_dir=folder, recursive=True)  # nothing hidden, nor below it
-    files = sorted(file for name in names if (file := folder / name).suffix.lower() in SUFFIXES and file.is_file())
+    files = each_once(file for file in files_below(folder) if file.suffix.lower() in SUFFIXES and file.is_file())
     if len(files) < 2:
         raise UsageError(f"{folder}: {len(files)} PNG or JPEG files; training and validation take at least one each")
     images = read_images(files, image_size)

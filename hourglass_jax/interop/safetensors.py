@@ -46,9 +46,7 @@ def import_safetensors(directory: str | Path) -> tuple[HourglassLM, Tokenizer, H
     config, tokenizer, _, _ = run.read()
     path = run.directory / WEIGHTS
     if tokenizer is None:
-        raise UsageError(
-            f"{run.directory}: says nothing of its tokens; give a directory that was exported as safetensors"
-        )
+        raise UsageError(f"{run}: says nothing of its tokens; give a directory that was exported as safetensors")
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give a directory that was exported as safetensors")
     try:

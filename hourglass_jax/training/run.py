@@ -68,16 +68,14 @@ class Run:
     """
 
     def __init__(self, directory: str | Path):
-        self.directory = Path(directory).expanduser()
+        self._given = Path(directory).expanduser()
+        self.directory = self._given.absolute()  # wherever the process goes later
+
+    def __str__(self) -> str:
+        return str(self._given)
 
     def __repr__(self) -> str:
-        return f"Run({str(self.directory)!r})"
-
-    @property
-    def vocabulary(self) -> str:
-        """The path of its characters and their tokens; empty where it has none."""
-        path = self.directory / VOCABULARY
-        return str(path) if path.exists() else ""
+        return f"Run({str(self)!r})"
 
     @property
     def exists(self) -> bool:
@@ -94,7 +92,7 @@ class Run:
         if not path.is_file():
             problem = "is not a checkpoint directory of this library (no config.json)"
             raise UsageError(
-                f"{self.directory}: {problem if self.directory.exists() else 'no such directory'}; "
+                f"{self}: {problem if self.directory.exists() else 'no such directory'}; "
                 "give the directory that pretrain.py or finetune.py wrote"
             )
         try:
@@ -102,7 +100,7 @@ class Run:
             version = record["format_version"]
             if version != FORMAT_VERSION:
                 raise UsageError(
-                    f"{path}: format version {version}, but this library reads version {FORMAT_VERSION}; "
+                    f"{self}/{CONFIG}: format version {version}, but this library reads version {FORMAT_VERSION}; "
                     "use the library version that wrote it"
                 )
             config = HourglassConfig(**record["model"])
@@ -111,10 +109,10 @@ class Run:
         except UsageError:
             raise
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UsageError(f"{path}: not a configuration of this library ({error!r})") from error
+            raise UsageError(f"{self}/{CONFIG}: not a configuration of this library ({error!r})") from error
         if tokenizer and tokenizer.vocab_size != config.tokenizer_size:
             raise UsageError(
-                f"{self.directory}: the vocabulary has {tokenizer.vocab_size} tokens, but the checkpoint's model has "
+                f"{self}: the vocabulary has {tokenizer.vocab_size} tokens, but the checkpoint's model has "
                 f"{config.tokenizer_size}; put back the vocab.json the model was trained with"
             )
         return Record(config, tokenizer, settings, history)
@@ -179,9 +177,7 @@ class Run:
         if overwrite:
             self.clear()
         elif self.exists and not resume:
-            raise UsageError(
-                f"{self.directory}: holds a run; go on with --resume=auto, or pass --overwrite to remove it"
-            )
+            raise UsageError(f"{self}: holds a run; go on with --resume=auto, or pass --overwrite to remove it")
         asked = {"model": dataclasses.asdict(config)} | json.loads(json.dumps(dict(settings)))
         if overwrite or not self.exists:
             self.write(Record(config, tokenizer, asked, history=[]))
@@ -189,8 +185,8 @@ class Run:
         found = self.read()
         if "train" in asked and "train" not in found.settings and self.has_checkpoints:
             raise UsageError(
-                f"{self.directory}: holds a model without the state of a training; start a new run from it, with "
-                f"--init_from={self.directory}"
+                f"{self}: holds a model without the state of a training; start a new run from it, with "
+                f"--init_from={self}"
             )
         known = {"model": dataclasses.asdict(found.config)} | found.settings
         changes = differences(identity({name: known.get(name) for name in asked}), identity(asked))
@@ -200,7 +196,7 @@ class Run:
         longer = changes.get(LONGER, (0, 0))
         if changes.keys() - {LONGER} or longer[0] > longer[1]:
             raise UsageError(
-                f"{self.directory}: holds a run with another configuration ({described(changes)}); choose another "
+                f"{self}: holds a run with another configuration ({described(changes)}); choose another "
                 "directory, or pass --overwrite to remove it"
             )
         history = found.history + ([self._lengthened(*longer, asked)] if changes else [])
@@ -214,7 +210,7 @@ class Run:
             step = store.sound_step() or 0
             store.close()
         schedule = schedule_in_words(OptimizerConfig(**asked["optimizer"]), new) if "optimizer" in asked else ""
-        logging.warning("%s: %d steps instead of %d; from step %d on: %s", self.directory, new, old, step, schedule)
+        logging.warning("%s: %d steps instead of %d; from step %d on: %s", self, new, old, step, schedule)
         return {"after_step": step, "steps": [old, new], "schedule": schedule}
 
     def claim(self) -> None:
@@ -223,14 +219,16 @@ class Run:
         Raises RunBusy, a UsageError, where another one has, and UsageError where there is something else than a run.
         """
         here = self.directory
-        if self._key in _locks:
-            return
+        if lock := _locks.get(self._key):
+            if (here / LOCK).exists() and os.path.samestat(os.fstat(lock.fileno()), os.stat(here / LOCK)):
+                return
+            self.release()  # its directory was removed, and what is there now may be another process's
         if here.exists() and not here.is_dir():
-            raise UsageError(f"{here}: is a file; choose another output directory")
+            raise UsageError(f"{self}: is a file; choose another output directory")
         strange = [path.name for path in here.iterdir() if not _begins_a_run(path)] if here.is_dir() else []
         if strange and not self.exists:
             raise UsageError(
-                f"{here}: exists and is not a run of this library (it holds {', '.join(sorted(strange)[:3])}); "
+                f"{self}: exists and is not a run of this library (it holds {', '.join(sorted(strange)[:3])}); "
                 "choose another output directory"
             )
         here.mkdir(parents=True, exist_ok=True)
@@ -241,7 +239,7 @@ class Run:
             lock.seek(0)
             who = lock.read() or "its name is not written yet"
             lock.close()
-            raise RunBusy(f"{here}: another process trains here ({who}); wait for it, or stop it") from None
+            raise RunBusy(f"{self}: another process trains here ({who}); wait for it, or stop it") from None
         lock.truncate(0)
         lock.write(f"{socket.gethostname()}, process {os.getpid()}")
         lock.flush()
@@ -258,7 +256,7 @@ class Run:
         """For the body no other process, and no other thread of this one, can train here; released after it."""
         self.claim()
         if _trainers.setdefault(self._key, self) is not self:
-            raise RunBusy(f"{self.directory}: another thread of this process trains here; wait for it")
+            raise RunBusy(f"{self}: another thread of this process trains here; wait for it")
         try:
             yield
         finally:
@@ -276,12 +274,12 @@ class Run:
                 path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
         left = sorted(path.name for path in self.directory.iterdir() if not _is_ours(path))
         if left:
-            logging.warning("%s: %s stays, being no part of a run", self.directory, ", ".join(left))
+            logging.warning("%s: %s stays, being no part of a run", self, ", ".join(left))
 
     @property
     def has_checkpoints(self) -> bool:
-        """Whether any was ever begun."""
-        return (self.directory / CHECKPOINTS).is_dir()
+        """Whether there is any."""
+        return any(path.name.isdigit() for path in (self.directory / CHECKPOINTS).glob("*"))
 
     def checkpoints(self, *, for_training: bool = False, keep: int = 2) -> CheckpointStore:
         """See `CheckpointStore`."""

@@ -190,8 +190,7 @@ class _Training:
             if self.saved_step != self.step:
                 self.save()
             raise Interrupted(
-                f"{interruption} after step {self.step}, which is saved in {self.run.directory}; "
-                "the same command goes on"
+                f"{interruption} after step {self.step}, which is saved in {self.run}; the same command goes on"
             ) from None
         finally:
             self.end_profile()
@@ -270,7 +269,7 @@ class _Training:
                         saved = f"the last good checkpoint is that of step {self.saved_step}"
                     raise Diverged(
                         f"step {step}: {name} is {value}, on batch {step - 1} in the order of seed {self.config.seed}; "
-                        f"{saved} in {self.run.directory}; lower the learning rate or set a clip_norm"
+                        f"{saved} in {self.run}; lower the learning rate or set a clip_norm"
                     )
         self.recent = []
         return values
