@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -44,34 +44,6 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     except (Exception, KeyboardInterrupt):
         temporary.unlink(missing_ok=True)
         raise
-
-
-def files_below(directory: str | Path) -> Iterator[Path]:
-    """The files in a directory and in those below it, but for hidden ones; what lies behind links comes last.
-
-    Nothing is entered twice: links may lead to where they lie.
-    """
-    seen: set[str] = set()
-    waiting = [directory]
-    for top in waiting:
-        for here, directories, names in os.walk(top):
-            if (place := os.path.realpath(here)) in seen:
-                directories.clear()
-                continue
-            seen.add(place)
-            directories[:] = [name for name in directories if not name.startswith(".")]
-            waiting += [path for name in directories if (path := Path(here, name)).is_symlink()]
-            yield from (Path(here, name) for name in names if not name.startswith("."))
-
-
-def each_once(paths: Iterable[Path]) -> list[Path]:
-    """Sorted; of several that lead to one file, the one without a link, or else the first."""
-    by_place: dict[Path, Path] = {}
-    for path in sorted(paths):
-        place = path.resolve()
-        if place not in by_place or path.absolute() == place:
-            by_place[place] = path
-    return sorted(by_place.values())
 
 
 def is_temporary(path: Path, names: Collection[str]) -> bool:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hourglass_jax.data.listing import each_once, files_below
 from hourglass_jax.errors import UsageError
-from hourglass_jax.files import each_once, files_below
 from hourglass_jax.run_config import DataConfig
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, TextTokenizer
 

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hourglass_jax.data.images import ImageSplits, explained
+from hourglass_jax.data.listing import each_once, files_below
 from hourglass_jax.errors import UsageError
-from hourglass_jax.files import each_once, files_below
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 GRAY, COLOURED = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's modes of 8 bits a channel
