@@ -1,4 +1,4 @@
-"""Checks of tokens and keys that a user hands in, on the host alone: of a traced array, shape and type are looked at.
+"""Checks of what a user hands in, on the host alone: of a traced array, shape and type are looked at.
 
 So they cost a compiled program nothing, and what is traced is checked where it is handed in or not at all.
 """
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
@@ -121,6 +122,12 @@ def check_x64(config: HourglassConfig) -> None:
         raise UsageError(
             f"dtype={config.dtype!r} would be float32 here; set JAX_ENABLE_X64=1, or go within jax.enable_x64(True)"
         )
+
+
+def check_returned(module: nnx.Module, vectors: jax.Array, shape: tuple[int, ...]) -> None:
+    """Raises UsageError where a shortening or an upsampling, as one of one's own, returns vectors of another shape."""
+    if vectors.shape != shape:
+        raise UsageError(f"{type(module).__name__} returned {list(vectors.shape)}; it must return {list(shape)}")
 
 
 def check_prompts(prompts: Any, config: HourglassConfig, max_tokens: int) -> list[np.ndarray]:

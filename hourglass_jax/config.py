@@ -49,7 +49,7 @@ class HourglassConfig:
         dropout allow) | blocked (jnp, in memory linear in length) | fused (cuDNN's kernel on GPUs, splash attention on
         TPUs; blocked with relative positions or dropout, which they do not know) | kernel (ours in Pallas, with both;
         interpreted on CPUs, for tests) | plain (the formula in jnp alone: for jax.jvp, Hessian-vector products and
-        other forward derivatives, which the others have not).
+        other forward derivatives, which the others have not, nor have boundaries but fixed).
     window: of layers on the tokens (factor 1): each sees its own and the W - 1 tokens before it; 0: all of them. Deeper
         layers and resampling see everything, so a long past is still there, coarser.
     token_attention: of layers on the tokens. full | lsh (Reformer's, section 3.3: linear in length, but not strictly

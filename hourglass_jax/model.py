@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from hourglass_jax.checks import check_decodes, check_key, check_mask, check_tokens, check_x64
+from hourglass_jax.checks import check_decodes, check_key, check_mask, check_returned, check_tokens, check_x64
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Level
@@ -83,8 +83,10 @@ class Hourglass(nnx.Module):
             return x, []
         groups = self.boundaries(x, tokens, mask, row_keys=row_keys)
         short = self.shorten(groups.shift_right(x), groups, key=keys[1])
+        check_returned(self.shorten, short, (len(x), self.boundaries.n_groups(x.shape[1]), self.d_model))
         short, deeper = self.inner.with_groups(short, keys[2], mask=groups.mask, row_keys=row_keys)
         up = self.upsample(x, short, groups, key=keys[3])
+        check_returned(self.upsample, up, x.shape)
         return self.post(self.add_upsampled(x, up), keys[4], mask), [groups, *deeper]
 
     def groups(self, x: jax.Array, tokens: jax.Array | None = None) -> list[Groups]:

@@ -14,8 +14,8 @@ from launching import METHOD, run_forked
 
 import hourglass_jax as hg
 from hourglass_jax.costs import count_parameters, decoding_flops, forward_flops
-from hourglass_jax.nn.resampling import AttentionShortening, AverageShortening
-from hourglass_jax.registry import SHORTENINGS
+from hourglass_jax.nn.resampling import AttentionShortening, AverageShortening, Shortening, Upsampling
+from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 from hourglass_jax.training.step import TrainState, make_train_step
 
 
@@ -140,6 +140,40 @@ def test_a_method_that_sees_the_future_is_one_line(tmp_path):
     result = run_forked("pretrain", *TINY, "--hierarchy=0@1 1@2 0@1", "--plugin=leaky.py", cwd=tmp_path)
     [line] = result.stderr.splitlines()
     assert result.returncode == 2 and line.startswith("pretrain.py: error: ") and "depend" in line
+
+
+class Unpooled(Shortening):
+    def __call__(self, x, groups, *, key=None):
+        return x
+
+
+class Unspread(Upsampling):
+    def __call__(self, x, short, groups, *, key=None):
+        return short
+
+
+@pytest.mark.parametrize("boundaries", ["fixed", "tokens"])
+@pytest.mark.parametrize(
+    "method, words",
+    [
+        (
+            {"shortening": "odd", "upsampling": "repeat"},
+            r"Unpooled returned \[2, 9, 16\]; it must return \[2, \d, 16\]",
+        ),
+        (
+            {"shortening": "average", "upsampling": "odd"},
+            r"Unspread returned \[2, \d, 16\]; it must return \[2, 9, 16\]",
+        ),
+    ],
+)
+def test_a_method_that_returns_another_shape_is_one_line(monkeypatch, method, words, boundaries):
+    monkeypatch.setitem(SHORTENINGS, "odd", Unpooled)
+    monkeypatch.setitem(UPSAMPLINGS, "odd", Unspread)
+    config = small_config(
+        hierarchy="0@1 1@3 0@1", boundaries=boundaries, boundary_tokens=(1,), boundary_slack=1, **method
+    )
+    with pytest.raises(hg.UsageError, match=words):
+        make_model(config)(np.zeros((2, 9), int))
 
 
 def test_help_shows_the_shared_flags(tmp_path):
