@@ -1,7 +1,6 @@
 """A run directory is one object: what it is, who trains in it, and how it goes on."""
 
 import dataclasses
-import io
 import json
 import shutil
 import socket
@@ -22,7 +21,6 @@ from hourglass_jax.data.pipeline import consecutive_windows, random_windows
 from hourglass_jax.training import trainer
 from hourglass_jax.training.checkpoints import CHECKPOINTS
 from hourglass_jax.training.identity import differences, identity
-from hourglass_jax.training.progress import Progress
 from hourglass_jax.training.run import RunBusy
 from hourglass_jax.training.trainer import fit
 
@@ -376,32 +374,3 @@ def test_a_model_without_a_training_s_state_is_not_gone_on_with(tmp_path):
     with pytest.raises(hg.UsageError, match="without the state of a training; start a new run from it"):
         train(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before
-
-
-class Closed(io.StringIO):
-    encoding = "utf-8"
-
-    def write(self, _):
-        raise BrokenPipeError
-
-
-def test_no_sample_that_cannot_be_shown_ends_a_run(monkeypatch, capsys):
-    narrow = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
-    for stream in (narrow, Closed(), None):
-        monkeypatch.setattr(sys, "stdout", stream)
-        progress = Progress(3, 0, "plain")
-        progress.write("俳句 \ud800 é")
-        progress.close()
-    assert narrow.buffer.getvalue() == b"\\u4ff3\\u53e5 \\ud800 \xe9\n"
-
-
-def test_plain_lines_where_nothing_redraws_them(capsys, monkeypatch):
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    for mode in ("auto", "plain", "none"):
-        progress = Progress(600, 99, mode)
-        progress.advance()
-        progress.show({"loss": "2.5"})  # not so soon
-        progress.show({"valid BPC": "3.1"}, now=True)
-        progress.close()
-        shown = "" if mode == "none" else "step 100/600: loss 2.5, valid BPC 3.1\n"
-        assert capsys.readouterr().err == shown
