@@ -91,12 +91,17 @@ def test_what_is_hidden_or_below_it_is_no_image(tmp_path):
     assert sorted(image[0, 0, 0] for part in load_folder(tmp_path) for image in part) == [0, 1]
 
 
-def test_a_link_adds_no_image_and_moves_none(tmp_path):
+@pytest.mark.parametrize("seen_as", ["all", "v/../all", "linked"])
+def test_a_link_adds_no_image_and_moves_none(tmp_path, seen_as):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "linked").symlink_to("all")
     for i in range(20):
-        save(tmp_path / f"v1/{i}.png", np.full((2, 2), i, np.uint8))
-    before = load_folder(tmp_path)
-    (tmp_path / "latest").symlink_to("v1")
-    for part, part_before in zip(load_folder(tmp_path), before, strict=True):
+        save(tmp_path / f"all/v1/{i}.png", np.full((2, 2), i, np.uint8))
+    before = load_folder(tmp_path / seen_as)
+    (tmp_path / "all/latest").symlink_to("v1")
+    for i in range(20):
+        (tmp_path / f"all/v1/{i} again.png").symlink_to(f"{i}.png")
+    for part, part_before in zip(load_folder(tmp_path / seen_as), before, strict=True):
         np.testing.assert_array_equal(part, part_before)
 
 

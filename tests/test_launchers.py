@@ -86,8 +86,9 @@ def test_more_epochs_make_a_run_longer(home, tmp_path):
     shutil.copytree(home / "runs/prompt", tmp_path / "longer")
     prompts = ["--data_path=haiku.txt", "--format=prompt"]
     succeed("finetune", *prompts, "--epochs=20", f"--out={tmp_path}/longer", cwd=home)
-    train, history = (json.loads((tmp_path / "longer/config.json").read_text())[key] for key in ("settings", "history"))
-    assert train["train"]["steps"] == 20 and history[0]["steps"] == [1, 20]
+    record = json.loads((tmp_path / "longer/config.json").read_text())
+    train = record["settings"]["train"]
+    assert (train["steps"], train["eval_interval"], record["history"][0]["steps"]) == (20, 1, [1, 20])
 
 
 @pytest.mark.parametrize(("log", "script"), [("pretrained", "finetune"), ("haiku", "generate"), ("prompt", "generate")])

@@ -66,23 +66,25 @@ def text_files(path: str | Path) -> list[Path]:
     path = os.path.expanduser(path)
     if os.path.isfile(path):  # whatever its name
         return [Path(path)]
-    files: set[Path] = set()
+    files: list[Path] = []
     parts = [path] if os.path.isdir(path) else [part.strip() for part in path.split(",")]
     for part in map(os.path.expanduser, parts):
-        directory, named = os.path.isdir(part), [Path(part)]  # a file whatever its name
-        if directory:
-            named = [file for file in files_below(part) if file.suffix == ".txt"]
-        elif not os.path.isfile(part):
-            named = [Path(name) for name in glob.glob(part, recursive=True)]
-        found = {file for file in named if file.is_file()}
+        found = [file for file in named_by(part) if file.is_file()]
         if not found:
-            problem = "the directory holds no .txt file" if directory else "no such file"
+            problem = "the directory holds no .txt file" if os.path.isdir(part) else "no such file"
             raise UsageError(
                 f"{part or path}: {problem}; give a file, a directory of .txt files, a pattern, or several with "
                 "commas between"
             )
-        files |= found
+        files += found
     return each_once(files)
+
+
+def named_by(part: str) -> list[Path]:
+    """What a directory, a file whatever its name, or a pattern names."""
+    if os.path.isdir(part):
+        return [file for file in files_below(part) if file.suffix == ".txt"]
+    return [Path(name) for name in ([part] if os.path.isfile(part) else glob.glob(part, recursive=True))]
 
 
 def load_text(path: str) -> str:

@@ -20,16 +20,14 @@ def files_below(directory: str | Path) -> Iterator[Path]:
                 directories.clear()
                 continue
             seen.add(place)
-            directories[:] = [name for name in directories if not name.startswith(".")]
+            directories[:] = sorted(name for name in directories if not name.startswith("."))
             waiting += [path for name in directories if (path := Path(here, name)).is_symlink()]
             yield from (Path(here, name) for name in names if not name.startswith("."))
 
 
 def each_once(paths: Iterable[Path]) -> list[Path]:
-    """Sorted; of several that lead to one file, the one without a link, or else the first."""
+    """Sorted; of several that lead to one file, the first that is no link itself, or else the first."""
     by_place: dict[Path, Path] = {}
-    for path in sorted(paths):
-        place = path.resolve()
-        if place not in by_place or path.absolute() == place:
-            by_place[place] = path
+    for path in sorted(paths, key=Path.is_symlink):
+        by_place.setdefault(path.resolve(), path)
     return sorted(by_place.values())
