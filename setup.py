@@ -18,6 +18,7 @@ CORE = [
     "matplotlib>=3.9",
     "Pillow>=10",
     "safetensors>=0.5",
+    "jaxtyping>=0.3",
 ]
 
 NOTEBOOKS = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]

@@ -27,7 +27,7 @@ def _gradient_norms(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array) -
     model = nnx.merge(graph, params)
 
     def probe(x):
-        logits = model.from_embeddings(x[None], tokens=tokens[None])[0]
+        logits = model.forward(x[None], tokens=tokens[None])[0][0]
         weights = jax.random.normal(jax.random.key(0), logits.shape, logits.dtype)
         return (logits * weights).sum(-1)
 

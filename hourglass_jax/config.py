@@ -1,63 +1,63 @@
-"""What can be chosen of a model, as a plain frozen dataclass, checked on construction."""
+"""Model configuration."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Hierarchy
-from hourglass_jax.ranges import check_choice, check_range, plain, take_plain_values
+from hourglass_jax.ranges import check_choice, check_literals, check_range, plain, take_plain_values
 from hourglass_jax.registry import BOUNDARIES, SHORTENINGS, UPSAMPLINGS
 
-OF_TOKENS = ("whitespace", "spacelike", "tokens")  # boundaries that are read off the tokens
+OF_TOKENS = ("whitespace", "spacelike", "tokens")  # boundaries that depend on tokens
 
 
 @dataclass(frozen=True)
 class HourglassConfig:
-    """Architecture of an `HourglassLM`. The defaults are the paper's enwik8 ablation model `2@1 8@3 2@1` (section 3).
+    """Model configuration: a validated, frozen dataclass. Defaults: the paper's enwik8 ablation model (section 3).
 
-    vocab_size: of the tokens, 0 .. vocab_size - 1.
-    hierarchy: the paper's notation, layers@factor with total factors; see `Hierarchy`. Stored normalised.
-    d_model, d_ff: numbers in a position's vector, and in a feed-forward's hidden one.
-    n_heads: of attention; divides d_model, unless d_head is given.
-    d_head: numbers in a head; 0: d_model / n_heads.
-    shortening: average | select | linear | attention_average | attention_linear, or another of `registry.SHORTENINGS`.
-    upsampling: repeat | smooth | linear | attention | attention_repeat | attention_linear (`registry.UPSAMPLINGS`).
+    vocab_size: number of tokens; they are 0 .. vocab_size - 1.
+    hierarchy: the paper's notation, layers@factor with total factors; see `Hierarchy`. Stored in normal form.
+    d_model, d_ff: width of a position's vector and of the hidden layer of feed-forward networks.
+    n_heads: attention heads; must divide d_model unless d_head is given.
+    d_head: width of a head; 0: d_model / n_heads.
+    shortening: average | select | linear | attention_average | attention_linear, or a key of `registry.SHORTENINGS`.
+    upsampling: repeat | smooth | linear | attention | attention_repeat | attention_linear, or a key of
+        `registry.UPSAMPLINGS`.
     boundaries: where groups end. fixed (every k positions) | whitespace | spacelike (first of each run of such tokens)
-        | tokens (each of `boundary_tokens`) | router | gumbel | entropy (learned), or another of `registry.BOUNDARIES`.
-        But for fixed, k is the expected length. For the first shortening; the others are fixed, or each has a name too.
-    boundary_tokens: those at which a group ends. None: a vocabulary of 256 or more is read as bytes.
-    boundary_slack: groups there is room for, for each that is expected, and four more; ends beyond them are left out.
-    boundary_weight: of the losses of learned boundaries, times that of their papers (router 0.03, the others 1).
-    positions: relative (Transformer-XL) | rotary | learned (absolute, added to the tokens).
-    dropout: probability, of the embedding, attention and both residuals of a block.
-    max_length: tokens; bounds learned positions and default caches.
-    activation: gelu (tanh form) | gelu_exact (with erf, as PyTorch) | relu.
-    qkv_bias: whether the query, key and value projections have biases.
-    initialization: of weight matrices, normal (0.02) | xavier (uniform); embeddings have standard deviation 1.
-    norm: stack (after every stack and every upsampling, as Trax) | final (before the head only).
-    shift: paper (k-1) | original (k, the original project's, one character staler).
-    causal: whether a prediction sees the past alone. False: it sees both sides, nothing is shifted, and the last token
-        of the vocabulary is the mask, which its tokenizer does not have; see `masking`. There is no decoding then.
-    dtype: of the computation, float32 | bfloat16 | float64 (with JAX_ENABLE_X64); parameters stay float32.
-    max_unrolled_layers: deeper stacks are one scanned body, so that compile time stays flat; on GPUs those of more than
-        twice as many.
-    attention: how it is computed; the result is the same. auto (the best that platform, dtype, head size, positions and
-        dropout allow) | blocked (jnp, in memory linear in length) | fused (cuDNN's kernel on GPUs, splash attention on
-        TPUs; blocked with relative positions or dropout, which they do not know) | kernel (ours in Pallas, with both;
-        interpreted on CPUs, for tests) | plain (the formula in jnp alone: for jax.jvp, Hessian-vector products and
-        other forward derivatives, which the others have not, nor have boundaries but fixed).
-    window: of layers on the tokens (factor 1): each sees its own and the W - 1 tokens before it; 0: all of them. Deeper
-        layers and resampling see everything, so a long past is still there, coarser.
+        | tokens (each of `boundary_tokens`) | router | gumbel | entropy (learned), or a key of `registry.BOUNDARIES`.
+        Except for fixed, k is the expected group length. One name sets the first shortening and leaves the others
+        fixed; several names, separated by spaces, set one for each shortening.
+    boundary_tokens: tokens that end a group. Empty: a vocabulary of 256 or more is treated as bytes.
+    boundary_slack: allowed groups for each expected one, plus four; boundaries beyond this limit are dropped.
+    boundary_weight: scales the losses of learned boundaries, which have their papers' weights (router 0.03, others 1).
+    positions: relative (Transformer-XL) | rotary | learned (absolute, added to the embeddings).
+    dropout: probability, applied to embeddings, attention weights and both residual branches of a block.
+    max_length: tokens; limits learned positions and sets the default cache size.
+    activation: gelu (tanh form) | gelu_exact (with erf, as in PyTorch) | relu.
+    qkv_bias: whether query, key and value projections have biases.
+    initialization: of kernels: normal (standard deviation 0.02) | xavier (uniform); embeddings have deviation 1.
+    norm: stack (after each stack and each upsampling, as in Trax) | final (before the head only).
+    shift: paper (k - 1) | original (k, as in the original project, one character staler).
+    causal: if False, predictions depend on both sides, nothing is shifted, and the last token of the vocabulary is the
+        mask token, which the tokenizer does not have; see `masking`. Such a model cannot generate.
+    dtype: of computation, float32 | bfloat16 | float64 (requires JAX_ENABLE_X64); parameters stay float32.
+    max_unrolled_layers: deeper stacks are scanned, so that compile time stays constant. Twice as many on GPUs.
+    attention: implementation; all give the same result. auto (the best for platform, dtype, head size, positions and
+        dropout) | blocked (jnp, memory linear in length) | fused (cuDNN on GPUs, splash attention on TPUs; falls back
+        to blocked with relative positions or dropout) | kernel (Pallas kernels with both; interpreted on CPUs, for
+        tests) | plain (the formula in jnp, the only one that supports forward-mode derivatives).
+    window: layers on the tokens (factor 1) attend to the W newest tokens; 0: all. Deeper layers and resampling attend
+        to everything, so the distant past remains visible at lower resolution.
     token_attention: of layers on the tokens. full | lsh (Reformer's, section 3.3: linear in length, but not strictly
-        causal, and without decoding; see `nn.attention.lsh`). Not with relative positions or a window.
-    lsh_chunk, lsh_hashes: positions a chunk of sorted ones, and rounds of hashing.
-    remat: what the backward pass computes again, none | dots (all but matrix products) | full (layers) | auto.
+        causal, and without decoding; see `nn.attention.lsh`). lsh excludes relative positions and windows.
+    lsh_chunk, lsh_hashes: positions in a chunk of sorted ones, and hashing rounds.
+    remat: what the backward pass recomputes: none | dots (all but matrix products) | full (layers) | auto.
 
-    Raises UsageError, one line, for what is out of range or does not fit together.
+    Raises UsageError for values out of range and for options that exclude each other.
     """
 
     vocab_size: int
@@ -72,27 +72,28 @@ class HourglassConfig:
     boundary_tokens: tuple[int, ...] = ()
     boundary_slack: float = 1.5
     boundary_weight: float = 1.0
-    positions: str = "relative"
+    positions: Literal["relative", "rotary", "learned"] = "relative"
     dropout: float = 0.0
     max_length: int = 2048
-    activation: str = "gelu"
+    activation: Literal["gelu", "gelu_exact", "relu"] = "gelu"
     qkv_bias: bool = False
-    initialization: str = "normal"
-    norm: str = "stack"
-    shift: str = "paper"
+    initialization: Literal["normal", "xavier"] = "normal"
+    norm: Literal["stack", "final"] = "stack"
+    shift: Literal["paper", "original"] = "paper"
     causal: bool = True
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     max_unrolled_layers: int = 4
-    attention: str = "auto"
+    attention: Literal["auto", "blocked", "fused", "kernel", "plain"] = "auto"
     window: int = 0
-    token_attention: str = "full"
+    token_attention: Literal["full", "lsh"] = "full"
     lsh_chunk: int = 128
     lsh_hashes: int = 2
-    remat: str = "auto"
+    remat: Literal["auto", "none", "dots", "full"] = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hierarchy", str(Hierarchy.parse(self.hierarchy)))
         take_plain_values(self)
+        check_literals(self)
         for name in ("vocab_size", "d_model", "n_heads", "d_ff"):
             check_range(name, getattr(self, name), 1)
         check_range("max_length", self.max_length, 2)
@@ -101,51 +102,45 @@ class HourglassConfig:
         check_range("dropout", self.dropout, 0.0, 1, open_high=True)
         if not self.d_head and self.d_model % self.n_heads:
             raise UsageError(
-                f"n_heads={self.n_heads} does not divide d_model={self.d_model}; choose n_heads so that every "
-                "head has the same whole size, or give that size as d_head"
+                f"n_heads={self.n_heads} does not divide d_model={self.d_model}; choose another n_heads, or set d_head"
             )
         check_choice("shortening", self.shortening, SHORTENINGS)
         check_choice("upsampling", self.upsampling, UPSAMPLINGS)
-        check_choice("positions", self.positions, ("relative", "rotary", "learned"))
-        check_choice("activation", self.activation, ("gelu", "gelu_exact", "relu"))
-        check_choice("initialization", self.initialization, ("normal", "xavier"))
-        check_choice("norm", self.norm, ("stack", "final"))
-        check_choice("shift", self.shift, ("paper", "original"))
-        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float64"))
-        check_choice("attention", self.attention, ("auto", "blocked", "fused", "kernel", "plain"))
-        check_choice("remat", self.remat, ("auto", "none", "dots", "full"))
         if self.positions == "rotary" and self.head_dim % 2:
-            raise UsageError(f"positions='rotary' needs an even head size, not {self.head_dim}")
-        check_choice("token_attention", self.token_attention, ("full", "lsh"))
+            raise UsageError(f"positions='rotary' requires an even head size, not {self.head_dim}")
         for name in ("lsh_chunk", "lsh_hashes"):
             check_range(name, getattr(self, name), 1)
         if self.token_attention == "lsh" and (self.positions == "relative" or self.window):
             what = f"window={self.window}" if self.window else "positions='relative'"
-            raise UsageError(f"token_attention='lsh' knows no {what}; choose other positions, and no window")
+            raise UsageError(
+                f"token_attention='lsh' does not support {what}; choose positions='rotary' or 'learned', window=0"
+            )
         self.check_boundaries()
         if not isinstance(self.causal, bool):
-            raise UsageError(f"causal={self.causal!r} is unknown; choose True or False")
+            raise UsageError(f"causal={self.causal!r} is not a bool; choose True or False")
         if not self.causal:
             self.check_bidirectional()
 
     def check_bidirectional(self) -> None:
-        """Raises UsageError for what has no meaning where a prediction sees both sides."""
+        """Raise UsageError for options that require causal=True."""
         check_range("vocab_size", self.vocab_size, 2)
         for name, fits, choice in (
             ("boundaries", not self.event_levels, "fixed"),
             ("window", not self.window, "0"),
             ("token_attention", self.token_attention == "full", "full"),
-            ("shift", self.shift == "paper", "paper, which is none then"),
+            ("shift", self.shift == "paper", "paper, which then shifts nothing"),
             ("attention", self.attention in ("auto", "blocked", "plain"), "auto, blocked or plain"),
         ):
             if not fits:
                 given = f"{name}={getattr(self, name)!r}"
-                raise UsageError(f"causal=False: {given} is for models that see the past alone; choose {choice}")
+                raise UsageError(f"causal=False does not support {given}; choose {choice}")
 
     def check_boundaries(self) -> None:
-        """Raises UsageError where boundaries do not fit the hierarchy, the vocabulary or the resampling methods."""
+        """Raise UsageError for boundaries that do not fit the hierarchy, the vocabulary or the resampling methods."""
         if isinstance(self.boundary_tokens, str) or not isinstance(self.boundary_tokens, Iterable):
-            raise UsageError(f"boundary_tokens={self.boundary_tokens!r}: give tokens, as a tokenizer encodes them")
+            raise UsageError(
+                f"boundary_tokens={self.boundary_tokens!r} is not a list of tokens; encode them with the tokenizer"
+            )
         object.__setattr__(self, "boundary_tokens", tuple(map(plain, self.boundary_tokens)))
         check_range("boundary_slack", self.boundary_slack, 1.0)
         check_range("boundary_weight", self.boundary_weight, 0.0)
@@ -153,80 +148,80 @@ class HourglassConfig:
         for name in names:
             check_choice("boundaries", name, BOUNDARIES)
         if len(names) not in (1, n_shortenings):
-            given = f"boundaries={self.boundaries!r} names {len(names)}, but hierarchy='{self.hierarchy}' shortens"
-            raise UsageError(f"{given} {n_shortenings} times; name one, or one for each")
+            given = f"boundaries={self.boundaries!r} has {len(names)} names, but hierarchy='{self.hierarchy}' shortens"
+            raise UsageError(f"{given} {n_shortenings} times; give one name, or one for each shortening")
         for token in self.boundary_tokens:
             check_range("boundary_tokens", token, 0, self.vocab_size - 1)
         if not self.event_levels:
             return
         if set(names[1:]) & set(OF_TOKENS):
-            raise UsageError(f"boundaries={self.boundaries!r}: only the first shortening can read tokens")
+            raise UsageError(f"boundaries={self.boundaries!r}: only the first shortening can depend on tokens")
         if names[0] in OF_TOKENS and not self.boundary_tokens and (names[0] == "tokens" or self.vocab_size < 256):
             raise UsageError(
-                f"boundaries={names[0]!r} needs boundary_tokens, those at which a group ends, with a vocabulary of "
-                f"{self.vocab_size} tokens; only whitespace and spacelike of 256 or more are read as bytes"
+                f"boundaries={names[0]!r} requires boundary_tokens with a vocabulary of {self.vocab_size} tokens; the "
+                "default, for whitespace and spacelike only, is for vocabularies of 256 or more, treated as bytes"
             )
         for option, value in (("shortening", self.shortening), ("upsampling", self.upsampling)):
             if "linear" in value:
                 raise UsageError(
-                    f"{option}={value!r} takes groups of one length, not those of boundaries={self.boundaries!r}; "
+                    f"{option}={value!r} requires groups of equal length, unlike boundaries={self.boundaries!r}; "
                     f"choose {'average' if option == 'shortening' else 'repeat'}, or that with attention"
                 )
 
     @property
     def boundaries_by_level(self) -> tuple[str, ...]:
-        """A name for each shortening, outermost first; what is fixed below events is `every` k-th of them."""
+        """The rule of each shortening, outermost first; fixed becomes `every` below variable boundaries."""
         n_shortenings = len(self.parsed_hierarchy.levels) - 1
         names = [*self.boundaries.split(), *["fixed"] * n_shortenings][:n_shortenings]
         n_fixed = next((i for i, name in enumerate(names) if name != "fixed"), n_shortenings)
         return (*names[:n_fixed], *("every" if name == "fixed" else name for name in names[n_fixed:]))
 
     def ends_by_events(self, factor: int) -> bool:
-        """Whether the level of this total factor is shortened in each row's own time."""
+        """Whether the level of this total factor is shortened by variable boundaries."""
         return factor >= self.shared_factor and self.event_levels > 0
 
     @property
     def event_levels(self) -> int:
-        """How many of the shortenings, the innermost ones, make groups in each row's own time."""
+        """The number of shortenings, the innermost ones, whose groups differ between rows."""
         return sum(name != "fixed" for name in self.boundaries_by_level)
 
     @property
     def shared_factor(self) -> int:
-        """K, by which all rows of a batch are shortened at the same time: the total factor, of what is fixed."""
+        """K: the total factor of the fixed shortenings, by which all rows of a batch are aligned."""
         levels = self.parsed_hierarchy.levels
         return levels[len(levels) - 1 - self.event_levels].factor
 
     @property
     def head_dim(self) -> int:
-        """Numbers in a head's queries, keys and values."""
+        """Width of a head's queries, keys and values."""
         return self.d_head or self.d_model // self.n_heads
 
     @property
     def decodes(self) -> bool:
-        """Whether it can generate: no later token moves what an earlier one has made."""
+        """Whether the model supports cached decoding: no prediction depends on later tokens."""
         return self.causal and self.token_attention == "full"
 
     @property
     def tokenizer_size(self) -> int:
-        """Tokens of its tokenizer: all, but for the mask of a model that is not causal, the last one."""
+        """Vocabulary size of its tokenizer, which lacks the mask token of a model that is not causal."""
         return self.vocab_size if self.causal else self.vocab_size - 1
 
     @property
     def position_limit(self) -> float:
-        """Longest sequence in tokens: learned positions end at `max_length`, the others never."""
+        """Longest supported sequence in tokens: `max_length` with learned positions, otherwise infinite."""
         return self.max_length if self.positions == "learned" else math.inf
 
     def remat_of(self, *, unrolled: bool) -> str:
-        """What `remat` means for a stack: 'auto' recomputes the layers of scanned stacks alone.
+        """Resolve `remat` for a stack: 'auto' recomputes the layers of scanned stacks only.
 
-        On a CPU the gradient through a plain scan takes longer than that through a rematerialised one.
+        On a CPU the gradient of a plain scan takes longer than that of a rematerialized one.
         """
         chosen = "none" if unrolled else "full"
         return chosen if self.remat == "auto" else self.remat
 
     @property
     def parsed_hierarchy(self) -> Hierarchy:
-        """With its levels and factors."""
+        """The hierarchy with its levels and factors."""
         return Hierarchy.parse(self.hierarchy)
 
     @classmethod
@@ -242,9 +237,9 @@ class HourglassConfig:
     ) -> HourglassConfig:
         """The exact architecture of the PyTorch project this library grew out of.
 
-        Learned absolute positions, ReLU, linear pooling, repeat upsampling, a final norm only, shift by k.
-        `factors` are read as its code applies them: each factor multiplies the ones before it. Heads need not divide
-        `n_embedding`: its own defaults are 6 heads of 85 in 512.
+        Learned absolute positions, ReLU, linear pooling, repeat upsampling, a final norm only, shift by k. As in its
+        code, each factor multiplies the ones before it. `n_heads` need not divide `n_embedding`: the defaults are 6
+        heads of width 85 in 512.
         """
         options: dict[str, Any] = {
             "hierarchy": str(Hierarchy.from_factors(factors, relative=True)),

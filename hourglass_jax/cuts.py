@@ -35,7 +35,7 @@ class GroupCounts(NamedTuple):
 @jax.jit
 def _groups(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array) -> list[tuple[jax.Array, ...]]:
     model = nnx.merge(graph, params)
-    every = model.hourglass.groups(model.embed(tokens), tokens)
+    every = model.hourglass.forward(model.embed(tokens), tokens=tokens)[1]
     return [tuple(jnp.broadcast_to(x, (len(tokens), *x.shape[1:])) for x in (g.when, g.count, g.wanted)) for g in every]
 
 

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from hourglass_jax.checks import check_decodes, check_key, check_mask, check_returned, check_tokens, check_x64
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Level
-from hourglass_jax.nn.boundaries import Turn
+from hourglass_jax.nn.boundaries import InnerStep
 from hourglass_jax.nn.cache import Cache, Clock, in_own_time, of_rows, with_rows
 from hourglass_jax.nn.groups import Groups
 from hourglass_jax.nn.layers import Dropout, keys_of_rows, layer_norm, linear, split_key
@@ -28,16 +29,16 @@ from hourglass_jax.nn.transformer import Stack
 
 
 def n_parameters(module: nnx.Module | None) -> int:
-    """Trainable parameters, of an abstract module too."""
+    """Return the number of trainable parameters; works on abstract modules too."""
     return 0 if module is None else sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
 
 
 class Hourglass(nnx.Module):
-    """Pre stack, shorten, inner Hourglass, upsample, post stack; at the innermost level a stack alone (Algorithm 1).
+    """Pre stack, shorten, inner Hourglass, upsample, post stack; at the innermost level a stack only (Algorithm 1).
 
-    `y = hourglass(x)`: [B, L, D] -> [B, L, D], y[:, t] a function of x[:, :t + 1], not causal of all x. Built of the
-    levels of a hierarchy, `Hourglass(config, config.parsed_hierarchy.levels, rngs=rngs)`; vocabulary and embedding are
-    `HourglassLM`'s.
+    `y = hourglass(x)`: [B, L, D] -> [B, L, D]; y[:, t] depends on x[:, :t + 1] only, unless config.causal is False.
+    Constructed from the levels of a hierarchy: `Hourglass(config, config.parsed_hierarchy.levels, rngs=rngs)`.
+    `HourglassLM` adds the vocabulary and the embedding.
     """
 
     def __init__(self, config: HourglassConfig, levels: Sequence[Level], *, rngs: nnx.Rngs):
@@ -55,25 +56,32 @@ class Hourglass(nnx.Module):
             self.post = Stack(config, level.post_layers, level.factor, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, key: jax.Array | None = None, tokens: jax.Array | None = None, mask: jax.Array | None = None
-    ) -> jax.Array:
-        """[B, L, D] -> [B, L, D], for any L; `key` turns dropout on, `tokens` are for boundaries that ask for them.
-
-        mask: bool [B, L], the positions that are no padding; where it is not causal.
-        """
-        return self.with_groups(x, key, tokens, mask)[0]
-
-    def with_groups(
         self,
-        x: jax.Array,
-        key: jax.Array | None = None,
-        tokens: jax.Array | None = None,
-        mask: jax.Array | None = None,
-        row_keys: jax.Array | None = None,
-    ) -> tuple[jax.Array, list[Groups]]:
-        """As a call, and the groups that each shortening makes, outermost first.
+        x: Float[Array, "B L D"],
+        key: Array | None = None,
+        tokens: Int[Array, "B L"] | None = None,
+        mask: Bool[Array, "B L"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Transform a sequence of any length L.
 
-        row_keys: a key for each row [B], of which boundaries draw their noise; default: from `key`.
+        Args:
+            key: turns dropout on.
+            tokens: required by boundaries that depend on tokens.
+            mask: True for positions that are not padding; only if not causal.
+        """
+        return self.forward(x, key, tokens, mask)[0]
+
+    def forward(
+        self,
+        x: Float[Array, "B L D"],
+        key: Array | None = None,
+        tokens: Int[Array, "B L"] | None = None,
+        mask: Bool[Array, "B L"] | None = None,
+        row_keys: Array | None = None,
+    ) -> tuple[Float[Array, "B L D"], list[Groups]]:
+        """As `__call__`; also returns the groups of each shortening, outermost first.
+
+        `row_keys` [B] seed the noise of learned boundaries, one key a row; default: derived from `key`.
         """
         keys = split_key(key, 5)
         if row_keys is None and key is not None:
@@ -84,17 +92,13 @@ class Hourglass(nnx.Module):
         groups = self.boundaries(x, tokens, mask, row_keys=row_keys)
         short = self.shorten(groups.shift_right(x), groups, key=keys[1])
         check_returned(self.shorten, short, (len(x), self.boundaries.n_groups(x.shape[1]), self.d_model))
-        short, deeper = self.inner.with_groups(short, keys[2], mask=groups.mask, row_keys=row_keys)
+        short, deeper = self.inner.forward(short, keys[2], mask=groups.mask, row_keys=row_keys)
         up = self.upsample(x, short, groups, key=keys[3])
         check_returned(self.upsample, up, x.shape)
         return self.post(self.add_upsampled(x, up), keys[4], mask), [groups, *deeper]
 
-    def groups(self, x: jax.Array, tokens: jax.Array | None = None) -> list[Groups]:
-        """Those that each shortening makes of a sequence [B, L, D], outermost first."""
-        return self.with_groups(x, tokens=tokens)[1]
-
     def rules(self) -> list[nnx.Module]:
-        """The boundaries of each shortening, outermost first."""
+        """The boundary rule of each shortening, outermost first."""
         return [] if self.inner is None else [self.boundaries, *self.inner.rules()]
 
     def __repr__(self) -> str:
@@ -104,27 +108,30 @@ class Hourglass(nnx.Module):
 
     @property
     def notation(self) -> str:
-        """The paper's, with total factors: of an inner Hourglass too."""
+        """The paper's notation, with total factors; also for an inner Hourglass."""
         stages = f"{self.pre.n_layers}@{self.unit}"
         return stages if self.inner is None else f"{stages} {self.inner.notation} {self.post.n_layers}@{self.unit}"
 
     def add_upsampled(self, x: jax.Array, up: jax.Array) -> jax.Array:
-        """The residual across the bottleneck."""
+        """Add the upsampled sequence to the residual around the shortened levels."""
         return x + (up if self.upsample_norm is None else self.upsample_norm(up))
 
     def init_cache(self, batch: int, max_length: int, context: int) -> dict[str, Any]:
-        """What decoding remembers at this level and below; `max_length` and the `context` a row may see in tokens."""
+        """Return the empty cache of this level and those below.
+
+        `max_length`: tokens that fit; `context`: tokens that a row may attend to.
+        """
         cache: dict[str, Any] = {"pre": self.pre.init_cache(batch, max_length)}
         if self.inner is not None:
-            reach = self.boundaries.reach(max_length, context)
+            capacity = self.boundaries.inner_capacity(max_length, context)
             below = {
-                "inner": self.inner.init_cache(batch, *reach),
-                "upsample": self.upsample.init_cache(batch, reach[0]),
+                "inner": self.inner.init_cache(batch, *capacity),
+                "upsample": self.upsample.init_cache(batch, capacity[0]),
             }
             cache |= in_own_time(below) if self.boundaries.own_time else below
             cache |= {
                 "boundaries": self.boundaries.init_cache(batch, max_length, context),
-                "shorten": self.shorten.init_cache(*self.boundaries.example(batch), max_length),
+                "shorten": self.shorten.init_cache(*self.boundaries.step_template(batch), max_length),
                 "post": self.post.init_cache(batch, max_length),
             }
         return cache
@@ -132,7 +139,7 @@ class Hourglass(nnx.Module):
     def prefill(
         self, x: jax.Array, cache: dict[str, Any], clock: Clock, tokens: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """A call on rows [B, L, D] from `clock.start` to `clock.time`, with L whole groups, which fills the cache."""
+        """Run a call on rows [B, L, D] from `clock.start` to `clock.time`, L whole groups, and fill the cache."""
         x, pre = self.pre.prefill(x, cache["pre"], clock.start)
         if self.inner is None:
             return x, {"pre": pre}
@@ -147,57 +154,57 @@ class Hourglass(nnx.Module):
     def step(
         self, x: jax.Array, cache: dict[str, Any], clock: Clock, token: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """One position, [B, D] -> [B, D]; where its group gets its vector the levels below run once."""
+        """Decode one position, [B, D] -> [B, D]; the levels below run if its group receives a new vector."""
         x, pre = self.pre.step(x, cache["pre"], clock)
         if self.inner is None:
             return x, {"pre": pre}
-        turn, boundaries = self.boundaries.step(x, token, cache["boundaries"], clock)
+        inner_step, boundaries = self.boundaries.step(x, token, cache["boundaries"], clock)
         below = {name: cache[name] for name in ("shorten", "inner", "upsample")}
-        if turn.gathers:
-            short, below["shorten"] = self.shorten.step(turn.x, turn.groups, below["shorten"], clock)
-            turn = turn._replace(x=short)
-        n_due, few = turn.due.sum(), self.boundaries.few(len(x))
-        if few:  # a condition of its own: where one of three ways is chosen, XLA copies the cache
-            due = (n_due > 0) & (n_due <= few)
-            below = lax.cond(due, partial(self.step_few, turn, few), lambda below: below, below)
-        below = lax.cond(n_due > few, partial(self.step_below, turn), lambda below: below, below)
-        up = self.upsample.step(x, turn.groups, below["upsample"], clock)
+        if inner_step.gathers:
+            short, below["shorten"] = self.shorten.step(inner_step.x, inner_step.groups, below["shorten"], clock)
+            inner_step = inner_step._replace(x=short)
+        n_due, max_partial_rows = inner_step.due.sum(), self.boundaries.max_partial_rows(len(x))
+        if max_partial_rows:  # a separate condition: XLA copies the cache if one of three branches is chosen
+            due = (n_due > 0) & (n_due <= max_partial_rows)
+            below = lax.cond(due, partial(self.step_rows, inner_step, max_partial_rows), lambda below: below, below)
+        below = lax.cond(n_due > max_partial_rows, partial(self.step_below, inner_step), lambda below: below, below)
+        up = self.upsample.step(x, inner_step.groups, below["upsample"], clock)
         x, post = self.post.step(self.add_upsampled(x, up), cache["post"], clock)
         return x, {"pre": pre, "boundaries": boundaries, "post": post} | below
 
-    def step_few(self, turn: Turn, n_rows: int, cache: dict[str, Any]) -> dict[str, Any]:
-        """`step_below` for a batch of `n_rows`, among them all whose turn it is."""
-        rows = jnp.argsort(~turn.due)[:n_rows]
-        return with_rows(cache, rows, self.step_below(turn.of_rows(rows), of_rows(cache, rows)))
+    def step_rows(self, inner_step: InnerStep, n_rows: int, cache: dict[str, Any]) -> dict[str, Any]:
+        """`step_below` on a batch of `n_rows` rows, which include all that are due."""
+        rows = jnp.argsort(~inner_step.due)[:n_rows]
+        return with_rows(cache, rows, self.step_below(inner_step.of_rows(rows), of_rows(cache, rows)))
 
-    def step_below(self, turn: Turn, cache: dict[str, Any]) -> dict[str, Any]:
-        """Shortens the group whose turn it is, and runs the inner Hourglass."""
+    def step_below(self, inner_step: InnerStep, cache: dict[str, Any]) -> dict[str, Any]:
+        """Shorten the groups that are due, and run the inner Hourglass."""
         assert self.inner is not None
-        short, shorten = turn.x, cache["shorten"]
-        if not turn.gathers:
-            short, shorten = self.shorten.step(turn.x, turn.groups, shorten, turn.clock)
-        short, inner = self.inner.step(short, cache["inner"], turn.clock)
-        upsample = self.upsample.receive(short, turn.groups, cache["upsample"], turn.clock)
+        short, shorten = inner_step.x, cache["shorten"]
+        if not inner_step.gathers:
+            short, shorten = self.shorten.step(inner_step.x, inner_step.groups, shorten, inner_step.clock)
+        short, inner = self.inner.step(short, cache["inner"], inner_step.clock)
+        upsample = self.upsample.receive(short, inner_step.groups, cache["upsample"], inner_step.clock)
         return {"shorten": shorten, "inner": inner, "upsample": upsample}
 
 
 class HourglassLM(nnx.Module):
-    """Hourglass language model: `HourglassLM(config, rngs=nnx.Rngs(0))` draws its parameters from the seed 0.
+    """Hourglass language model: `HourglassLM(config, rngs=nnx.Rngs(0))` initializes parameters with seed 0.
 
     `logits = model(tokens)`: int [B, L] -> float [B, L, vocab_size], for any L; `logits[:, t]` predicts token t + 1
-    from the tokens <= t. `model(tokens, key)` draws dropout from `key`; without a key, or after `model.eval()`, there
-    is none. With causal=False `logits[:, t]` are for token t, from all tokens; `model(tokens, mask=mask)`, bool [B, L],
-    from those where it is True: the others are padding.
+    from the tokens <= t. `model(tokens, key)` applies dropout; without a key, or after `model.eval()`, there is none.
+    With causal=False `logits[:, t]` predicts token t from all tokens; `model(tokens, mask=mask)`, bool [B, L], ignores
+    padding, where the mask is False.
 
-    Raises UsageError for more than `max_length` tokens with learned positions, for tokens outside the vocabulary,
-    unless they are traced, and for dtype='float64' where JAX has it switched off.
+    Raises UsageError for more than `max_length` tokens with learned positions, for tokens outside the vocabulary (not
+    checked if traced), and for dtype='float64' if JAX has 64-bit types disabled.
 
-    `score` has log probabilities, `generate` samples, `summary` shows what the levels have and cost.
+    See also `score` (log probabilities), `generate` (samples) and `summary` (sizes and costs by level).
     """
 
     def __init__(self, config: HourglassConfig, *, rngs: nnx.Rngs):
         self.config = config
-        init = nnx.initializers.normal(1.0)  # as in Trax: a smaller token would drown in what the first layers add
+        init = nnx.initializers.normal(1.0)  # as in Trax: the first layers would drown smaller embeddings
         self.embedding = nnx.Embed(
             config.vocab_size, config.d_model, embedding_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs
         )
@@ -208,42 +215,49 @@ class HourglassLM(nnx.Module):
         self.hourglass = Hourglass(config, config.parsed_hierarchy.levels, rngs=rngs)
         self.norm = layer_norm(config, rngs=rngs) if config.norm == "final" else None
         self.head = linear(config, config.d_model, config.vocab_size, rngs=rngs)
-        self.head.preferred_element_type = jnp.promote_types(config.dtype, jnp.float32)  # bfloat16 would tie logits
+        self.head.preferred_element_type = jnp.promote_types(config.dtype, jnp.float32)  # bfloat16 logits would tie
 
-    def __call__(self, tokens: jax.Array, key: jax.Array | None = None, *, mask: jax.Array | None = None) -> jax.Array:
-        return self.read(tokens, key, mask)[0]
+    def __call__(
+        self, tokens: Int[Array, "B L"], key: Array | None = None, *, mask: Bool[Array, "B L"] | None = None
+    ) -> Float[Array, "B L V"]:
+        return self.forward(self.embed(tokens), key, jnp.asarray(tokens), mask)[0]
 
-    def with_losses(
+    def forward_with_aux(
         self,
-        tokens: jax.Array,
-        key: jax.Array | None = None,
-        weights: jax.Array | None = None,
+        tokens: Int[Array, "B L"],
+        key: Array | None = None,
+        weights: Float[Array, "B L"] | None = None,
         *,
-        mask: jax.Array | None = None,
-        row_keys: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """As a call; what learned boundaries add to the mean loss in nats, float []; and figures of all events.
+        mask: Bool[Array, "B L"] | None = None,
+        row_keys: Array | None = None,
+    ) -> tuple[Float[Array, "B L V"], Float[Array, ""], dict[str, Array]]:
+        """Return the logits, the auxiliary loss of learned boundaries, and statistics of all variable boundaries.
 
-        `weights` [B, L]: how much each token counts there (default: 1). See `nn.rates.boundary_terms`.
-        `row_keys` [B]: of which boundaries draw their noise, row by row (default: from `key`).
+        The auxiliary loss is to be added to the mean loss in nats. `weights`: how much each token counts in it
+        (default: 1), see `nn.rates.boundary_terms`. `row_keys` [B] seed the noise of learned boundaries.
         """
-        logits, groups = self.read(tokens, key, mask, row_keys)
+        logits, groups = self.forward(self.embed(tokens), key, jnp.asarray(tokens), mask, row_keys)
         weights = jnp.ones(logits.shape[:2]) if weights is None else jnp.asarray(weights)
         levels = zip(self.hourglass.rules(), groups, strict=True)
-        loss, figures = boundary_terms(levels, weights, entropies(logits))
-        return logits, self.config.boundary_weight * loss, figures
+        loss, statistics = boundary_terms(levels, weights, entropies(logits))
+        return logits, self.config.boundary_weight * loss, statistics
 
-    def read(
+    def forward(
         self,
-        tokens: jax.Array,
-        key: jax.Array | None,
-        mask: jax.Array | None,
-        row_keys: jax.Array | None = None,
-    ) -> tuple[jax.Array, list[Groups]]:
-        """A call, and the groups that each shortening makes, outermost first."""
+        x: Float[Array, "B L D"],
+        key: Array | None = None,
+        tokens: Int[Array, "B L"] | None = None,
+        mask: Bool[Array, "B L"] | None = None,
+        row_keys: Array | None = None,
+    ) -> tuple[Float[Array, "B L V"], list[Groups]]:
+        """Map embedded tokens to logits, float32 at least, and the groups of each shortening, outermost first."""
         if key is not None:
             check_key(key)
-        return self.with_groups(self.embed(tokens), key, jnp.asarray(tokens), mask, row_keys)
+        if mask is not None:
+            mask = jnp.asarray(check_mask(mask, x.shape[:2], self.config))
+        embedding_key, body_key = split_key(key, 2)
+        x, groups = self.hourglass.forward(self.dropout(x, embedding_key), body_key, tokens, mask, row_keys)
+        return self.logits(x), groups
 
     def __repr__(self) -> str:
         c = self.config
@@ -255,7 +269,7 @@ class HourglassLM(nnx.Module):
     __str__ = __repr__
 
     def reconfigured(self, config: HourglassConfig) -> HourglassLM:
-        """The same parameters, shared and not copied, in another configuration; raises UsageError unless they fit."""
+        """Return a model with another configuration that shares these parameters. Raises UsageError unless they fit."""
         other = nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0)))
         other.eval() if self.dropout.deterministic else other.train()
         graph, needed = nnx.split(other)
@@ -267,66 +281,49 @@ class HourglassLM(nnx.Module):
         if shapes != wanted:
             [*_, name] = sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
             raise UsageError(
-                f"the parameters do not fit the configuration: {name} has the shape {shapes.get(name)} and would need "
-                f"{wanted.get(name)}; choose the sizes, methods and vocabulary they were trained with"
+                f"the parameters do not fit the configuration: {name} has the shape {shapes.get(name)} and requires "
+                f"{wanted.get(name)}; choose the sizes, methods and vocabulary of their training"
             )
         return nnx.merge(graph, parameters)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """int [B, L] -> [B, L, D], learned positions included."""
+    def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Embed tokens, with learned positions if configured."""
         tokens = jnp.asarray(check_tokens("tokens", tokens, self.config.vocab_size, "B, L"))
         length = tokens.shape[1]
         if length > self.config.position_limit:
             raise UsageError(
-                f"{length} tokens, but learned positions end at max_length={self.config.max_length}; give fewer "
+                f"{length} tokens, but learned positions end at max_length={self.config.max_length}; pass fewer "
                 "tokens, or train with positions='relative' or 'rotary'"
             )
         return self.embed_at(tokens, jnp.arange(length))
 
-    def embed_at(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """int [...] -> [..., D]; positions [...] matter where they are learned, those of padding may lie outside."""
+    def embed_at(self, tokens: Int[Array, " ..."], positions: Int[Array, " ..."]) -> Float[Array, "... D"]:
+        """Embed tokens at `positions`, which are used if positions are learned and clipped to 0 .. max_length - 1."""
         check_x64(self.config)
         x = self.embedding(tokens)
         if self.positions is None:
             return x
         return x + self.positions[jnp.clip(positions, 0, self.config.max_length - 1)].astype(x.dtype)
 
-    def from_embeddings(self, x: jax.Array, key: jax.Array | None = None, tokens: jax.Array | None = None) -> jax.Array:
-        """[B, L, D] -> logits [B, L, V], float32 at least; `tokens` [B, L] where boundaries are read off them."""
-        return self.with_groups(x, key, tokens)[0]
-
-    def with_groups(
-        self,
-        x: jax.Array,
-        key: jax.Array | None,
-        tokens: jax.Array | None,
-        mask: jax.Array | None = None,
-        row_keys: jax.Array | None = None,
-    ) -> tuple[jax.Array, list[Groups]]:
-        """As `from_embeddings`, and the groups that each shortening makes, outermost first."""
-        if mask is not None:
-            mask = jnp.asarray(check_mask(mask, x.shape[:2], self.config))
-        embedding_key, body_key = split_key(key, 2)
-        x = self.dropout(x, embedding_key)
-        x, groups = self.hourglass.with_groups(x, body_key, tokens, mask, row_keys)
-        return self.logits(x), groups
-
-    def logits(self, x: jax.Array) -> jax.Array:
-        """The Hourglass's output [..., D] -> logits [..., V], float32 at least."""
+    def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Map the Hourglass's output to logits, float32 at least."""
         return self.head(x if self.norm is None else self.norm(x))
 
     def init_cache(self, batch: int, max_length: int, context: int | None = None) -> Cache:
-        """Room for `max_length` tokens a row, of which it may see `context` (default: all); multiples of K."""
+        """Return an empty cache for `max_length` tokens a row, which attends to `context` of them (default: all).
+
+        Both must be multiples of K, the shared factor; `hg.init_cache` rounds up.
+        """
         check_decodes(self.config)
         check_x64(self.config)
         factor = self.config.shared_factor
         context = max_length if context is None else context
         if max_length % factor or context % factor:
             raise UsageError(
-                f"max_length={max_length} and context={context} must be multiples of {factor}, the groups' length; use "
+                f"max_length={max_length} and context={context} must be multiples of {factor}; use "
                 "hg.init_cache, which rounds up"
             )
-        origin, start = jnp.zeros((2, batch), jnp.int32)  # two buffers, so that a loop may be given both to reuse
+        origin, start = jnp.zeros((2, batch), jnp.int32)  # two buffers, since a loop donates both
         return Cache(
             clock=Clock(jnp.zeros((), jnp.int32), origin, start),
             levels=self.hourglass.init_cache(batch, max_length, context),
@@ -338,10 +335,10 @@ class HourglassLM(nnx.Module):
     def prefill(
         self, tokens: jax.Array, start: jax.Array, cache: Cache, origin: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
-        """Reads tokens [B, L] into an empty cache in one pass -> logits [B, L, V], meaningless for padding.
+        """Process tokens [B, L] in one pass and fill an empty cache; returns logits [B, L, V], undefined for padding.
 
-        Row b begins at start[b], or did so at origin[b] <= start[b] and is read from there on. All are multiples of K,
-        L too; raises UsageError where they are not, and for tokens without a place in the cache.
+        Row b begins at start[b]; if older tokens were dropped, it began at origin[b] <= start[b]. Raises UsageError
+        unless start, origin and L are multiples of K, and for tokens that exceed the cache.
         """
         check_decodes(self.config)
         origin = start if origin is None else origin
@@ -355,7 +352,7 @@ class HourglassLM(nnx.Module):
         return self.logits(x), replace(cache, clock=clock, levels=levels)
 
     def step(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """One token a row, int [B] -> logits [B, V] of the next one. Raises UsageError where the cache is full."""
+        """Decode one token a row, int [B] -> logits [B, V] of the next one. Raises UsageError if the cache is full."""
         check_decodes(self.config)
         tokens = jnp.asarray(check_tokens("tokens", tokens, self.config.vocab_size, "B"))
         cache.check_room(len(tokens))

@@ -299,17 +299,17 @@ def test_groups_are_counted_with_those_that_found_no_room():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"boundary_tokens": ()}, "boundaries='whitespace' needs boundary_tokens"),
+        ({"boundary_tokens": ()}, "boundaries='whitespace' requires boundary_tokens"),
         (
             {"boundaries": "tokens", "boundary_tokens": (), "vocab_size": 300},
-            "boundaries='tokens' needs boundary_tokens",
+            "boundaries='tokens' requires boundary_tokens",
         ),
         ({"boundary_tokens": (11,)}, "boundary_tokens=11 is out of range"),
         ({"boundaries": "spaces"}, "boundaries='spaces' is unknown; choose one of fixed, whitespace"),
         ({"boundaries": "whitespace fixed"}, "names 2, but hierarchy='1@1 1@3 1@1' shortens 1 times"),
         ({"boundaries": "fixed whitespace", "hierarchy": "1@1 1@2 1@4 1@2 1@1"}, "only the first shortening can"),
-        ({"shortening": "linear"}, "shortening='linear' takes groups of one length"),
-        ({"upsampling": "linear"}, "upsampling='linear' takes groups of one length"),
+        ({"shortening": "linear"}, "shortening='linear' requires groups of equal length"),
+        ({"upsampling": "linear"}, "upsampling='linear' requires groups of equal length"),
         ({"boundary_slack": 0.5}, "boundary_slack=0.5 is out of range"),
     ],
 )
@@ -323,7 +323,7 @@ def test_a_configuration_survives_json_and_costs_what_it_has_room_for():
     assert hg.HourglassConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
     assert config.boundaries_by_level == ("whitespace", "every") and config.shared_factor == 1
     fixed = dataclasses.replace(config, boundaries="fixed")
-    groups = make_model(config).hourglass.groups(jnp.zeros((1, 48, 16)), tokens_of((1, 48)))
+    groups = make_model(config).hourglass.forward(jnp.zeros((1, 48, 16)), tokens=tokens_of((1, 48)))[1]
     assert level_lengths(config, 48) == {1: 48, 2: groups[0].when.shape[1], 6: groups[1].when.shape[1]}
     assert level_lengths(fixed, 48) == {1: 48, 2: 24, 6: 8}
     assert forward_flops(config, 48)[1] == forward_flops(fixed, 48)[1]
@@ -381,8 +381,8 @@ def test_launchers_train_and_generate_with_them(tmp_path):
     "text, options, line",
     [
         pytest.param("abcdefg" * 99, ["--boundaries=whitespace"], "end no group in", marks=pytest.mark.slow),
-        ("a b c d " * 99, ["--boundaries=whitespace", "--shortening=linear"], "takes groups of one length"),
-        ("a b c d " * 99, ["--boundaries=tokens"], "boundaries='tokens' needs boundary_tokens"),
+        ("a b c d " * 99, ["--boundaries=whitespace", "--shortening=linear"], "requires groups of equal length"),
+        ("a b c d " * 99, ["--boundaries=tokens"], "boundaries='tokens' requires boundary_tokens"),
     ],
 )
 def test_launchers_say_in_one_line_what_does_not_fit(text, options, line, tmp_path):

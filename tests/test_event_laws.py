@@ -108,16 +108,18 @@ def test_rows_are_taken_apart_where_they_are_half_a_batch_at_most():
         make_model(event_config(hierarchy=hierarchy, **options)).hourglass.boundaries
         for hierarchy, options in (("0@1 1@6 0@1", {}), ("0@1 1@2 0@1", {}), ("0@1 1@6 0@1", {"boundaries": "fixed"}))
     )
-    assert [six.few(batch) for batch in (7, 8, 16, 32)] == [0, 3, 6, 11]
-    assert not any(rule.few(batch) for rule in (two, fixed) for batch in (8, 16, 32))
+    assert [six.max_partial_rows(batch) for batch in (7, 8, 16, 32)] == [0, 3, 6, 11]
+    assert not any(rule.max_partial_rows(batch) for rule in (two, fixed) for batch in (8, 16, 32))
 
 
 @pytest.mark.parametrize("hierarchy, options", FEW)
 def test_few_rows_that_fire_together_step_as_they_would_among_all(hierarchy, options, monkeypatch):
     """Of five rows one or two, at every shortening; where others than those are taken it is noticed."""
-    monkeypatch.setattr(Boundaries, "few", lambda self, batch: 2)
-    step_few, taken = Hourglass.step_few, []
-    monkeypatch.setattr(Hourglass, "step_few", lambda self, *given: [taken.append(given[1]), step_few(self, *given)][1])
+    monkeypatch.setattr(Boundaries, "max_partial_rows", lambda self, batch: 2)
+    step_rows, taken = Hourglass.step_rows, []
+    monkeypatch.setattr(
+        Hourglass, "step_rows", lambda self, *given: [taken.append(given[1]), step_rows(self, *given)][1]
+    )
     with jax.enable_x64(True):
         model = make_model(event_config(hierarchy=hierarchy, dtype="float64", **options))
         assert largest_difference(model) < 1e-12 and set(taken) == {2}
@@ -145,5 +147,5 @@ def test_decisions_are_those_of_float32_whatever_else_is_coarser(boundaries):
         make_model(learned_config(boundaries, dtype=dtype)).hourglass.boundaries for dtype in ("bfloat16", "float32")
     )
     coarse, fine = (rule(x).decision for rule in rules)
-    assert coarse.score.dtype == coarse.p.dtype == jnp.float32
+    assert coarse.score.dtype == coarse.boundary_prob.dtype == jnp.float32
     np.testing.assert_array_equal(coarse.score, fine.score)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from hourglass_jax import UsageError
-from hourglass_jax.nn.groups import EventGroups, FixedGroups, OpenGroup, limit, spread_rows, sum_rows, to_groups
+from hourglass_jax.nn.event_groups import EventGroups, OpenGroup, limit, spread_rows, sum_rows
+from hourglass_jax.nn.groups import FixedGroups, to_groups
 
 RNG = np.random.default_rng(0)
 B, L, G, D = 3, 17, 6, 4
@@ -148,7 +149,7 @@ def test_padding_on_either_side_counts_nowhere():
         for verb in ("sum", "mean", "select"):
             theirs, ours = (getattr(g, verb)(x) for g, x in ((alone, X[b : b + 1, row]), (padded, X)))
             np.testing.assert_allclose(ours[b, :n], theirs[0, :n], atol=1e-14)
-    np.testing.assert_allclose(padded.rest[0][1], X[1, members(FIRES[1, :9])[1]].sum(0), atol=1e-14)
+    np.testing.assert_allclose(padded.carry[0][1], X[1, members(FIRES[1, :9])[1]].sum(0), atol=1e-14)
 
 
 @pytest.mark.parametrize("cut", [0, 5, 11])
@@ -167,13 +168,13 @@ def test_a_group_in_progress_has_the_sums_of_the_whole_sequence(cut):
     if cut:
         part = EventGroups(jnp.asarray(FIRES[:, :cut]), L)
         pool(part, slice(0, cut))
-        fresh, sums = jnp.asarray(FIRES[:, cut - 1]), part.rest
+        fresh, sums = jnp.asarray(FIRES[:, cut - 1]), part.carry
     for t in range(cut, L):
         group = OpenGroup(fresh, jnp.asarray(FIRES[:, t]), sums=sums)
         now = np.asarray(pool(group, slice(t, t + 1)))[:, 0]
         for b in np.flatnonzero(FIRES[:, t]):
             np.testing.assert_allclose(now[b], z[b, FIRES[b, :t].sum()], atol=1e-13)
-        fresh, sums = jnp.asarray(FIRES[:, t]), group.rest
+        fresh, sums = jnp.asarray(FIRES[:, t]), group.carry
 
 
 def test_sums_and_copies_by_row_have_each_others_derivatives():

@@ -91,7 +91,7 @@ def test_groups_that_the_text_makes_take_plain_lists_and_numpy_too(boundaries):
     config = small_config(hierarchy="0@1 1@2 0@1", boundaries=boundaries, boundary_tokens=(2,), **resampling)
     model, array = make_model(config), jnp.array([[1, 2, 3]])
     np.testing.assert_array_equal(model(array.tolist()), model(array))
-    logits, loss, _ = model.with_losses(array.tolist(), KEY, np.ones((1, 3), np.float32))
+    logits, loss, _ = model.forward_with_aux(array.tolist(), KEY, np.ones((1, 3), np.float32))
     assert logits.shape == (1, 3, 11) and jnp.isfinite(loss)
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from test_boundaries import largest_difference, tokens_of
 
 import hourglass_jax as hg
-from hourglass_jax.nn.groups import Decision, EventGroups, OpenGroup
+from hourglass_jax.nn.event_groups import Decision, EventGroups, OpenGroup
 from hourglass_jax.nn.layers import keys_of_rows
 from hourglass_jax.nn.learned import RouterBoundaries, binomial_loss, entropies, ratio_loss, spikes
 from hourglass_jax.nn.rates import boundary_terms
@@ -66,7 +66,7 @@ def test_a_router_is_its_formula_and_so_is_the_derivative_of_its_loss(float64):
     kernels = [np.asarray(part.kernel[...], np.float64) for part in (rule.query, rule.key)]
     x = np.random.default_rng(0).normal(size=(2, 9, D))
     groups, p = rule(jnp.asarray(x)), routed(x, *kernels)
-    np.testing.assert_allclose(groups.p, p, atol=1e-12)
+    np.testing.assert_allclose(groups.boundary_prob, p, atol=1e-12)
     np.testing.assert_array_equal(groups.fires, p > 0.5)
     assert 4 < groups.fires.sum() < 14
 
@@ -89,7 +89,7 @@ def test_neighbours_in_one_direction_have_no_boundary_between_them_before_traini
     x = np.repeat(RNG.normal(size=(1, 4, D)), 3, axis=1) * RNG.uniform(1, 2, (1, 12, 1))
     x[:, 6:9] = -x[:, 3:6]
     np.testing.assert_allclose(
-        rule(jnp.asarray(x, jnp.float32)).p[0, [1, 2, 4, 5, 6, 7, 8]], [0, 0, 0, 0, 1, 0, 0], atol=1e-6
+        rule(jnp.asarray(x, jnp.float32)).boundary_prob[0, [1, 2, 4, 5, 6, 7, 8]], [0, 0, 0, 0, 1, 0, 0], atol=1e-6
     )
 
 
@@ -237,7 +237,7 @@ def score_gradients(config):
         def projection(probe):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(kind, "score", lambda self, here, before: score(self, here, before) + probe)
-                y, [groups] = hourglass.with_groups(x)
+                y, [groups] = hourglass.forward(x)
             return (weights * y).sum(), groups.fires
 
         return jax.grad(projection, has_aux=True)(probe)
@@ -267,14 +267,14 @@ def test_noise_needs_a_key_and_is_of_the_row_and_the_position():
     x, keys = jnp.asarray(RNG.normal(size=(6, 400, D)), jnp.float32), keys_of_rows(jax.random.key(1), 6)
     decide = nnx.jit(lambda rule, x, keys=None: rule(x, row_keys=keys).decision)
     plain, drawn = (decide(rule, x, k) for k in (None, keys))
-    np.testing.assert_array_equal(plain.wants[:, 1:], plain.score[:, 1:] > 0)
+    np.testing.assert_array_equal(plain.boundary_mask[:, 1:], plain.score[:, 1:] > 0)
     part = decide(rule, x[3:0:-1, :100], keys[3:0:-1])
     np.testing.assert_allclose(part.score, drawn.score[3:0:-1, :100], atol=1e-5)
     noise = np.asarray(drawn.score - plain.score)
     assert len(np.unique(noise)) > 0.99 * noise.size
     assert np.mean(noise) == pytest.approx(0, abs=0.1) and np.std(noise) == pytest.approx(math.pi / 3**0.5, rel=0.05)
     likely = sigmoid(np.asarray(plain.score))
-    assert np.mean(drawn.wants[:, 1:]) == pytest.approx(likely.mean(), abs=0.05)
+    assert np.mean(drawn.boundary_mask[:, 1:]) == pytest.approx(likely.mean(), abs=0.05)
     rule.eval()
     np.testing.assert_array_equal(decide(rule, x, keys).score, plain.score)
 
@@ -311,7 +311,7 @@ def test_predictions_see_no_future_and_decode_as_they_are_read(hierarchy, option
     with jax.enable_x64(True):
         model = make_model(learned_config(hierarchy=hierarchy, dtype="float64", **options))
         assert largest_difference(model) < 1e-12
-        groups = model.hourglass.groups(model.embed(tokens_of((5, 31))), tokens_of((5, 31)))
+        groups = model.hourglass.forward(model.embed(tokens_of((5, 31))), tokens=tokens_of((5, 31)))[1]
         assert any(np.ptp(np.asarray(each.count)) for each in groups)  # rows are at phases of their own
 
 
@@ -345,7 +345,7 @@ def test_the_newest_average_goes_on_from_the_one_before(float64):
     whole = np.asarray(smooth.averages(z, groups_of(FIRES[:1], P[:1])))
     cache = smooth.init_cache(1, 99)
     for g, t in enumerate(np.flatnonzero(FIRES[0])[:G]):
-        group = OpenGroup(jnp.ones(1, bool), jnp.ones(1, bool), p=jnp.asarray(P[:1, t : t + 1]))
+        group = OpenGroup(jnp.ones(1, bool), jnp.ones(1, bool), boundary_prob=jnp.asarray(P[:1, t : t + 1]))
         clock = hg.nn.cache.Clock(jnp.zeros(1, int), jnp.zeros(1, int), jnp.zeros(1, int), jnp.ones(1, bool))
         cache = smooth.receive(jnp.asarray(z[:, g]), group, cache, clock)
         np.testing.assert_allclose(cache, whole[:, g], atol=1e-13)

@@ -31,7 +31,7 @@ def test_what_is_reported_has_none_of_the_loss_of_boundaries_which_reach_their_r
     step, state = make_train_step(graph, optimizer, seed=0), first_state(params, optimizer)
     tokens, weights = tokens_of((8, 33)), jnp.ones((8, 32))
     loss = -hg.score(nnx.merge(graph, params), tokens).mean()
-    _, added, figures = nnx.merge(graph, params).with_losses(tokens[:, :-1])
+    _, added, figures = nnx.merge(graph, params).forward_with_aux(tokens[:, :-1])
     assert float(added) == pytest.approx(0.9 * float(figures["boundary_loss"]))
     records = []
     for _ in range(60):

@@ -20,7 +20,8 @@ from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Level
 from hourglass_jax.nn.cache import NEVER, Clock, EventCache, where_live
-from hourglass_jax.nn.groups import Decision, EventGroups, FixedGroups, Groups, OpenGroup, limit
+from hourglass_jax.nn.event_groups import Decision, EventGroups, OpenGroup, limit
+from hourglass_jax.nn.groups import FixedGroups, Groups
 from hourglass_jax.registry import BOUNDARIES
 
 SPARE = 4  # events beyond the rate limit, so that a row may begin with a few at once
@@ -41,7 +42,7 @@ class Position(NamedTuple):
     place: jax.Array
 
 
-class Turn(NamedTuple):
+class InnerStep(NamedTuple):
     """What one step of decoding means for the deeper level.
 
     due: bool [] or [B], whether it takes a step.
@@ -55,11 +56,11 @@ class Turn(NamedTuple):
     groups: Groups
     gathers: bool
 
-    def of_rows(self, rows: jax.Array) -> Turn:
+    def of_rows(self, rows: jax.Array) -> InnerStep:
         """Of these rows [b] alone, where each has a time of its own."""
         assert isinstance(self.groups, OpenGroup)
         due, clock, x = jax.tree.map(lambda leaf: leaf[rows], (self.due, self.clock, self.x))
-        return Turn(due, clock, x, self.groups.of_rows(rows), self.gathers)
+        return InnerStep(due, clock, x, self.groups.of_rows(rows), self.gathers)
 
 
 class FixedBoundaries(nnx.Module):
@@ -94,11 +95,11 @@ class FixedBoundaries(nnx.Module):
         """That a sequence of `length` positions has room for."""
         return -(-length // self.k)
 
-    def few(self, batch: int) -> int:
+    def max_partial_rows(self, batch: int) -> int:
         """See `Boundaries`: all rows' groups end at once."""
         return 0
 
-    def reach(self, max_length: int, context: int) -> tuple[int, int]:
+    def inner_capacity(self, max_length: int, context: int) -> tuple[int, int]:
         """The deeper level's `max_length` and `context`, in tokens that its groups stand for."""
         return max_length, context
 
@@ -106,7 +107,7 @@ class FixedBoundaries(nnx.Module):
         """The newest positions, of which the next group is made."""
         return jnp.zeros((batch, self.shift + 1, self.d_model), self.dtype)
 
-    def example(self, batch: int) -> tuple[jax.Array, FixedGroups]:
+    def step_template(self, batch: int) -> tuple[jax.Array, FixedGroups]:
         """What a step shortens."""
         return jnp.zeros((batch, self.k, self.d_model), self.dtype), FixedGroups(self.k, self.k)
 
@@ -118,11 +119,13 @@ class FixedBoundaries(nnx.Module):
         known = jnp.where(begun[..., None], x, 0)  # the shift brings in zeros, not padding
         return known, self(x), clock, jnp.concatenate([cache, known], axis=1)[:, -self.shift - 1 :]
 
-    def step(self, x: jax.Array, token: jax.Array | None, cache: jax.Array, clock: Clock) -> tuple[Turn, jax.Array]:
+    def step(
+        self, x: jax.Array, token: jax.Array | None, cache: jax.Array, clock: Clock
+    ) -> tuple[InnerStep, jax.Array]:
         """One position [B, D]; the first one of a group lets the deeper level run."""
         window = jnp.concatenate([cache[:, 1:], x[:, None]], axis=1)
         due = clock.time // self.unit % self.k == 0
-        return Turn(due, clock, window[:, : self.k], FixedGroups(self.k, self.k), gathers=False), window
+        return InnerStep(due, clock, window[:, : self.k], FixedGroups(self.k, self.k), gathers=False), window
 
 
 class Boundaries(nnx.Module):
@@ -174,22 +177,22 @@ class Boundaries(nnx.Module):
         before = jax.tree.map(lambda values: jnp.roll(values, 1, axis=1).at[:, 0].set(0), here)
         valid = (places >= 0) & (places < jnp.reshape(stop - start, (-1, 1)))
         decision = self.decide(here, before, row_keys)
-        decision = decision._replace(wants=decision.wants & valid)
-        fires = limit(decision.wants, self.room(jnp.maximum(places + 1, 0)))
+        decision = decision._replace(boundary_mask=decision.boundary_mask & valid)
+        fires = limit(decision.boundary_mask, self.room(jnp.maximum(places + 1, 0)))
         return EventGroups(fires, self.n_groups(x.shape[1]), valid, decision)
 
-    def few(self, batch: int) -> int:
+    def max_partial_rows(self, batch: int) -> int:
         """The most rows that decoding takes by themselves where an event fires in no others; 0: it takes all."""
         few = -(-2 * batch // self.k)  # twice as many as expected
         return few if batch >= 8 and 2 * few <= batch else 0
 
-    def reach(self, max_length: int, context: int) -> tuple[int, int]:
+    def inner_capacity(self, max_length: int, context: int) -> tuple[int, int]:
         """The deeper level's `max_length` and `context`, in tokens that its groups stand for."""
         length = self.n_groups(min(max_length, context) // self.unit) * self.unit * self.k
         return length, length
 
     def init_cache(self, batch: int, max_length: int, context: int) -> EventCache:
-        length, _ = self.reach(max_length, context)
+        length, _ = self.inner_capacity(max_length, context)
         return EventCache(
             when=jnp.full((batch, length // (self.unit * self.k)), NEVER, jnp.int32),
             count=jnp.zeros(batch, jnp.int32),
@@ -200,7 +203,7 @@ class Boundaries(nnx.Module):
     def no_position(self, batch: int) -> tuple[jax.Array, jax.Array]:
         return jnp.zeros((batch, self.d_model), self.dtype), jnp.zeros(batch, jnp.int32)
 
-    def example(self, batch: int) -> tuple[jax.Array, OpenGroup]:
+    def step_template(self, batch: int) -> tuple[jax.Array, OpenGroup]:
         """What a step shortens."""
         return self.no_position(batch)[0][:, None], OpenGroup(jnp.ones(batch, bool), jnp.ones(batch, bool))
 
@@ -221,7 +224,9 @@ class Boundaries(nnx.Module):
         zero = jnp.zeros_like(groups.count)
         return x, groups, Clock(groups.count * self.unit * self.k, zero, zero), cache
 
-    def step(self, x: jax.Array, token: jax.Array | None, cache: EventCache, clock: Clock) -> tuple[Turn, EventCache]:
+    def step(
+        self, x: jax.Array, token: jax.Array | None, cache: EventCache, clock: Clock
+    ) -> tuple[InnerStep, EventCache]:
         """One position [B, D]; the deeper level runs in the rows in which an event fires."""
         place = jnp.broadcast_to(clock.time - clock.start, x.shape[:1]) // self.unit
         token = cache.newest[1] if token is None else token.astype(jnp.int32)
@@ -229,19 +234,19 @@ class Boundaries(nnx.Module):
         before = Position(*(values[:, None] for values in (*cache.newest, place - 1)))
         seen = (cache.when >= clock.start[:, None]).sum(axis=1, dtype=jnp.int32)
         decision = self.decide(here, before)
-        fires = decision.wants[:, 0] & (seen < self.room(place + 1))
+        fires = decision.boundary_mask[:, 0] & (seen < self.room(place + 1))
         if clock.live is not None:
             fires &= clock.live
         unit = self.unit * self.k
         below = Clock(cache.count * unit, jnp.zeros_like(place), (cache.count - seen) * unit, fires)
         serving = replace(below, time=(cache.count + fires - 1) * unit, live=None)
-        groups = OpenGroup(cache.fresh, fires, serving, p=decision.p)
+        groups = OpenGroup(cache.fresh, fires, serving, boundary_prob=decision.boundary_prob)
         row = jnp.where(fires, cache.count % cache.when.shape[1], cache.when.shape[1])
         when = cache.when.at[jnp.arange(len(row)), row].set(clock.time, mode="drop")
         newest = where_live(clock.live, (x, token), cache.newest)
         fresh = where_live(clock.live, fires, cache.fresh)
         cache = replace(cache, when=when, count=cache.count + fires, newest=newest, fresh=fresh)
-        return Turn(fires, below, x[:, None], groups, gathers=True), cache
+        return InnerStep(fires, below, x[:, None], groups, gathers=True), cache
 
 
 class EveryKth(Boundaries):

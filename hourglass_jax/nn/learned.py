@@ -18,7 +18,7 @@ from jax.scipy.special import gammaln
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.hierarchy import Level
 from hourglass_jax.nn.boundaries import BOUNDARIES, Boundaries, Position
-from hourglass_jax.nn.groups import Decision, EventGroups
+from hourglass_jax.nn.event_groups import Decision, EventGroups
 from hourglass_jax.nn.layers import Linear, kernel_init
 from hourglass_jax.nn.transformer import ACTIVATIONS
 

@@ -1,21 +1,22 @@
-"""What attention knows of distances: Transformer-XL's sinusoids and rotary turns."""
+"""Position encodings: Transformer-XL's sinusoids with its relative shift, and rotary positions."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 
-def sinusoids(distances: jax.Array, d_model: int) -> jax.Array:
-    """R of Transformer-XL: [...] distances -> [..., d_model], sines in the first half, cosines in the second."""
+def sinusoids(distances: Int[Array, " ..."], d_model: int) -> Float[Array, "... D"]:
+    """R of Transformer-XL for distances in tokens: sines in the first half, cosines in the second."""
     n = (d_model + 1) // 2
     frequencies = 10_000.0 ** (-jnp.arange(n) / n)
     angles = distances[..., None] * frequencies
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :d_model]
 
 
-def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotary positions: x [..., H, K] at positions [...], pairs (i, i + K/2) turned by 10000^(-2i/K) a token."""
+def rotate(x: Float[Array, "... H K"], positions: Int[Array, " ..."]) -> Float[Array, "... H K"]:
+    """Rotary positions (RoFormer): pairs (i, i + K/2) turn by the angle position * 10000^(-2i/K)."""
     half = x.shape[-1] // 2
     frequencies = 10_000.0 ** (-jnp.arange(half) / half)
     angles = positions[..., None, None] * frequencies
@@ -24,43 +25,49 @@ def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
-def slot_distances(groups: int, query_slots: int, key_slots: int, unit: int, *, causal: bool = True) -> jax.Array:
-    """[G, P, S] in tokens; row e is for groups that lie G - 1 - e apart (farthest first).
+def slot_distances(
+    groups: int, query_slots: int, key_slots: int, unit: int, *, causal: bool = True
+) -> Int[Array, "N P S"]:
+    """Distances in tokens between slots of groups that lie N - 1, N - 2, ... 0 groups apart, N = `groups`.
 
-    Not causal, [2 G - 1, P, S]: they go on to the keys that lie as far ahead.
+    If not causal, N = 2 `groups` - 1, and the distances continue to the keys that lie as far ahead.
     """
     lags = jnp.arange(0 if causal else 1 - groups, groups)
     lag = lags[::-1, None, None] * (query_slots * key_slots)
     return unit * (lag + jnp.arange(query_slots)[:, None] - jnp.arange(key_slots))
 
 
-def align_lags(x: jax.Array) -> jax.Array:
-    """Turns scores by lag into scores by key: [..., b, N, S] -> [..., b, N, S].
+def relative_shift(x: Float[Array, "... b N S"]) -> Float[Array, "... b N S"]:
+    """Align scores by lag to scores by key, as Transformer-XL does (its appendix B).
 
-    Row i belongs to query group N - b + i. Its entry e comes in for lag N - 1 - e and goes out at key group m,
-    lag N - b + i - m; what lies beyond the diagonal is left undefined for the causal mask to cover. Where lags go on
-    below 0, row i belongs to query group i, entry e is for lag b - 1 - e, and the first groups that come out are keys.
+    For b = N = 3 queries, S = 1 key slot a group, and a score q_i,lag in row i at column N - 1 - lag:
+
+        lag 2  lag 1  lag 0           key 0  key 1  key 2
+        q0,2   q0,1   q0,0            q0,0   .      .
+        q1,2   q1,1   q1,0     ->     q1,1   q1,0   .
+        q2,2   q2,1   q2,0            q2,2   q2,1   q2,0
+
+    A row moves left by one less than the row before it: pad one column, flatten, drop the first b - 1 entries, and cut
+    into rows again. Entries beyond the diagonal are undefined; the causal mask hides them. Row i is that of query group
+    N - b + i. If not causal, lags continue below 0: row i is that of query group i and column e has lag b - 1 - e.
     """
-    return align_padded_lags(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)]))
+    return relative_shift_padded(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)]))
 
 
-def align_padded_lags(x: jax.Array) -> jax.Array:
-    """`align_lags` of rows with one more entry at their end, whatever it is: [..., b, N + 1, S] -> [..., b, N, S]."""
+def relative_shift_padded(x: Float[Array, "... b N+1 S"]) -> Float[Array, "... b N S"]:
+    """`relative_shift` of rows that already have one more column, of any value."""
     *lead, b, n_padded, s = x.shape
     n = n_padded - 1
     flat = x.reshape(*lead, b * n_padded, s)
     return flat[..., b - 1 : b - 1 + b * n, :].reshape(*lead, b, n, s)
 
 
-def align_newest(x: jax.Array, newest: jax.Array) -> jax.Array:
-    """Turns scores by lag into scores by key for the query of row `newest`: [..., n] -> [..., n].
-
-    Entry e comes in for the key n - 1 - e rows before the newest; the rows are a ring, which ends at the newest.
-    """
+def relative_shift_newest(x: Float[Array, "... n"], newest: Int[Array, ""]) -> Float[Array, "... n"]:
+    """`relative_shift` for one query, whose keys are a ring that ends at row `newest`; column e has lag n - 1 - e."""
     n = x.shape[-1]
     return jax.lax.dynamic_slice_in_dim(jnp.concatenate([x, x], axis=-1), n - 1 - newest, n, axis=-1)
 
 
-def align_each(x: jax.Array, lags: jax.Array) -> jax.Array:
-    """`align_newest` for queries of different rows, from the lag of each key, int [B, n]: [B, H, n] -> [B, H, n]."""
+def relative_shift_each(x: Float[Array, "B H n"], lags: Int[Array, "B n"]) -> Float[Array, "B H n"]:
+    """`relative_shift_newest` for queries of different rows, given the lag of each key."""
     return jnp.take_along_axis(x, x.shape[-1] - 1 - lags[:, None], axis=-1)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hourglass_jax.nn.groups import EventGroups, Groups
+from hourglass_jax.nn.event_groups import EventGroups
+from hourglass_jax.nn.groups import Groups
 from hourglass_jax.nn.learned import LearnedBoundaries, mean
 
 
@@ -42,7 +43,7 @@ def boundary_terms(
 
 def rates(groups: EventGroups, weights: jax.Array) -> dict[str, jax.Array]:
     """See `boundary_terms`."""
-    fired, wanted = (mean(events, weights) for events in (groups.fires, groups.decision.wants))
+    fired, wanted = (mean(events, weights) for events in (groups.fires, groups.decision.boundary_mask))
     of_row = (groups.fires * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
     return {
         "boundary_rate": fired,

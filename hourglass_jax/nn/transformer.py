@@ -110,6 +110,11 @@ class Block(nnx.Module):
         y, cache = self.attention.step(*self.normalize(x, memory), cache, clock)
         return self.residual(x, y), cache
 
+    def write(self, memory: jax.Array, cache: KeyValueCache, clock: Clock) -> KeyValueCache:
+        """Cache the keys and values of new memory [B, S, D] without attending to it."""
+        assert self.memory_norm is not None
+        return self.attention.write(self.memory_norm(memory), cache, clock)
+
     def normalize(self, x: jax.Array, memory: jax.Array | None) -> tuple[jax.Array, Any]:
         """What attention takes as queries and keys; a step that brings no new keys has None."""
         queries = self.attention_norm(x)

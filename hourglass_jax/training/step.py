@@ -67,7 +67,7 @@ def make_train_step(
     def loss_of(params: nnx.State, part: Part) -> tuple[jax.Array, Metrics]:
         """What is minimised and the metrics, summed over the predictions."""
         model, task = nnx.merge(graph, params), part.task
-        logits, boundary_loss, metrics = model.with_losses(
+        logits, boundary_loss, metrics = model.forward_with_aux(
             task.inputs, part.key, task.weights, mask=task.mask, row_keys=part.row_keys
         )
         loss = -(log_probabilities(logits, task.targets) * task.weights).sum()

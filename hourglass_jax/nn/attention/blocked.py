@@ -18,7 +18,7 @@ from jax import lax
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern, float32_at_least
 from hourglass_jax.nn.layers import dropped
 from hourglass_jax.nn.platform import on_one_cpu, platform
-from hourglass_jax.nn.positions import align_padded_lags
+from hourglass_jax.nn.positions import relative_shift_padded
 
 QUERY_ROWS = 64  # of a block on a CPU; on accelerators eight times as many
 HEADS_IN_CACHE = 16  # of a few rows of the batch together, on a CPU
@@ -67,7 +67,7 @@ class Segment(NamedTuple):
         """The keys, values and relative keys, as columns, that the segment's queries meet."""
         k, v, r, n = inputs.k, inputs.v, inputs.r, self.met * slots
         ahead = 0 if r is None else max(r.shape[-1] - k.shape[-1], 0)  # of lags below 0, where they are seen
-        if r is not None:  # in front, lags beyond the largest, all hidden; behind, one for `align_padded_lags`
+        if r is not None:  # in front, lags beyond the largest, all hidden; behind, one for `relative_shift_padded`
             r = pad_columns(r[..., -n - ahead :], max(n - r.shape[-1], 0), slots)
         if self.reach is not None:
             k, v = (pad_columns(x, self.reach * slots, self.missing * slots) for x in (k, v))
@@ -143,7 +143,7 @@ def block_scores(
         batch, heads, _, size = q.shape
         q_position = q_position.reshape(batch, heads, segment.block, pattern.query_slots, size)
         by_lag = jnp.einsum("bhpgk,bhpkn->bhpgn", q_position.swapaxes(2, 3), r)
-        by_key = align_padded_lags(by_lag.reshape(*by_lag.shape[:-1], groups, slots))[..., : segment.met, :]
+        by_key = relative_shift_padded(by_lag.reshape(*by_lag.shape[:-1], groups, slots))[..., : segment.met, :]
         by_key = by_key.reshape(*by_key.shape[:-2], -1)
         scores += by_key.swapaxes(2, 3).reshape(scores.shape)
     return float32_at_least(scores)

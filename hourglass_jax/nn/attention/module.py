@@ -24,7 +24,7 @@ from hourglass_jax.nn.attention.choice import attend
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern, float32_at_least
 from hourglass_jax.nn.cache import Clock, KeyValueCache
 from hourglass_jax.nn.layers import Dropout, dropped, kernel_init, linear
-from hourglass_jax.nn.positions import align_each, align_newest, rotate, sinusoids, slot_distances
+from hourglass_jax.nn.positions import relative_shift_each, relative_shift_newest, rotate, sinusoids, slot_distances
 
 HIDDEN = -1e30  # a score of no weight, and with a derivative
 
@@ -193,9 +193,9 @@ class Attention(nnx.Module):
             scores = jnp.einsum("bhk,bhnk->bhn", content, keys)
             by_lag = jnp.einsum("bhk,hnk->bhn", position, r)
             if newest.ndim:
-                scores += align_each(by_lag, cache.lags(newest))
+                scores += relative_shift_each(by_lag, cache.lags(newest))
             else:
-                scores += align_newest(by_lag, newest % r.shape[1])
+                scores += relative_shift_newest(by_lag, newest % r.shape[1])
         visible = cache.lags(newest) <= (newest - first)[:, None]
         probabilities = masked_softmax(scores * q.shape[-1] ** -0.5, visible[:, None])
         return jnp.einsum("bhn,bhnk->bhk", probabilities.astype(q.dtype), values)

@@ -1,6 +1,14 @@
-"""The formula as it stands, in jnp alone: memory grows with the square of the length, and any transformation applies.
+"""Attention as its formula states it, in jnp: the reference for the other implementations.
 
-Such are `jax.jvp`, Hessian-vector products and `jax.vmap(jax.grad(...))`. The other implementations are tested on it.
+With relative positions (Transformer-XL, Dai et al. 2019, section 3.3) the score of query i and key j <= i is
+
+    ((q_i + u) . k_j + (q_i + v) . W_r R_(i-j)) / sqrt(K)
+
+where R holds the sinusoids of the distance i - j, and u, v are learned biases. `Inputs` has q_i + u as `q`, q_i + v as
+`q_position` and W_r R as `r`; `positions.relative_shift` aligns the second term, computed by lag, to keys.
+
+Memory grows with the square of the length. Supports every transformation of JAX, such as `jax.jvp`, Hessian-vector
+products and `jax.vmap(jax.grad(...))`.
 """
 
 from __future__ import annotations
@@ -10,13 +18,13 @@ import jax.numpy as jnp
 
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern, float32_at_least
 from hourglass_jax.nn.layers import dropped
-from hourglass_jax.nn.positions import align_lags
+from hourglass_jax.nn.positions import relative_shift
 
 
 def plain_attention(
     pattern: Pattern, inputs: Inputs, padding: jax.Array | None = None, key: jax.Array | None = None
 ) -> jax.Array:
-    """-> [B, H, G P, K]. For `padding` see `Pattern`; `key` turns dropout on."""
+    """Return [B, H, G P, K]; see `Pattern` for `padding`. `key` turns dropout on."""
     q, k, v, q_position, _ = inputs
     batch, heads, n_queries, size = q.shape
     groups = n_queries // pattern.query_slots
@@ -26,7 +34,7 @@ def plain_attention(
     if r is not None and q_position is not None:
         q_position = q_position.reshape(batch, heads, groups, pattern.query_slots, size)
         by_lag = jnp.einsum("bhgpk,phmk->bhpgm", q_position, r)
-        by_key = align_lags(by_lag.reshape(*by_lag.shape[:-1], lags, pattern.key_slots))[..., :groups, :]
+        by_key = relative_shift(by_lag.reshape(*by_lag.shape[:-1], lags, pattern.key_slots))[..., :groups, :]
         scores += by_key.reshape(*by_lag.shape[:-1], -1).swapaxes(2, 3).reshape(scores.shape)
     visible = pattern.visible(
         jnp.arange(n_queries) // pattern.query_slots, jnp.arange(k.shape[2]) // pattern.key_slots, padding
