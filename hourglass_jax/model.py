@@ -20,7 +20,7 @@ from hourglass_jax.hierarchy import Level
 from hourglass_jax.nn.boundaries import Turn
 from hourglass_jax.nn.cache import Cache, Clock, in_own_time, of_rows, with_rows
 from hourglass_jax.nn.groups import Groups
-from hourglass_jax.nn.layers import Dropout, keys_of_rows, layer_norm, linear, split_key
+from hourglass_jax.nn.layers import Dropout, at_least_float32, keys_of_rows, layer_norm, linear, split_key
 from hourglass_jax.nn.learned import BOUNDARIES, entropies
 from hourglass_jax.nn.rates import boundary_terms
 from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS
@@ -208,7 +208,7 @@ class HourglassLM(nnx.Module):
         self.hourglass = Hourglass(config, config.parsed_hierarchy.levels, rngs=rngs)
         self.norm = layer_norm(config, rngs=rngs) if config.norm == "final" else None
         self.head = linear(config, config.d_model, config.vocab_size, rngs=rngs)
-        self.head.preferred_element_type = jnp.promote_types(config.dtype, jnp.float32)  # bfloat16 would tie logits
+        self.head.preferred_element_type = at_least_float32(config.dtype)  # bfloat16 would tie logits
 
     def __call__(self, tokens: jax.Array, key: jax.Array | None = None, *, mask: jax.Array | None = None) -> jax.Array:
         return self.read(tokens, key, mask)[0]
@@ -281,7 +281,7 @@ class HourglassLM(nnx.Module):
                 f"{length} tokens, but learned positions end at max_length={self.config.max_length}; give fewer "
                 "tokens, or train with positions='relative' or 'rotary'"
             )
-        return self.embed_at(tokens, jnp.arange(length))
+        return self.embed_at(tokens, jnp.arange(length)[None])
 
     def embed_at(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """int [...] -> [..., D]; positions [...] matter where they are learned, those of padding may lie outside."""
@@ -350,7 +350,7 @@ class HourglassLM(nnx.Module):
         tokens = jnp.asarray(check_tokens("tokens", tokens, self.config.vocab_size, "B, L"))
         cache.check_prompts(*tokens.shape, start, origin)
         clock = Clock(jnp.asarray(tokens.shape[1], jnp.int32), jnp.asarray(origin), jnp.asarray(start))
-        x = self.embed_at(tokens, jnp.arange(tokens.shape[1]) - clock.origin[:, None])
+        x = self.embed_at(tokens, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] - clock.origin[:, None])
         x, levels = self.hourglass.prefill(x, cache.levels, clock, tokens)
         return self.logits(x), replace(cache, clock=clock, levels=levels)
 

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from hourglass_jax.errors import UsageError
 from hourglass_jax.nn.cache import Clock
+from hourglass_jax.nn.layers import at_least_float32
 
 LARGEST_LOGIT = 60.0  # exp of it, times what a network computes, stays finite in float32
 
@@ -206,10 +208,10 @@ class EventGroups(Groups):
         self.length, self.n_groups = fires.shape[1], n_groups
         so_far = jnp.cumsum(fires, axis=1, dtype=jnp.int32)
         self.served, self.count = so_far - 1, so_far[:, -1]
-        self.member = jnp.where(valid, so_far - fires, n_groups)
+        self.member = jnp.where(valid, so_far - fires.astype(jnp.int32), n_groups)
         in_progress = valid & (self.member == self.count[:, None])
         self._rest_member = jnp.where(in_progress, 0, 1)
-        before = (so_far[:, :, None] <= jnp.arange(n_groups)).sum(axis=1, dtype=jnp.int32)
+        before = (so_far[:, :, None] <= jnp.arange(n_groups, dtype=jnp.int32)[None, None]).sum(axis=1, dtype=jnp.int32)
         self.when = jnp.minimum(before, fires.shape[1] - 1)
         self.rest: list[jax.Array] = []
 
@@ -299,9 +301,9 @@ def limit(wants: jax.Array, room: jax.Array) -> jax.Array:
     return granted > jnp.pad(granted, ((0, 0), (1, 0)))[:, :-1]
 
 
-def sum_dtype(x: jax.Array) -> jnp.dtype:
+def sum_dtype(x: jax.Array) -> np.dtype:
     """Of sums over x: float32 at least."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return at_least_float32(x.dtype)
 
 
 def one_hot_product(equation: str, rows: jax.Array, n: int, x: jax.Array) -> jax.Array:

@@ -6,19 +6,23 @@ import jax
 import jax.numpy as jnp
 
 
+def angles_at(positions: jax.Array, n: int) -> jax.Array:
+    """[...] -> [..., n]: angle i grows by 10000^(-i/n) a token."""
+    frequencies = 10_000.0 ** (-jnp.arange(n) / n)
+    return jnp.multiply.outer(jnp.asarray(positions, frequencies.dtype), frequencies)
+
+
 def sinusoids(distances: jax.Array, d_model: int) -> jax.Array:
     """R of Transformer-XL: [...] distances -> [..., d_model], sines in the first half, cosines in the second."""
-    n = (d_model + 1) // 2
-    frequencies = 10_000.0 ** (-jnp.arange(n) / n)
-    angles = distances[..., None] * frequencies
+    angles = angles_at(distances, (d_model + 1) // 2)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :d_model]
 
 
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     """Rotary positions: x [..., H, K] at positions [...], pairs (i, i + K/2) turned by 10000^(-2i/K) a token."""
     half = x.shape[-1] // 2
-    frequencies = 10_000.0 ** (-jnp.arange(half) / half)
-    angles = positions[..., None, None] * frequencies
+    angles = angles_at(positions, half)[..., None, :]
+    angles = jnp.expand_dims(angles, range(x.ndim - angles.ndim))
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
     left, right = x[..., :half], x[..., half:]
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
@@ -31,7 +35,7 @@ def slot_distances(groups: int, query_slots: int, key_slots: int, unit: int, *, 
     """
     lags = jnp.arange(0 if causal else 1 - groups, groups)
     lag = lags[::-1, None, None] * (query_slots * key_slots)
-    return unit * (lag + jnp.arange(query_slots)[:, None] - jnp.arange(key_slots))
+    return unit * (lag + jnp.arange(query_slots)[None, :, None] - jnp.arange(key_slots)[None, None])
 
 
 def align_lags(x: jax.Array) -> jax.Array:
