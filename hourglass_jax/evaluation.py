@@ -97,7 +97,7 @@ def evaluate_batches(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -
 def _batch_hits(graph: nnx.GraphDef, params: nnx.State, tokens: Array, weights: Array) -> Sums:
     task, logits = _answer(nnx.merge(graph, params), tokens, weights)
     hits = logits.argmax(axis=-1) == task.targets
-    return (hits * task.weights).sum(), task.weights.sum()
+    return (hits.astype(task.weights.dtype) * task.weights).sum(), task.weights.sum()
 
 
 def accuracy(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -> float:

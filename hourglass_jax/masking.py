@@ -46,7 +46,7 @@ def task_of(config: HourglassConfig, tokens: jax.Array, weights: jax.Array, key:
     key = jax.random.key(EVALUATION_SEED) if key is None else jax.random.fold_in(key, _STREAM)
     text, mask = tokens[:, 1:], weights > 0
     inputs, chosen = corrupt(text, key, config.tokenizer_size, mask)
-    return Task(inputs, text, weights * chosen, mask)
+    return Task(inputs, text, weights * chosen.astype(weights.dtype), mask)
 
 
 def corrupt(
@@ -60,7 +60,7 @@ def corrupt(
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
-    hashes = hashed(tokens.astype(jnp.uint32), jnp.arange(tokens.shape[1], dtype=jnp.uint32))
+    hashes = hashed(tokens.astype(jnp.uint32), jnp.arange(tokens.shape[1], dtype=jnp.uint32)[None])
     of_rows = jnp.where(mask, hashes, 0).sum(axis=1, dtype=jnp.uint32)
     keys = jax.vmap(partial(jax.random.fold_in, key))(of_rows)
     return jax.vmap(partial(_corrupt_row, mask_token=mask_token, share=share))(tokens, mask, keys)
@@ -71,7 +71,7 @@ def _corrupt_row(
 ) -> tuple[jax.Array, jax.Array]:
     choice_key, fate_key, token_key = jax.random.split(key, 3)
     order = jnp.argsort(jnp.where(mask, jax.random.uniform(choice_key, tokens.shape), 1))
-    n_chosen = jnp.maximum(jnp.round(share * mask.sum()), 1)
+    n_chosen = jnp.maximum(jnp.round(share * mask.sum().astype(float)), 1).astype(int)
     chosen = mask & (jnp.argsort(order) < n_chosen)
     fate = jax.random.uniform(fate_key, tokens.shape)
     others = jax.random.randint(token_key, tokens.shape, 0, mask_token, jnp.int32)

@@ -21,7 +21,7 @@ from hourglass_jax.hierarchy import Level
 from hourglass_jax.nn.boundaries import InnerStep
 from hourglass_jax.nn.cache import Cache, Clock, in_own_time, of_rows, with_rows
 from hourglass_jax.nn.groups import Groups
-from hourglass_jax.nn.layers import Dropout, keys_of_rows, layer_norm, linear, split_key
+from hourglass_jax.nn.layers import Dropout, at_least_float32, keys_of_rows, layer_norm, linear, split_key
 from hourglass_jax.nn.learned import BOUNDARIES, entropies
 from hourglass_jax.nn.rates import boundary_terms
 from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS
@@ -215,7 +215,7 @@ class HourglassLM(nnx.Module):
         self.hourglass = Hourglass(config, config.parsed_hierarchy.levels, rngs=rngs)
         self.norm = layer_norm(config, rngs=rngs) if config.norm == "final" else None
         self.head = linear(config, config.d_model, config.vocab_size, rngs=rngs)
-        self.head.preferred_element_type = jnp.promote_types(config.dtype, jnp.float32)  # bfloat16 logits would tie
+        self.head.preferred_element_type = at_least_float32(config.dtype)  # bfloat16 logits would tie
 
     def __call__(
         self, tokens: Int[Array, "B L"], key: Array | None = None, *, mask: Bool[Array, "B L"] | None = None
@@ -295,7 +295,7 @@ class HourglassLM(nnx.Module):
                 f"{length} tokens, but learned positions end at max_length={self.config.max_length}; pass fewer "
                 "tokens, or train with positions='relative' or 'rotary'"
             )
-        return self.embed_at(tokens, jnp.arange(length))
+        return self.embed_at(tokens, jnp.arange(length)[None])
 
     def embed_at(self, tokens: Int[Array, " ..."], positions: Int[Array, " ..."]) -> Float[Array, "... D"]:
         """Embed tokens at `positions`, which are used if positions are learned and clipped to 0 .. max_length - 1."""
@@ -347,7 +347,7 @@ class HourglassLM(nnx.Module):
         tokens = jnp.asarray(check_tokens("tokens", tokens, self.config.vocab_size, "B, L"))
         cache.check_prompts(*tokens.shape, start, origin)
         clock = Clock(jnp.asarray(tokens.shape[1], jnp.int32), jnp.asarray(origin), jnp.asarray(start))
-        x = self.embed_at(tokens, jnp.arange(tokens.shape[1]) - clock.origin[:, None])
+        x = self.embed_at(tokens, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] - clock.origin[:, None])
         x, levels = self.hourglass.prefill(x, cache.levels, clock, tokens)
         return self.logits(x), replace(cache, clock=clock, levels=levels)
 

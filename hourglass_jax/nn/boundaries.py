@@ -115,7 +115,7 @@ class FixedBoundaries(nnx.Module):
         self, x: jax.Array, tokens: jax.Array | None, cache: jax.Array, clock: Clock
     ) -> tuple[jax.Array, FixedGroups, Clock, jax.Array]:
         """x [B, L, D], with L whole groups -> what is shortened, its groups, the deeper level's clock, the cache."""
-        begun = jnp.arange(x.shape[1]) >= clock.start[:, None] // self.unit
+        begun = jnp.arange(x.shape[1], dtype=jnp.int32)[None] >= clock.start[:, None] // self.unit
         known = jnp.where(begun[..., None], x, 0)  # the shift brings in zeros, not padding
         return known, self(x), clock, jnp.concatenate([cache, known], axis=1)[:, -self.shift - 1 :]
 
@@ -172,7 +172,7 @@ class Boundaries(nnx.Module):
         row_keys: jax.Array | None = None,
     ) -> EventGroups:
         """Of rows that are padding before position `start` [B or 1] and from `stop` on."""
-        places = jnp.arange(x.shape[1]) - start[:, None]
+        places = jnp.arange(x.shape[1], dtype=jnp.int32)[None] - start[:, None]
         here = Position(x, tokens, jnp.broadcast_to(places, x.shape[:2]))
         before = jax.tree.map(lambda values: jnp.roll(values, 1, axis=1).at[:, 0].set(0), here)
         valid = (places >= 0) & (places < jnp.reshape(stop - start, (-1, 1)))
@@ -213,7 +213,7 @@ class Boundaries(nnx.Module):
         """x [B, L, D] -> what is shortened, its groups, the deeper level's clock, the cache."""
         stop = jnp.broadcast_to(clock.time // self.unit, x.shape[:1])
         groups = self.events(x, tokens, clock.start // self.unit, stop)
-        fired = jnp.arange(groups.n_groups) < groups.count[:, None]
+        fired = jnp.arange(groups.n_groups, dtype=jnp.int32)[None] < groups.count[:, None]
         when = jnp.where(fired, groups.when * self.unit, NEVER)
         last = jnp.maximum(stop - 1, 0)
         rows = jnp.arange(len(x))
@@ -238,14 +238,15 @@ class Boundaries(nnx.Module):
         if clock.live is not None:
             fires &= clock.live
         unit = self.unit * self.k
+        count = cache.count + fires.astype(jnp.int32)
         below = Clock(cache.count * unit, jnp.zeros_like(place), (cache.count - seen) * unit, fires)
-        serving = replace(below, time=(cache.count + fires - 1) * unit, live=None)
+        serving = replace(below, time=(count - 1) * unit, live=None)
         groups = OpenGroup(cache.fresh, fires, serving, boundary_prob=decision.boundary_prob)
         row = jnp.where(fires, cache.count % cache.when.shape[1], cache.when.shape[1])
         when = cache.when.at[jnp.arange(len(row)), row].set(clock.time, mode="drop")
         newest = where_live(clock.live, (x, token), cache.newest)
         fresh = where_live(clock.live, fires, cache.fresh)
-        cache = replace(cache, when=when, count=cache.count + fires, newest=newest, fresh=fresh)
+        cache = replace(cache, when=when, count=count, newest=newest, fresh=fresh)
         return InnerStep(fires, below, x[:, None], groups, gathers=True), cache
 
 

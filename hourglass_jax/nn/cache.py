@@ -55,7 +55,7 @@ def forgotten(length: Any, context: int, factor: int) -> Any:
     """
     quantum = max(context // (4 * factor), 1) * factor
     quanta = -((context - 1 - length) // quantum)
-    return quanta * quantum * (quanta > 0)
+    return quanta.clip(min=0) * quantum
 
 
 @jax.tree_util.register_dataclass
@@ -118,12 +118,12 @@ class KeyValueCache:
         return taken(self.keys), taken(self.values)
 
     def lags(self, newest: jax.Array) -> jax.Array:
-        """int [R]: how long before the newest key that of each row comes; of a row yet to be filled, more than all.
+        """int [1, R]: how long before the newest key that of each row comes; of a row yet to be filled, more than all.
 
         [B, R] where each row of the batch has a newest key of its own, `newest` [B].
         """
         n_rows = self.keys.shape[2]
-        lags = newest[..., None] % n_rows - jnp.arange(n_rows)
+        lags = jnp.reshape(newest, (-1, 1)) % n_rows - jnp.arange(n_rows, dtype=jnp.int32)[None]
         return jnp.where(lags < 0, lags + n_rows, lags)
 
     def filled_from(self, smaller: KeyValueCache) -> KeyValueCache:

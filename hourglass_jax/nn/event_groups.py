@@ -61,10 +61,10 @@ class EventGroups(Groups):
         self.length, self.n_groups = fires.shape[1], n_groups
         so_far = jnp.cumsum(fires, axis=1, dtype=jnp.int32)
         self.served, self.count = so_far - 1, so_far[:, -1]
-        self.member = jnp.where(valid, so_far - fires, n_groups)
+        self.member = jnp.where(valid, so_far - fires.astype(jnp.int32), n_groups)
         in_progress = valid & (self.member == self.count[:, None])
         self._carry_member = jnp.where(in_progress, 0, 1)
-        before = (so_far[:, :, None] <= jnp.arange(n_groups)).sum(axis=1, dtype=jnp.int32)
+        before = (so_far[:, :, None] <= jnp.arange(n_groups, dtype=jnp.int32)[None, None]).sum(axis=1, dtype=jnp.int32)
         self.when = jnp.minimum(before, fires.shape[1] - 1)
         self.carry = []
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hourglass_jax.errors import UsageError
 from hourglass_jax.nn.cache import Clock, KeyValueCache
+from hourglass_jax.nn.layers import at_least_float32
 from hourglass_jax.nn.transformer import Block
 
 LARGEST_LOGIT = 60.0  # exp of it, times activations, stays finite in float32
@@ -36,9 +38,9 @@ def to_groups(x: Float[Array, "B L D"], k: int) -> Float[Array, "B G k D"]:
     return x.reshape(batch, groups, k, d_model)
 
 
-def sum_dtype(x: Array) -> jnp.dtype:
+def sum_dtype(x: Array) -> np.dtype:
     """The dtype of sums over x: float32 at least."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return at_least_float32(x.dtype)
 
 
 class Groups:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -31,18 +33,24 @@ def on_matrix(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.A
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
+def flax_on_matrix(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`on_matrix` for a layer of Flax, which mixes dtypes even where JAX forbids it."""
+    with jax.numpy_dtype_promotion("standard"):
+        return on_matrix(layer, x)
+
+
 class Linear(nnx.Linear):
     """`nnx.Linear`, see `on_matrix`."""
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
-        return on_matrix(super().__call__, x)
+        return flax_on_matrix(super().__call__, x)
 
 
 class LayerNorm(nnx.LayerNorm):
     """`nnx.LayerNorm`, see `on_matrix`."""
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
-        return on_matrix(super().__call__, x)
+        return flax_on_matrix(super().__call__, x)
 
 
 def linear(config: HourglassConfig, d_in: int, d_out: int, *, bias: bool = True, rngs: nnx.Rngs) -> Linear:
@@ -52,6 +60,11 @@ def linear(config: HourglassConfig, d_in: int, d_out: int, *, bias: bool = True,
 def layer_norm(config: HourglassConfig, *, rngs: nnx.Rngs) -> LayerNorm:
     """LayerNorm over d_model; Flax takes mean and variance in float32 at least."""
     return LayerNorm(config.d_model, epsilon=1e-5, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+
+def at_least_float32(dtype: Any) -> np.dtype:
+    """`dtype`, or float32 if that is wider; the type of sums and probabilities."""
+    return np.promote_types(jnp.dtype(dtype), np.float32)
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...], skipped: jax.Array | int = 0) -> jax.Array:

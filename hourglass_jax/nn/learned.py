@@ -19,7 +19,7 @@ from hourglass_jax.config import HourglassConfig
 from hourglass_jax.hierarchy import Level
 from hourglass_jax.nn.boundaries import BOUNDARIES, Boundaries, Position
 from hourglass_jax.nn.event_groups import Decision, EventGroups
-from hourglass_jax.nn.layers import Linear, kernel_init
+from hourglass_jax.nn.layers import Linear, at_least_float32, kernel_init
 from hourglass_jax.nn.transformer import ACTIVATIONS
 
 
@@ -134,7 +134,7 @@ def deciding(
     config: HourglassConfig, d_in: int, d_out: int, init: nnx.Initializer, *, bias: bool = False, rngs: nnx.Rngs
 ) -> Linear:
     """A projection in float32 at least, so that the same text is cut at the same places however it is computed."""
-    dtype, exact = jnp.promote_types(config.dtype, jnp.float32), lax.Precision.HIGHEST
+    dtype, exact = at_least_float32(config.dtype), lax.Precision.HIGHEST
     return Linear(d_in, d_out, use_bias=bias, kernel_init=init, dtype=dtype, precision=exact, rngs=rngs)
 
 
@@ -151,7 +151,7 @@ def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     """[] of values [B, L], weighted."""
-    return (values * weights).sum() / jnp.maximum(weights.sum(), 1)
+    return (values.astype(weights.dtype) * weights).sum() / jnp.maximum(weights.sum(), 1)
 
 
 def ratio_loss(fired: jax.Array, likely: jax.Array, k: int) -> jax.Array:

@@ -7,19 +7,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+def angles_at(positions: Int[Array, " ..."], n: int) -> Float[Array, "... n"]:
+    """Angle i grows by 10000^(-i/n) a token."""
+    frequencies = 10_000.0 ** (-jnp.arange(n) / n)
+    return jnp.multiply.outer(jnp.asarray(positions, frequencies.dtype), frequencies)
+
+
 def sinusoids(distances: Int[Array, " ..."], d_model: int) -> Float[Array, "... D"]:
     """R of Transformer-XL for distances in tokens: sines in the first half, cosines in the second."""
-    n = (d_model + 1) // 2
-    frequencies = 10_000.0 ** (-jnp.arange(n) / n)
-    angles = distances[..., None] * frequencies
+    angles = angles_at(distances, (d_model + 1) // 2)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :d_model]
 
 
 def rotate(x: Float[Array, "... H K"], positions: Int[Array, " ..."]) -> Float[Array, "... H K"]:
     """Rotary positions (RoFormer): pairs (i, i + K/2) turn by the angle position * 10000^(-2i/K)."""
     half = x.shape[-1] // 2
-    frequencies = 10_000.0 ** (-jnp.arange(half) / half)
-    angles = positions[..., None, None] * frequencies
+    angles = angles_at(positions, half)[..., None, :]
+    angles = jnp.expand_dims(angles, range(x.ndim - angles.ndim))
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
     left, right = x[..., :half], x[..., half:]
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
@@ -34,7 +38,7 @@ def slot_distances(
     """
     lags = jnp.arange(0 if causal else 1 - groups, groups)
     lag = lags[::-1, None, None] * (query_slots * key_slots)
-    return unit * (lag + jnp.arange(query_slots)[:, None] - jnp.arange(key_slots))
+    return unit * (lag + jnp.arange(query_slots)[None, :, None] - jnp.arange(key_slots)[None, None])
 
 
 def relative_shift(x: Float[Array, "... b N S"]) -> Float[Array, "... b N S"]:

@@ -37,14 +37,14 @@ def boundary_terms(
             figures |= {name if number == 1 else f"{name}_{number}": value for name, value in named.items()}
         at_events = groups.select(groups.shift_right(jnp.stack([weights, entropy], axis=-1)))
         weights, entropy = at_events[..., 0], at_events[..., 1]
-        weights = jnp.where(jnp.arange(weights.shape[1]) < groups.count[:, None], weights, 0)
+        weights = jnp.where(jnp.arange(weights.shape[1])[None] < groups.count[:, None], weights, 0)
     return loss, figures
 
 
 def rates(groups: EventGroups, weights: jax.Array) -> dict[str, jax.Array]:
     """See `boundary_terms`."""
     fired, wanted = (mean(events, weights) for events in (groups.fires, groups.decision.boundary_mask))
-    of_row = (groups.fires * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
+    of_row = (groups.fires.astype(weights.dtype) * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
     return {
         "boundary_rate": fired,
         "boundary_spread": of_row.std(),

@@ -110,7 +110,8 @@ def make_train_step(
         sums = (gradient_of if accumulate == 1 else accumulated)(params, frozen, whole)
         n_predictions = task.weights.sum()
         gradients, metrics = jax.tree.map(lambda total: total / n_predictions, sums)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+        with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes
+            updates, opt_state = optimizer.update(gradients, state.opt_state, params)
         params = optax.apply_updates(params, updates)
         metrics |= {"gradient_norm": optax.global_norm(gradients), "parameter_norm": optax.global_norm(params)}
         return TrainState(state.step + 1, nnx.merge_state(params, frozen), opt_state), metrics

@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern
 from hourglass_jax.nn.attention.tiles import Arrays, Plan, Tile, forward_tile, key_tile, lag_tile, query_tile
+from hourglass_jax.nn.layers import at_least_float32
 from hourglass_jax.nn.platform import n_devices, platform
 
 BLOCKS = {"gpu": 64, "tpu": 128, "cpu": 16}  # query rows of a block, and keys
@@ -124,7 +125,7 @@ _attention.defvjp(_forward, _backward)
 
 def wide(arrays: Arrays) -> Any:
     """The type of sums: float32 at least."""
-    return jnp.promote_types(arrays.q.dtype, jnp.float32)
+    return at_least_float32(arrays.q.dtype)
 
 
 def like(x: jax.Array | None) -> jax.ShapeDtypeStruct | None:

@@ -62,7 +62,9 @@ class Attention(nnx.Module):
 
     def content_and_position(self, q: jax.Array) -> tuple[jax.Array, jax.Array]:
         """q + u, which meets keys, and q + v, which meets relative keys."""
-        return q + self.content_bias[...].astype(q.dtype), q + self.position_bias[...].astype(q.dtype)
+        biases = (bias[...].astype(q.dtype) for bias in (self.content_bias, self.position_bias))
+        content, position = (q + jnp.expand_dims(bias, range(q.ndim - 2)) for bias in biases)
+        return content, position
 
     def __call__(
         self, queries: jax.Array, keys: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None
@@ -78,8 +80,8 @@ class Attention(nnx.Module):
         q, k, v = (self.split_heads(f(x)) for f, x in ((self.query, queries), (self.key, keys), (self.value, keys)))
         if self.positions == "rotary":
             start = jnp.arange(q.shape[1])[:, None] * (self.query_slots * self.key_slots)
-            q = rotate(q, self.unit * (start + jnp.arange(self.query_slots)))
-            k = rotate(k, self.unit * (start + jnp.arange(self.key_slots)))
+            q = rotate(q, self.unit * (start + jnp.arange(self.query_slots)[None]))
+            k = rotate(k, self.unit * (start + jnp.arange(self.key_slots)[None]))
         return q, k, v
 
     def attend(
@@ -109,7 +111,7 @@ class Attention(nnx.Module):
         For events, which are anywhere: the formula as it stands, one slot a group.
         """
         q, k, v = (self.split_heads(f(x)) for f, x in ((self.query, queries), (self.key, keys), (self.value, keys)))
-        rows = jnp.arange(keys.shape[1])
+        rows = jnp.arange(keys.shape[1], dtype=jnp.int32)
         content = q
         if self.positions == "rotary":
             content, k = rotate(q, self.unit * places), rotate(k, self.unit * rows)
@@ -118,11 +120,11 @@ class Attention(nnx.Module):
         scores = jnp.einsum("bnhk,bmhk->bhnm", content, k)
         if self.positions == "relative":
             by_lag = jnp.einsum("bnhk,mhk->bhnm", position, self.relative_keys(self.unit * rows))
-            lags = jnp.maximum(places[:, None, :, None] - rows, 0)
+            lags = jnp.maximum(places[:, None, :, None] - rows[None, None, None], 0)
             scores += jnp.take_along_axis(by_lag, lags, axis=-1)
-        visible = (rows <= places[..., None]) & (rows >= jnp.reshape(first, (-1, 1, 1)))
+        visible = (rows[None, None] <= places[..., None]) & (rows[None, None] >= jnp.reshape(first, (-1, 1, 1)))
         scores = float32_at_least(scores) * self.head_dim**-0.5
-        weights = jax.nn.softmax(jnp.where(visible[:, None], scores, HIDDEN)) * visible[:, None]
+        weights = jax.nn.softmax(jnp.where(visible[:, None], scores, HIDDEN)) * visible[:, None].astype(scores.dtype)
         if (dropout_key := self.dropout.used(key)) is not None:
             weights = dropped(weights, self.dropout.rate, dropout_key)
         return self.merge_heads(jnp.einsum("bhnm,bmhk->bnhk", weights.astype(v.dtype), v)), k, v
@@ -134,7 +136,7 @@ class Attention(nnx.Module):
         relative = None
         if self.positions == "relative":
             slots = jnp.arange(self.query_slots)[:, None] + 1 - self.key_slots
-            relative = self.relative_keys(jnp.arange(rows)[::-1] * stride + self.unit * slots).swapaxes(1, 2)
+            relative = self.relative_keys(jnp.arange(rows)[None, ::-1] * stride + self.unit * slots).swapaxes(1, 2)
         keys, values = jnp.zeros((2, batch, self.n_heads, rows, self.head_dim), self.out.dtype)
         return KeyValueCache(keys, values, relative, stride, self.positions == "rotary")
 
@@ -177,7 +179,9 @@ class Attention(nnx.Module):
         keys = keys.reshape(keys.shape[0], self.key_slots, -1)
         k, v = self.split_heads(self.key(keys)), self.split_heads(self.value(keys))
         if cache.rotary:
-            k = rotate(k, (row[..., None] + jnp.arange(self.key_slots)) * cache.stride)
+            k = rotate(
+                k, (jnp.reshape(row, (-1, 1)) + jnp.arange(self.key_slots, dtype=jnp.int32)[None]) * cache.stride
+            )
         return cache.write(k, v, row, clock.live)
 
     def attend_to_cache(

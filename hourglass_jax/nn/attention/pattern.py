@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hourglass_jax.nn.layers import at_least_float32
+
 
 class Inputs(NamedTuple):
     """Of G groups with P query slots and S key slots each, of which a query sees the groups up to its own.
@@ -67,7 +69,7 @@ class Pattern(NamedTuple):
             if padding is None:
                 return jnp.ones((1, 1, 1, 1), bool)
             return (padding | ~padding.any(axis=1, keepdims=True))[:, None, None]
-        queries = queries[None, None, :, None]
+        queries, keys = queries[None, None, :, None], keys[None, None, None]
         visible = keys <= queries
         if padding is None and not self.window:
             return visible
@@ -75,4 +77,4 @@ class Pattern(NamedTuple):
 
 
 def float32_at_least(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(at_least_float32(x.dtype))

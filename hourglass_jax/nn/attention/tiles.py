@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as mosaic
 from jax.experimental.pallas import triton
 
 from hourglass_jax.nn.attention.pattern import Pattern
-from hourglass_jax.nn.layers import hashed
+from hourglass_jax.nn.layers import at_least_float32, hashed
 
 Heads = tuple[jax.Array, ...]  # vectors of a head [n, K], in parts of its numbers
 HIDDEN = -1e30  # a score; -inf would give nan where all of a row's tile is hidden
@@ -88,7 +88,7 @@ class Tile:
         self.plan, self.pattern, self.arrays, self.memory = plan, plan.pattern, arrays, memory
         self.row, self.first = arrays.rows[pl.program_id(0), 0], arrays.rows[pl.program_id(0), 1]
         self.head, self.index = pl.program_id(1), pl.program_id(2)
-        self.wide = jnp.promote_types(arrays.q.dtype, jnp.float32)
+        self.wide = at_least_float32(arrays.q.dtype)
         self.relative = arrays.r is not None
 
     def slot_and_block(self) -> tuple[Any, Any]:
