@@ -1,8 +1,8 @@
-"""Who decides where a group ends: by position, by the token, or by a rule of your own; `nn.learned` has more.
+"""Boundary rules, which decide where groups end: by position, by token, or by a custom rule.
 
-A rule is built as `Rule(config, level, rngs=rngs)`; it is asked at each position whether an event fires there, and sees
-that position and the one before it. So it is causal, and decodes, without more. A new rule is one class with `fires`
-and one entry in `registry.BOUNDARIES`.
+A rule is constructed as `Rule(config, level, rngs=rngs)`. It decides at each position from that position and the one
+before it, so it is causal and supports decoding. A new rule is one class with `fires` and one entry in
+`registry.BOUNDARIES`. `nn.learned` has the learned rules.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from hourglass_jax.nn.event_groups import Decision, EventGroups, OpenGroup, limi
 from hourglass_jax.nn.groups import FixedGroups, Groups
 from hourglass_jax.registry import BOUNDARIES
 
-SPARE = 4  # events beyond the rate limit, so that a row may begin with a few at once
-SPECIAL = (256, 257)  # the byte tokenizer's, which begin and end examples
-WHITESPACE = (*range(9, 14), 32, *SPECIAL)  # of bytes
-# SpaceByte's: neither letter nor digit of ASCII, nor inside of a character of several bytes.
+SPARE = 4  # boundaries beyond the rate limit, so that a row may begin with several
+SPECIAL = (256, 257)  # BOS and EOS of the byte tokenizer
+WHITESPACE = (*range(9, 14), 32, *SPECIAL)  # bytes
+# SpaceByte's: neither ASCII letters or digits, nor continuation bytes of UTF-8.
 SPACELIKE = (*(b for b in range(256) if b >= 0xC0 or (b < 0x80 and not chr(b).isalnum())), *SPECIAL)
 
 
 class Position(NamedTuple):
-    """What a rule sees of a position: the vector x [B, L, D], the token int [B, L], its place in the row int [B, L].
+    """The input of a rule at each position: the vector x [B, L, D], the token and the index in the row, int [B, L].
 
-    The token is None where the sequence is none of tokens: below the first shortening.
+    The token is None below the first shortening.
     """
 
     x: jax.Array
@@ -43,11 +43,11 @@ class Position(NamedTuple):
 
 
 class InnerStep(NamedTuple):
-    """What one step of decoding means for the deeper level.
+    """One step of decoding, as the deeper level receives it.
 
-    due: bool [] or [B], whether it takes a step.
-    clock: its clock.
-    x, groups: of what its vector is made, if `gathers` at every position, otherwise when it is due.
+    due: bool [] or [B], whether the deeper level takes a step.
+    clock: the deeper level's clock.
+    x, groups: the input of shortening, which runs at every position if `gathers`, otherwise only when due.
     """
 
     due: jax.Array
@@ -57,21 +57,19 @@ class InnerStep(NamedTuple):
     gathers: bool
 
     def of_rows(self, rows: jax.Array) -> InnerStep:
-        """Of these rows [b] alone, where each has a time of its own."""
+        """Select rows [b]; each must have its own time."""
         assert isinstance(self.groups, OpenGroup)
         due, clock, x = jax.tree.map(lambda leaf: leaf[rows], (self.due, self.clock, self.x))
         return InnerStep(due, clock, x, self.groups.of_rows(rows), self.gathers)
 
 
 class FixedBoundaries(nnx.Module):
-    """A group every k positions, of all rows at once."""
+    """A group every k positions, at the same time in all rows."""
 
-    own_time = False  # of each row, below
+    own_time = False  # whether each row of the deeper level has its own time
 
     def __init__(self, config: HourglassConfig, level: Level, *, rngs: nnx.Rngs):
         self.k, self.unit = level.shorten_factor, level.factor
-        # The shift by k-1 is the smallest that leaks nothing: a group's vector serves all k positions of the group, so
-        # it may hold nothing newer than the group's first position.
         self.shift = self.k if config.shift == "original" else self.k - 1
         self.causal = config.causal
         if not self.causal:
@@ -86,52 +84,52 @@ class FixedBoundaries(nnx.Module):
         *,
         row_keys: jax.Array | None = None,
     ) -> FixedGroups:
-        """Of a sequence [B, L, D], where all is seen with the `mask` of what counts (default: all of it)."""
-        if mask is None and not self.causal:  # what fills up the last group is not to be seen
+        """Return the groups of x [B, L, D]; `mask` marks positions that are not padding, if not causal."""
+        if mask is None and not self.causal:  # attention must not see what fills the last group
             mask = jnp.ones(x.shape[:2], bool)
         return FixedGroups(self.k, x.shape[1], self.shift, mask)
 
     def n_groups(self, length: int) -> int:
-        """That a sequence of `length` positions has room for."""
+        """The number of groups of a sequence of `length` positions."""
         return -(-length // self.k)
 
     def max_partial_rows(self, batch: int) -> int:
-        """See `Boundaries`: all rows' groups end at once."""
+        """See `Boundaries`: the groups of all rows end at the same time."""
         return 0
 
     def inner_capacity(self, max_length: int, context: int) -> tuple[int, int]:
-        """The deeper level's `max_length` and `context`, in tokens that its groups stand for."""
+        """Return the deeper level's `max_length` and `context`, in tokens."""
         return max_length, context
 
     def init_cache(self, batch: int, max_length: int, context: int) -> jax.Array:
-        """The newest positions, of which the next group is made."""
+        """Return the cache of the newest positions, from which the next group is pooled."""
         return jnp.zeros((batch, self.shift + 1, self.d_model), self.dtype)
 
     def step_template(self, batch: int) -> tuple[jax.Array, FixedGroups]:
-        """What a step shortens."""
+        """Return examples of the `x` and `groups` of `InnerStep`."""
         return jnp.zeros((batch, self.k, self.d_model), self.dtype), FixedGroups(self.k, self.k)
 
     def prefill(
         self, x: jax.Array, tokens: jax.Array | None, cache: jax.Array, clock: Clock
     ) -> tuple[jax.Array, FixedGroups, Clock, jax.Array]:
-        """x [B, L, D], with L whole groups -> what is shortened, its groups, the deeper level's clock, the cache."""
+        """Process x [B, L, D], L whole groups -> the input of shortening, its groups, the inner clock, the cache."""
         begun = jnp.arange(x.shape[1], dtype=jnp.int32)[None] >= clock.start[:, None] // self.unit
-        known = jnp.where(begun[..., None], x, 0)  # the shift brings in zeros, not padding
+        known = jnp.where(begun[..., None], x, 0)  # zeros, not padding, enter with the shift
         return known, self(x), clock, jnp.concatenate([cache, known], axis=1)[:, -self.shift - 1 :]
 
     def step(
         self, x: jax.Array, token: jax.Array | None, cache: jax.Array, clock: Clock
     ) -> tuple[InnerStep, jax.Array]:
-        """One position [B, D]; the first one of a group lets the deeper level run."""
+        """Decode one position [B, D]; the deeper level runs at the first one of a group."""
         window = jnp.concatenate([cache[:, 1:], x[:, None]], axis=1)
         due = clock.time // self.unit % self.k == 0
         return InnerStep(due, clock, window[:, : self.k], FixedGroups(self.k, self.k), gathers=False), window
 
 
 class Boundaries(nnx.Module):
-    """Events where `fires` says so, at each row's first position, and no more than the rate limit grants.
+    """Base class of variable boundaries: where `fires` is true and at each row's first position, up to a rate limit.
 
-    slack: events granted, for each expected one (a position in k).
+    slack: allowed boundaries for each expected one (one in k positions).
     """
 
     own_time = True
@@ -142,25 +140,25 @@ class Boundaries(nnx.Module):
         self.slack = min(config.boundary_slack, self.k)  # room for every position, and never more
 
     def fires(self, here: Position, before: Position) -> jax.Array:
-        """bool [B, L]: whether a group ends at `here`; at a row's first position nothing is `before`."""
+        """Return whether a group ends at `here`, bool [B, L]; at a row's first position `before` is zero."""
         raise NotImplementedError
 
     def decide(self, here: Position, before: Position, row_keys: jax.Array | None = None) -> Decision:
-        """As `fires`, and always at a row's first position; `row_keys` [B] turn on what is random in training."""
+        """`fires`, and always a row's first position; `row_keys` [B] turn on the noise of training."""
         return Decision(self.fires(here, before) | (here.place == 0))
 
     def room(self, length: Any) -> Any:
-        """The most events among a row's first `length` positions; integers or arrays of them."""
+        """The limit on boundaries among a row's first `length` positions, an integer or an array."""
         return length * round(100 * self.slack) // (100 * self.k) + SPARE
 
     def n_groups(self, length: int) -> int:
-        """That a sequence of `length` positions has room for."""
+        """The number of groups of a sequence of `length` positions."""
         return min(self.room(length), length)
 
     def __call__(
         self, x: jax.Array, tokens: jax.Array | None = None, mask: None = None, *, row_keys: jax.Array | None = None
     ) -> EventGroups:
-        """Of a sequence [B, L, D] with its tokens int [B, L], if any; a `mask` is for fixed boundaries alone."""
+        """Return the groups of x [B, L, D] with tokens int [B, L], if any; `mask` is for fixed boundaries only."""
         return self.events(x, tokens, jnp.zeros(1, jnp.int32), x.shape[1], row_keys)
 
     def events(
@@ -171,7 +169,7 @@ class Boundaries(nnx.Module):
         stop: jax.Array | int,
         row_keys: jax.Array | None = None,
     ) -> EventGroups:
-        """Of rows that are padding before position `start` [B or 1] and from `stop` on."""
+        """Return the groups of rows that are padding before position `start` [B or 1] and from `stop` on."""
         places = jnp.arange(x.shape[1], dtype=jnp.int32)[None] - start[:, None]
         here = Position(x, tokens, jnp.broadcast_to(places, x.shape[:2]))
         before = jax.tree.map(lambda values: jnp.roll(values, 1, axis=1).at[:, 0].set(0), here)
@@ -182,12 +180,12 @@ class Boundaries(nnx.Module):
         return EventGroups(fires, self.n_groups(x.shape[1]), valid, decision)
 
     def max_partial_rows(self, batch: int) -> int:
-        """The most rows that decoding takes by themselves where an event fires in no others; 0: it takes all."""
+        """Up to this number of due rows, decoding runs the deeper level on them only; 0: always on all rows."""
         few = -(-2 * batch // self.k)  # twice as many as expected
         return few if batch >= 8 and 2 * few <= batch else 0
 
     def inner_capacity(self, max_length: int, context: int) -> tuple[int, int]:
-        """The deeper level's `max_length` and `context`, in tokens that its groups stand for."""
+        """Return the deeper level's `max_length` and `context`, in tokens."""
         length = self.n_groups(min(max_length, context) // self.unit) * self.unit * self.k
         return length, length
 
@@ -204,13 +202,13 @@ class Boundaries(nnx.Module):
         return jnp.zeros((batch, self.d_model), self.dtype), jnp.zeros(batch, jnp.int32)
 
     def step_template(self, batch: int) -> tuple[jax.Array, OpenGroup]:
-        """What a step shortens."""
+        """Return examples of the `x` and `groups` of `InnerStep`."""
         return self.no_position(batch)[0][:, None], OpenGroup(jnp.ones(batch, bool), jnp.ones(batch, bool))
 
     def prefill(
         self, x: jax.Array, tokens: jax.Array | None, cache: EventCache, clock: Clock
     ) -> tuple[jax.Array, EventGroups, Clock, EventCache]:
-        """x [B, L, D] -> what is shortened, its groups, the deeper level's clock, the cache."""
+        """Process x [B, L, D] -> the input of shortening, its groups, the inner clock, the cache."""
         stop = jnp.broadcast_to(clock.time // self.unit, x.shape[:1])
         groups = self.events(x, tokens, clock.start // self.unit, stop)
         fired = jnp.arange(groups.n_groups, dtype=jnp.int32)[None] < groups.count[:, None]
@@ -227,7 +225,7 @@ class Boundaries(nnx.Module):
     def step(
         self, x: jax.Array, token: jax.Array | None, cache: EventCache, clock: Clock
     ) -> tuple[InnerStep, EventCache]:
-        """One position [B, D]; the deeper level runs in the rows in which an event fires."""
+        """Decode one position [B, D]; the deeper level runs in rows that have a boundary here."""
         place = jnp.broadcast_to(clock.time - clock.start, x.shape[:1]) // self.unit
         token = cache.newest[1] if token is None else token.astype(jnp.int32)
         here = Position(x[:, None], token[:, None], place[:, None])
@@ -251,7 +249,7 @@ class Boundaries(nnx.Module):
 
 
 class EveryKth(Boundaries):
-    """Events at positions 0, k, 2k ... of each row: a fixed factor, where every row has a time of its own."""
+    """Boundaries at positions 0, k, 2k ... of each row: a fixed factor below variable boundaries."""
 
     def __init__(self, config: HourglassConfig, level: Level, *, rngs: nnx.Rngs):
         super().__init__(config, level, rngs=rngs)
@@ -262,7 +260,7 @@ class EveryKth(Boundaries):
 
 
 class TokenBoundaries(Boundaries):
-    """An event at every token of `boundary_tokens`, or at the first of each run of such (`first_of_run`)."""
+    """A boundary at each of `boundary_tokens`, or at the first of each run of them (`first_of_run`)."""
 
     def __init__(
         self,
@@ -279,7 +277,7 @@ class TokenBoundaries(Boundaries):
 
     def fires(self, here: Position, before: Position) -> jax.Array:
         if here.token is None or before.token is None:
-            raise UsageError("boundaries from the text need its tokens; give `tokens`, int [B, L], beside the vectors")
+            raise UsageError("boundaries that depend on the text require its tokens; pass `tokens`, int [B, L]")
         listed = jnp.asarray(np.isin(np.arange(self.vocab_size), self.tokens))
         fires = listed[here.token]
         return fires & ~listed[before.token] if self.first_of_run else fires

@@ -1,7 +1,7 @@
-"""What decoding remembers: keys and values of every attention, and where each row of the batch began.
+"""Decoding caches: keys and values of every attention layer, and the position of each row of the batch.
 
-All rows share one clock and are padded on the left, by multiples of the total factor K: so groups end at the same
-time in every row, a level runs for the whole batch or not at all, and new keys go to the same place in every row.
+All rows share one clock and are left-padded by multiples of the total factor K. So groups end at the same time in all
+rows, a level runs for the whole batch or not at all, and new keys have the same index in all rows.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from jax import lax
 from hourglass_jax.errors import UsageError
 from hourglass_jax.nn.positions import rotate
 
-NEVER = -(2**30)  # a time before all others
+NEVER = -(2**30)  # earlier than any time
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Clock:
-    """Where a batch stands; times count padding and start anew when old tokens are dropped.
+    """The position of a batch. Times include padding and are reduced when old tokens are dropped.
 
     time: int32 [], tokens before the current one, the same for all rows.
-    origin: int32 [B], when each row's first token came; negative once that is dropped.
-    start: int32 [B], when the oldest token came that the row still sees; a multiple of K, as is `origin`.
+    origin: int32 [B], time of each row's first token; negative once it is dropped.
+    start: int32 [B], time of the oldest token that the row attends to. `origin` and `start` are multiples of K.
+    live: bool [B], the rows that take this step, or None.
 
-    Below a level whose groups end where the text says, every row has a time of its own: `time` is int32 [B], and only
-    the rows that are `live`, bool [B], take the step. Times there count k tokens for each group, and no padding.
+    Below variable boundaries each row has its own time: `time` is int32 [B], and only `live` rows take a step. These
+    times count k tokens for each group, and no padding.
     """
 
     time: jax.Array
@@ -41,17 +42,17 @@ class Clock:
 
 
 def where_live(live: jax.Array | None, new: Any, old: Any) -> Any:
-    """`new` of the rows that take the step, `old` of the others."""
+    """Select `new` for live rows and `old` for the others."""
     if live is None:
         return new
     return jax.tree.map(lambda a, b: jnp.where(live.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
 
 
 def forgotten(length: Any, context: int, factor: int) -> Any:
-    """How many tokens a row of `length` has forgotten when it takes the next one, a multiple of `factor`.
+    """Return how many tokens a row of `length` has dropped when the next one comes, a multiple of `factor`.
 
-    About a quarter of the context goes at a time, so a row sees between three quarters and all of `context` tokens:
-    a function of its own length, whatever batch it sits in.
+    About a quarter of the context is dropped at a time, so a row attends to between three quarters and all of `context`
+    tokens. The result depends on the row's own length only, not on its batch.
     """
     quantum = max(context // (4 * factor), 1) * factor
     quanta = -((context - 1 - length) // quantum)
@@ -61,15 +62,15 @@ def forgotten(length: Any, context: int, factor: int) -> Any:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KeyValueCache:
-    """Keys and values of one attention layer, a row for each key position; with a window a ring of its newest rows.
+    """Keys and values of one attention layer, one row for each key position; with a window, a ring of the newest rows.
 
-    A key's row is its place among all keys modulo R, which matters where there are fewer rows than keys.
+    A key's row is its index modulo R.
 
-    keys, values: [B, H, R, K], the keys already turned where positions are rotary.
+    keys, values: [B, H, R, K]; keys are already rotated if positions are rotary.
     relative: [P, H, R, K], W_r R of the Transformer-XL formula for query slot p; row e is for the key R - 1 - e rows
         before the newest.
-    stride: tokens a row.
-    rows: int32 [b], where b rows of the batch stand for it, see `of_rows`.
+    stride: tokens for each row.
+    rows: int32 [b], the selected rows of the batch, see `of_rows`; None: all.
     own_time: see `in_own_time`.
     """
 
@@ -84,9 +85,9 @@ class KeyValueCache:
     def write(
         self, keys: jax.Array, values: jax.Array, row: jax.Array | int, live: jax.Array | None = None
     ) -> KeyValueCache:
-        """Puts keys and values [B, n, H, K] at the places row .. row + n - 1; more than R only from row 0 on.
+        """Store keys and values [B, n, H, K] at indices row .. row + n - 1; n may exceed R only if row is 0.
 
-        Where each row of the batch has a place of its own, `row` [B], n is 1; those that are not `live` are left alone.
+        With an index for each row of the batch, `row` [B], n is 1, and only `live` rows are changed.
         """
         n_rows, n = self.keys.shape[2], keys.shape[1]
         if live is not None:
@@ -108,7 +109,7 @@ class KeyValueCache:
         return replace(self, keys=put(self.keys, keys), values=put(self.values, values))
 
     def read(self) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, H, R, K]."""
+        """Return keys and values [B, H, R, K]."""
         if (rows := self.rows) is None:
             return self.keys, self.values
 
@@ -133,7 +134,7 @@ class KeyValueCache:
         return replace(self, keys=fill(self.keys, smaller.keys), values=fill(self.values, smaller.values))
 
     def drop(self, tokens: jax.Array) -> KeyValueCache:
-        """Forgets the oldest tokens; the others move to the front, with positions counted from there."""
+        """Drop the oldest tokens; the others move to the front, with positions counted from there."""
         if self.own_time:
             return self
         keys, values = (jnp.roll(rows, -(tokens // self.stride), axis=2) for rows in (self.keys, self.values))
@@ -147,10 +148,10 @@ class KeyValueCache:
 class EventCache:
     """The events of a level, and the position before the next.
 
-    when: int32 [B, R], the time at which each fired, a ring: that of event n is in row n mod R.
-    count: int32 [B], events so far.
+    when: int32 [B, R], the times of boundaries, a ring: boundary n is in row n mod R.
+    count: int32 [B], boundaries so far.
     newest: the newest position, x [B, D] and its token int32 [B].
-    fresh: bool [B], whether an event fired there.
+    fresh: bool [B], whether the newest position is a boundary.
     own_time: see `in_own_time`.
     """
 
@@ -171,11 +172,11 @@ class EventCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Everything decoding carries from token to token.
+    """The state of decoding.
 
-    max_length: tokens that fit, padding included; drop some before `clock.time` gets there.
-    context: tokens a row may see; see `forgotten`.
-    factor: K, of which both are multiples.
+    max_length: tokens that fit, including padding; `drop` some before `clock.time` reaches it.
+    context: tokens that a row attends to at most; see `forgotten`.
+    factor: K; `max_length` and `context` are multiples of it.
     """
 
     clock: Clock
@@ -185,40 +186,42 @@ class Cache:
     factor: int = field(metadata={"static": True})
 
     def now(self) -> Clock:
-        """The clock for the next token, with what that one makes each row forget."""
+        """Return the clock of the next token, after the tokens that each row drops for it."""
         clock = self.clock
         start = clock.origin + forgotten(clock.time - clock.origin, self.context, self.factor)
         return replace(clock, start=jnp.maximum(clock.start, start))
 
     def check_room(self, batch: int) -> None:
-        """Raises UsageError for another number of rows, and where the next token has no place; traced times pass."""
+        """Raise UsageError for another number of rows, and if the cache is full (not checked for traced times)."""
         rows, time = len(self.clock.start), self.clock.time
         if batch != rows:
-            raise UsageError(f"{batch} tokens for a cache of {rows} rows; give one token a row")
+            raise UsageError(f"{batch} tokens for a cache of {rows} rows; give one token for each row")
         if not isinstance(time, jax.core.Tracer) and time >= self.max_length:
-            raise UsageError(f"the cache holds {self.max_length} tokens and is full; make it with a larger max_length")
+            raise UsageError(
+                f"the cache holds {self.max_length} tokens and is full; create it with a larger max_length"
+            )
 
     def check_prompts(self, batch: int, length: int, *starts: Any) -> None:
-        """Raises UsageError for rows and tokens without a place, and where these begin or end within a group."""
+        """Raise UsageError for rows and tokens that do not fit, and for prompts that begin or end within a group."""
         if batch != len(self.clock.start):
-            raise UsageError(f"{batch} prompts for a cache of {len(self.clock.start)} rows; give one a row")
+            raise UsageError(f"{batch} prompts for a cache of {len(self.clock.start)} rows; give one for each row")
         if length > self.max_length:
             raise UsageError(
-                f"the cache holds {self.max_length} tokens, not {length}; make it with a larger max_length"
+                f"the cache holds {self.max_length} tokens, not {length}; create it with a larger max_length"
             )
         known = [np.asarray(start) for start in starts if not isinstance(start, jax.core.Tracer)]
         if length % self.factor or any((start % self.factor).any() for start in known):
             raise UsageError(
-                f"prompts of {length} tokens: all must begin and end at multiples of {self.factor}, a group's length; "
-                "leave the rest to `step`, or use `generate`"
+                f"prompts of {length} tokens: all must begin and end at multiples of {self.factor}, the group length; "
+                "decode the remaining tokens with `step`, or use `generate`"
             )
 
     def filled_from(self, smaller: Cache) -> Cache:
-        """This cache, larger and empty, with what the smaller one holds."""
+        """Copy the contents of a smaller cache into this empty one."""
         return replace(self, clock=smaller.clock, levels=map_levels(filled, self.levels, smaller.levels))
 
     def drop(self, tokens: jax.Array) -> Cache:
-        """Makes room: removes the oldest `tokens`, a multiple of K which no row still sees, at every level."""
+        """Remove the oldest `tokens`, a multiple of K that no row attends to, at every level."""
         clock = jax.tree.map(lambda times: times - tokens, self.clock)
         return replace(self, clock=clock, levels=map_levels(lambda leaf: dropped_from(leaf, tokens), self.levels))
 
@@ -235,12 +238,12 @@ def dropped_from(part: Any, tokens: jax.Array) -> Any:
 
 
 def map_levels(function: Callable[..., Any], *levels: Any) -> Any:
-    """`jax.tree.map` with every part that has a way of its own to grow and to forget as one leaf."""
+    """`jax.tree.map` that treats KeyValueCache and EventCache as leaves."""
     return jax.tree.map(function, *levels, is_leaf=lambda leaf: isinstance(leaf, PARTS))
 
 
 def of_rows(levels: Any, rows: jax.Array) -> Any:
-    """What is remembered of the rows [b] of a batch, as a batch of their own; of keys and values nothing is copied."""
+    """Return the cache of the rows [b] of a batch as a batch; keys and values are not copied."""
 
     def of_part(part: Any) -> Any:
         if isinstance(part, KeyValueCache):
@@ -251,7 +254,7 @@ def of_rows(levels: Any, rows: jax.Array) -> Any:
 
 
 def with_rows(levels: Any, rows: jax.Array, new: Any) -> Any:
-    """`levels` with what their rows [b] remember now: `new`, once `of_rows`."""
+    """Undo `of_rows`: return `levels` with rows [b] replaced by `new`."""
 
     def with_part(part: Any, new: Any) -> Any:
         if isinstance(part, KeyValueCache):
@@ -262,5 +265,5 @@ def with_rows(levels: Any, rows: jax.Array, new: Any) -> Any:
 
 
 def in_own_time(levels: Any) -> Any:
-    """What the levels below events remember: their time counts events, which dropping tokens does not move."""
+    """Mark caches below variable boundaries: their times count groups, which dropping tokens does not change."""
     return map_levels(lambda part: replace(part, own_time=True) if isinstance(part, PARTS) else part, levels)

@@ -1,8 +1,8 @@
-"""Boundaries that are learned: by a router (H-Net), by relaxed sampling or from entropies (dynamic pooling).
+"""Learned boundaries: a router (H-Net), relaxed sampling, or entropies (dynamic pooling).
 
-Each rule scores a position from its vector and the one before it; where the score is above 0 an event is wanted, and p
-says how likely that was, which is where gradient enters (see `nn.groups.Decision`). A loss of the rule's own holds the
-rate near one event in k positions, or teaches it where to cut. All is decided in float32 at least.
+Each rule scores a position from its vector and the previous one. A score above 0 means a boundary, and gradients enter
+through its probability (see `nn.event_groups.Decision`). The rule's own loss keeps the rate near one boundary in k
+positions, or teaches where to cut. Decisions are computed in float32 at least.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from hourglass_jax.nn.transformer import ACTIVATIONS
 
 
 class LearnedBoundaries(Boundaries):
-    """A rule with `score`, of which it makes p and a loss."""
+    """Base class: computes boundaries, their probability and a loss from `score`."""
 
-    loss_weight = 1.0  # in its paper
+    loss_weight = 1.0  # the paper's
 
     def score(self, here: Position, before: Position) -> jax.Array:
-        """float [B, L], above 0 where an event is wanted; at a row's first position it does not matter."""
+        """Return float [B, L], above 0 at boundaries; ignored at a row's first position."""
         raise NotImplementedError
 
     def probability(self, score: jax.Array) -> jax.Array:
-        """More than 1/2 where the score is above 0, and where its gradient comes from."""
+        """Map the score to a probability, above 1/2 where the score is above 0; passes gradients to the score."""
         raise NotImplementedError
 
     def noise(self, row_keys: jax.Array, score: jax.Array) -> jax.Array | float:
-        """What is added to the score [B, L] in training; each row has a key of its own [B]."""
+        """Return the noise added to the score [B, L] in training, from one key for each row [B]."""
         return 0.0
 
     def loss(self, groups: EventGroups, weights: jax.Array, entropy: jax.Array) -> jax.Array:
-        """float []; each position has a weight, and the entropy of what the model predicts there: float [B, L]."""
+        """Return float []; `weights` of positions and `entropy` of the model's predictions are float [B, L]."""
         raise NotImplementedError
 
     def decide(self, here: Position, before: Position, row_keys: jax.Array | None = None) -> Decision:
@@ -53,7 +53,7 @@ class LearnedBoundaries(Boundaries):
 
 
 class RouterBoundaries(LearnedBoundaries):
-    """An event where neighbours differ: p = (1 - cos(Wq x[t-1], Wk x[t])) / 2 (H-Net)."""
+    """A boundary where neighbors differ: p = (1 - cos(Wq x[t-1], Wk x[t])) / 2 (H-Net)."""
 
     loss_weight = 0.03
 
@@ -68,14 +68,14 @@ class RouterBoundaries(LearnedBoundaries):
         return (1 + score) / 2
 
     def loss(self, groups: EventGroups, weights: jax.Array, entropy: jax.Array) -> jax.Array:
-        wants, p, _ = groups.decision
-        return ratio_loss(mean(wants, weights), mean(p, weights), self.k)
+        mask, prob, _ = groups.decision
+        return ratio_loss(mean(mask, weights), mean(prob, weights), self.k)
 
 
 class PredictedBoundaries(LearnedBoundaries):
-    """Scored by a feed-forward network of the position's vector (dynamic pooling)."""
+    """Scored by a feed-forward network on the position's vector (dynamic pooling)."""
 
-    temperature = 1.0  # of the gradient alone
+    temperature = 1.0  # affects gradients only
 
     def __init__(self, config: HourglassConfig, level: Level, *, rngs: nnx.Rngs):
         super().__init__(config, level, rngs=rngs)
@@ -91,9 +91,9 @@ class PredictedBoundaries(LearnedBoundaries):
 
 
 class GumbelBoundaries(PredictedBoundaries):
-    """An event is drawn with probability sigmoid(score) in training, and where that is above 1/2 otherwise.
+    """Boundaries are sampled with probability sigmoid(score) in training; otherwise this is thresholded at 1/2.
 
-    The number of them in a row is held near a binomial distribution's, of one event in k positions.
+    The loss keeps their number in a row near a binomial distribution of one boundary in k positions.
     """
 
     temperature = 0.5
@@ -103,7 +103,7 @@ class GumbelBoundaries(PredictedBoundaries):
         self.deterministic = False
 
     def noise(self, row_keys: jax.Array, score: jax.Array) -> jax.Array | float:
-        """Logistic, a function of the row's key, the level and the position; none after `model.eval()`."""
+        """Logistic noise, a function of the row's key, the level and the position; none after `model.eval()`."""
         if self.deterministic:
             return 0.0
 
@@ -113,51 +113,51 @@ class GumbelBoundaries(PredictedBoundaries):
         return jax.vmap(of_row)(row_keys)
 
     def loss(self, groups: EventGroups, weights: jax.Array, entropy: jax.Array) -> jax.Array:
-        wants, p, _ = groups.decision
-        drawn = wants + p - lax.stop_gradient(p)
+        mask, prob, _ = groups.decision
+        drawn = mask + prob - lax.stop_gradient(prob)
         return binomial_loss((drawn * weights).sum(axis=1), weights.sum(axis=1), 1 / self.k)
 
 
 class EntropyBoundaries(PredictedBoundaries):
-    """Learns to tell where the entropy of the model's own prediction rises, which comes out too late to decide by."""
+    """Predicts where the entropy of the model's own prediction rises, which is known too late to decide by."""
 
     def probability(self, score: jax.Array) -> jax.Array:
-        return lax.stop_gradient(super().probability(score))  # it learns from its own loss alone
+        return lax.stop_gradient(super().probability(score))  # only its own loss trains it
 
     def loss(self, groups: EventGroups, weights: jax.Array, entropy: jax.Array) -> jax.Array:
         score = groups.decision.score
         losses = jax.nn.softplus(score) - spikes(entropy) * score
-        return mean(losses, weights.at[:, 0].set(0))  # where an event fires anyway
+        return mean(losses, weights.at[:, 0].set(0))  # always a boundary
 
 
 def deciding(
     config: HourglassConfig, d_in: int, d_out: int, init: nnx.Initializer, *, bias: bool = False, rngs: nnx.Rngs
 ) -> Linear:
-    """A projection in float32 at least, so that the same text is cut at the same places however it is computed."""
+    """A projection in float32 at least, so that boundaries do not depend on the compute dtype."""
     dtype, exact = at_least_float32(config.dtype), lax.Precision.HIGHEST
     return Linear(d_in, d_out, use_bias=bias, kernel_init=init, dtype=dtype, precision=exact, rngs=rngs)
 
 
 def identity(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Of a square matrix."""
+    """Initialize a square kernel with the identity."""
     return jnp.eye(shape[0], dtype=dtype)
 
 
 def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Of the angle between vectors [..., D] -> [...]; 0 where one of them is 0."""
+    """The cosine of the angle between vectors [..., D] -> [...]; 0 for zero vectors."""
     norms = (x * x).sum(axis=-1) * (y * y).sum(axis=-1)
     return (x * y).sum(axis=-1) * lax.rsqrt(jnp.maximum(norms, 1e-24))
 
 
 def mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """[] of values [B, L], weighted."""
+    """The weighted mean of values [B, L]."""
     return (values.astype(weights.dtype) * weights).sum() / jnp.maximum(weights.sum(), 1)
 
 
 def ratio_loss(fired: jax.Array, likely: jax.Array, k: int) -> jax.Array:
-    """H-Net's: 1 where both the share of events `fired` and the mean p, `likely`, are 1 / k.
+    """H-Net's ratio loss: 1 if the share of boundaries `fired` and the mean probability `likely` are both 1 / k.
 
-    Its derivative by `likely` has the sign of fired - 1 / k: it pushes p, until the events follow.
+    Its derivative with respect to `likely` has the sign of fired - 1 / k.
     """
     return k / (k - 1) * ((k - 1) * fired * likely + (1 - fired) * (1 - likely))
 
@@ -170,13 +170,13 @@ def binomial_loss(count: jax.Array, n: jax.Array, prior: float) -> jax.Array:
 
 
 def spikes(entropy: jax.Array) -> jax.Array:
-    """bool [B, L]: whether it is higher than at both positions before it, as far as there are any."""
+    """Return whether the entropy is higher than at both previous positions, bool [B, L]."""
     before = jnp.pad(entropy, ((0, 0), (2, 0)), constant_values=-jnp.inf)
     return (entropy > before[:, 1:-1]) & (entropy > before[:, :-2])
 
 
 def entropies(logits: jax.Array) -> jax.Array:
-    """Of the predictions, in nats, without derivatives: [..., V] -> [...]."""
+    """The entropy of predictions in nats, [..., V] -> [...]; passes no gradients."""
     log_p = jax.nn.log_softmax(lax.stop_gradient(logits))
     return -(jnp.exp(log_p) * log_p).sum(axis=-1)
 

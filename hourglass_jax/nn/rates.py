@@ -1,4 +1,4 @@
-"""How often events fire, and what learned boundaries add to a loss so that they do so as often as they should."""
+"""Statistics of variable boundaries, and the losses of learned ones."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from hourglass_jax.nn.learned import LearnedBoundaries, mean
 def boundary_terms(
     levels: Iterable[tuple[nnx.Module, Groups]], weights: jax.Array, entropy: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The sum of the losses of learned boundaries, each as its paper weighs it, and figures of all that end by events.
+    """Return the sum of the losses of learned boundaries, with their papers' weights, and statistics by name.
 
-    levels: each shortening's boundaries with the groups they made, outermost first.
-    weights: how much each token counts, entropy: that of the prediction made there; float [B, L].
+    levels: the rule and the groups of each shortening, outermost first.
+    weights: how much each token counts; entropy: of the prediction made there; float [B, L].
 
-    The figures, with the number of the shortening at the end of their names from the second on:
-    boundary_rate: events a position; boundary_spread: their rate's standard deviation over rows.
-    boundary_suppressed: the share of the wanted events that found no room.
-    boundary_loss: as the rule has it, where it is learned.
+    The names, which end in the number of the shortening from the second on:
+    boundary_rate: boundaries for each position; boundary_spread: standard deviation of the rate over rows.
+    boundary_suppressed: share of the boundaries that the limit dropped.
+    boundary_loss: the loss of a learned rule, without its weight.
     """
     loss = jnp.zeros(())
     figures: dict[str, jax.Array] = {}
@@ -42,7 +42,7 @@ def boundary_terms(
 
 
 def rates(groups: EventGroups, weights: jax.Array) -> dict[str, jax.Array]:
-    """See `boundary_terms`."""
+    """The statistics of one shortening, see `boundary_terms`."""
     fired, wanted = (mean(events, weights) for events in (groups.fires, groups.decision.boundary_mask))
     of_row = (groups.fires.astype(weights.dtype) * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
     return {

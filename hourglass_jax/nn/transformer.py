@@ -1,4 +1,4 @@
-"""Pre-norm transformer blocks, and stacks of them that compile as one body whatever the depth."""
+"""Pre-norm transformer blocks, and stacks of them, which scan over layers if deep."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_bat
 
 
 class FeedForward(nnx.Module):
-    """Position-wise d_model -> d_ff -> d_model."""
+    """Position-wise feed-forward network: d_model -> d_ff -> d_model."""
 
     def __init__(self, config: HourglassConfig, *, rngs: nnx.Rngs):
         self.up = linear(config, config.d_model, config.d_ff, rngs=rngs)
@@ -41,10 +41,10 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each behind a norm and beside a residual.
+    """Attention and a feed-forward network, each with a norm before it and a residual connection.
 
-    With `cross=True` the keys and values are another sequence with a norm of its own: the block inside
-    attention shortening and upsampling.
+    With `cross=True` keys and values come from another sequence with its own norm, as in attention shortening and
+    upsampling.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Block(nnx.Module):
         mask: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """x [B, G, P, D], memory [B, G, S, D] (none: x itself) -> [B, G, P, D]; see `nn.attention`."""
+        """Attend from x [B, G, P, D] to memory [B, G, S, D] (default: x) -> [B, G, P, D]; see `nn.attention`."""
         attention_key, *residual_keys = split_key(key, 3)
         y = self.attention(*self.normalize(x, memory), mask=mask, key=attention_key)
         return self.residual(x, y, *residual_keys)
@@ -91,7 +91,7 @@ class Block(nnx.Module):
         cache: KeyValueCache | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """x [B, N, D] at `places` [B, N] of the memory [B, M, D] -> [B, N, D]; see `Attention`. Fills the cache."""
+        """Attend from x [B, N, D] at `places` [B, N] of memory [B, M, D]; see `Attention`. Fills `cache`, if given."""
         attention_key, *residual_keys = split_key(key, 3)
         y, k, v = self.attention.attend_from(*self.normalize(x, memory), places, first, key=attention_key)
         return self.residual(x, y, *residual_keys), None if cache is None else cache.write(k, v, row=0)
@@ -99,14 +99,14 @@ class Block(nnx.Module):
     def prefill(
         self, x: jax.Array, memory: jax.Array | None = None, *, cache: KeyValueCache, start: jax.Array
     ) -> tuple[jax.Array, KeyValueCache]:
-        """A call on rows that begin at `start` [B] tokens, which fills the cache."""
+        """Run a call on rows that begin at token `start` [B], and fill the cache."""
         y, cache = self.attention.prefill(*self.normalize(x, memory), cache, start)
         return self.residual(x, y), cache
 
     def step(
         self, x: jax.Array, memory: jax.Array | None = None, *, cache: KeyValueCache, clock: Clock
     ) -> tuple[jax.Array, KeyValueCache]:
-        """One position x [B, D]; `memory` [B, S, D], where there is new one, is its group's."""
+        """Decode one position x [B, D]; `memory` [B, S, D] holds new keys of its group, if any."""
         y, cache = self.attention.step(*self.normalize(x, memory), cache, clock)
         return self.residual(x, y), cache
 
@@ -116,7 +116,7 @@ class Block(nnx.Module):
         return self.attention.write(self.memory_norm(memory), cache, clock)
 
     def normalize(self, x: jax.Array, memory: jax.Array | None) -> tuple[jax.Array, Any]:
-        """What attention takes as queries and keys; a step that brings no new keys has None."""
+        """Return the normalized queries and keys; None for a step without new keys."""
         queries = self.attention_norm(x)
         if self.memory_norm is None:
             return queries, queries
@@ -125,21 +125,21 @@ class Block(nnx.Module):
     def residual(
         self, x: jax.Array, y: jax.Array, attention_key: jax.Array | None = None, key: jax.Array | None = None
     ) -> jax.Array:
-        """Adds the attention's result y, then the feed-forward's."""
+        """Add attention's result y and the feed-forward network's to the residual stream x."""
         x = x + self.dropout(y, attention_key)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)), key)
 
 
 def is_unrolled(config: HourglassConfig, n_layers: int) -> bool:
-    """Whether a stack's layers are compiled one by one.
+    """Whether a stack's layers are compiled one by one instead of scanned.
 
-    On a GPU of twice as many: a scan copies all that the backward pass needs, and kernels compile fast there.
+    The limit is twice as high on a GPU: a scan copies the residuals of the backward pass, and kernels compile fast.
     """
     return n_layers <= config.max_unrolled_layers * (2 if platform() == "gpu" else 1)
 
 
 class Stack(nnx.Module):
-    """`n_layers` blocks at one level, then (norm='stack') a norm, also where there is no layer."""
+    """`n_layers` blocks at one level, then a norm if norm='stack', even without layers."""
 
     def __init__(self, config: HourglassConfig, n_layers: int, unit: int, *, rngs: nnx.Rngs):
         self.config, self.n_layers = config, n_layers
@@ -148,7 +148,7 @@ class Stack(nnx.Module):
         self.norm = layer_norm(config, rngs=rngs) if config.norm == "stack" else None
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
-        """[B, L, D] -> [B, L, D]; `mask` [B, L] says which positions are seen, where attention is not causal."""
+        """[B, L, D] -> [B, L, D]; `mask` [B, L] marks positions that are not padding, if not causal."""
         if self.layers is not None:
             x = self.run_layers(x[:, :, None], key, mask)[:, :, 0]
         return self.normalize(x)
@@ -175,7 +175,7 @@ class Stack(nnx.Module):
         return lax.scan(layer, x, (state, keys))[0]
 
     def blocks(self) -> Sequence[Block]:
-        """One by one, for decoding: a scan would copy every layer's cache at every step."""
+        """The layers as a list, for decoding: a scan would copy every layer's cache at every step."""
         if self.layers is None:
             return []
         if isinstance(self.layers, nnx.List):
@@ -184,18 +184,18 @@ class Stack(nnx.Module):
         return [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state)) for i in range(self.n_layers)]
 
     def unstack(self) -> None:
-        """Keeps the layers apart, so that a loop around decoding steps does not cut them out every time."""
+        """Store the layers as a list, so that a loop of decoding steps does not slice them at every step."""
         if self.layers is not None:
             self.layers = nnx.data(nnx.List(self.blocks()))
 
     def init_cache(self, batch: int, max_length: int) -> list[KeyValueCache]:
-        """One for each layer; `max_length` in tokens."""
+        """Return one empty cache for each layer; `max_length` in tokens."""
         return [block.attention.init_cache(batch, max_length) for block in self.blocks()]
 
     def prefill(
         self, x: jax.Array, cache: list[KeyValueCache], start: jax.Array
     ) -> tuple[jax.Array, list[KeyValueCache]]:
-        """A call on rows [B, L, D] that begin at `start` [B] tokens, which fills the cache."""
+        """Run a call on rows [B, L, D] that begin at token `start` [B], and fill the cache."""
         x, filled = x[:, :, None], []
         for block, layer_cache in zip(self.blocks(), cache, strict=True):
             x, layer_cache = block.prefill(x, cache=layer_cache, start=start)
@@ -203,7 +203,7 @@ class Stack(nnx.Module):
         return self.normalize(x[:, :, 0]), filled
 
     def step(self, x: jax.Array, cache: list[KeyValueCache], clock: Clock) -> tuple[jax.Array, list[KeyValueCache]]:
-        """One position, [B, D] -> [B, D]."""
+        """Decode one position, [B, D] -> [B, D]."""
         advanced = []
         for block, layer_cache in zip(self.blocks(), cache, strict=True):
             x, layer_cache = block.step(x, cache=layer_cache, clock=clock)
