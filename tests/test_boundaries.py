@@ -306,7 +306,7 @@ def test_groups_are_counted_with_those_that_found_no_room():
         ),
         ({"boundary_tokens": (11,)}, "boundary_tokens=11 is out of range"),
         ({"boundaries": "spaces"}, "boundaries='spaces' is unknown; choose one of fixed, whitespace"),
-        ({"boundaries": "whitespace fixed"}, "names 2, but hierarchy='1@1 1@3 1@1' shortens 1 times"),
+        ({"boundaries": "whitespace fixed"}, "has 2 names, but hierarchy='1@1 1@3 1@1' shortens 1 times"),
         ({"boundaries": "fixed whitespace", "hierarchy": "1@1 1@2 1@4 1@2 1@1"}, "only the first shortening can"),
         ({"shortening": "linear"}, "shortening='linear' requires groups of equal length"),
         ({"upsampling": "linear"}, "upsampling='linear' requires groups of equal length"),
