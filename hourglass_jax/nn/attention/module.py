@@ -179,7 +179,9 @@ class Attention(nnx.Module):
         keys = keys.reshape(keys.shape[0], self.key_slots, -1)
         k, v = self.split_heads(self.key(keys)), self.split_heads(self.value(keys))
         if cache.rotary:
-            k = rotate(k, (jnp.reshape(row, (-1, 1)) + jnp.arange(self.key_slots, dtype=jnp.int32)[None]) * cache.stride)
+            k = rotate(
+                k, (jnp.reshape(row, (-1, 1)) + jnp.arange(self.key_slots, dtype=jnp.int32)[None]) * cache.stride
+            )
         return cache.write(k, v, row, clock.live)
 
     def attend_to_cache(
