@@ -58,7 +58,7 @@ def _moved(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array, others: ja
 
     starts = jnp.tile(jnp.arange(length + 1), len(others))
     logits = jax.lax.map(disturbed, (starts, jnp.repeat(others, length + 1, axis=0)))
-    moved = (logits != logits[-1]).any(-1)  # the last one is disturbed nowhere
+    moved = (logits != logits[-1:]).any(-1)  # the last one is disturbed nowhere
     return moved.reshape(len(others), length + 1, 2, length).any(0)
 
 

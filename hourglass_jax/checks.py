@@ -116,6 +116,15 @@ def check_key(key: Any) -> None:
     raise UsageError(f"key is {given}, not a random key; give one such as jax.random.key(0)")
 
 
+def check_symbolic_length(config: HourglassConfig) -> None:
+    """Raises UsageError unless the model can be exported for sequences of any length."""
+    if config.attention != "plain" or config.token_attention != "full" or config.event_levels:
+        raise UsageError(
+            "a symbolic length needs attention='plain', token_attention='full' and boundaries='fixed', not "
+            f"{config.attention!r}, {config.token_attention!r} and {config.boundaries!r}; change them or fix it"
+        )
+
+
 def check_x64(config: HourglassConfig) -> None:
     """Raises UsageError where JAX would compute in float32 what is to be float64."""
     if jax.dtypes.canonicalize_dtype(config.dtype) != config.dtype:

@@ -60,6 +60,8 @@ def score(model: HourglassLM, tokens: Array, key: jax.Array | None = None) -> ja
     """
     _check_predicts(model)
     tokens = jnp.asarray(check_tokens("tokens", tokens, model.config.vocab_size, "B, L + 1"))
+    if not isinstance(tokens.shape[1], int):  # symbolic: JAX cannot compare products of length - 1
+        return log_probabilities(model(tokens, key), jnp.roll(tokens, -1, axis=1))[:, :-1]
     if tokens.shape[1] < 2:
         raise UsageError("tokens has rows of 1 token; score needs at least 2, one to read and one to predict")
     return log_probabilities(model(tokens[:, :-1], key), tokens[:, 1:])

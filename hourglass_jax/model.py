@@ -14,7 +14,15 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from hourglass_jax.checks import check_decodes, check_key, check_mask, check_returned, check_tokens, check_x64
+from hourglass_jax.checks import (
+    check_decodes,
+    check_key,
+    check_mask,
+    check_returned,
+    check_symbolic_length,
+    check_tokens,
+    check_x64,
+)
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Level
@@ -85,13 +93,13 @@ class Hourglass(nnx.Module):
         """
         keys = split_key(key, 5)
         if row_keys is None and key is not None:
-            row_keys = keys_of_rows(key, len(x))
+            row_keys = keys_of_rows(key, x.shape[0])
         x = self.pre(x, keys[0], mask)
         if self.inner is None:
             return x, []
         groups = self.boundaries(x, tokens, mask, row_keys=row_keys)
         short = self.shorten(groups.shift_right(x), groups, key=keys[1])
-        check_returned(self.shorten, short, (len(x), self.boundaries.n_groups(x.shape[1]), self.d_model))
+        check_returned(self.shorten, short, (x.shape[0], self.boundaries.n_groups(x.shape[1]), self.d_model))
         short, deeper = self.inner.forward(short, keys[2], mask=groups.mask, row_keys=row_keys)
         up = self.upsample(x, short, groups, key=keys[3])
         check_returned(self.upsample, up, x.shape)
@@ -290,7 +298,9 @@ class HourglassLM(nnx.Module):
         """Embed tokens, with learned positions if configured."""
         tokens = jnp.asarray(check_tokens("tokens", tokens, self.config.vocab_size, "B, L"))
         length = tokens.shape[1]
-        if length > self.config.position_limit:
+        if not isinstance(length, int):
+            check_symbolic_length(self.config)
+        if self.positions is not None and length > self.config.max_length:
             raise UsageError(
                 f"{length} tokens, but learned positions end at max_length={self.config.max_length}; pass fewer "
                 "tokens, or train with positions='relative' or 'rotary'"

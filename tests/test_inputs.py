@@ -156,7 +156,10 @@ def test_bytes_on_disk_need_no_look():
         (lambda model: model.init_cache(1, 5), "max_length=5 .* multiples of 2"),
         (lambda model: hg.at_shorten_factor(model, 2.0), "shorten_factor=2.0"),
         (lambda model: hg.at_shorten_factor(model, "2"), "shorten_factor='2'"),
-        (lambda _: small_config(boundaries="tokens", boundary_tokens=" ."), "boundary_tokens=' .' is not a list of tokens"),
+        (
+            lambda _: small_config(boundaries="tokens", boundary_tokens=" ."),
+            "boundary_tokens=' .' is not a list of tokens",
+        ),
         (lambda _: small_config(boundaries="tokens", boundary_tokens=3), "boundary_tokens=3 is not a list of tokens"),
         (lambda _: small_config(boundaries="tokens", boundary_tokens=(1.5,)), "boundary_tokens=1.5"),
         (lambda _: small_config(boundaries=None), "boundaries='None' is unknown"),

@@ -197,9 +197,7 @@ class Cache:
         if batch != rows:
             raise UsageError(f"{batch} tokens for a cache of {rows} rows; give one token for each row")
         if not isinstance(time, jax.core.Tracer) and time >= self.max_length:
-            raise UsageError(
-                f"the cache holds {self.max_length} tokens and is full; create a larger one"
-            )
+            raise UsageError(f"the cache holds {self.max_length} tokens and is full; create a larger one")
 
     def check_prompts(self, batch: int, length: int, *starts: Any) -> None:
         """Raise UsageError for rows and tokens that do not fit, and for prompts that begin or end within a group."""

@@ -167,7 +167,7 @@ class FixedGroups(Groups):
         self.k, self.length, self.shift, self.carry, self.valid = k, length, shift, [], valid
         if valid is not None:
             slots = self.slots(valid[..., None])[..., 0]
-            self.mask, self.slot_mask = slots.any(axis=2), slots.reshape(len(valid), -1)
+            self.mask, self.slot_mask = slots.any(axis=2), slots.reshape(valid.shape[0], -1)
         self.when = jnp.arange(0, length, k)[None]
         self.count = self.wanted = jnp.full(1, self.when.shape[1])
 

@@ -29,7 +29,7 @@ def on_matrix(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.A
 
     With more axes, XLA:CPU copies the whole input in the backward pass of a product, and sums rows half as fast.
     """
-    y = function(x.reshape(-1, x.shape[-1]))
+    y = function(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

@@ -114,7 +114,7 @@ class GumbelBoundaries(PredictedBoundaries):
 
     def loss(self, groups: EventGroups, weights: jax.Array, entropy: jax.Array) -> jax.Array:
         mask, prob, _ = groups.decision
-        drawn = mask + prob - lax.stop_gradient(prob)
+        drawn = mask.astype(prob.dtype) + prob - lax.stop_gradient(prob)
         return binomial_loss((drawn * weights).sum(axis=1), weights.sum(axis=1), 1 / self.k)
 
 
@@ -126,7 +126,7 @@ class EntropyBoundaries(PredictedBoundaries):
 
     def loss(self, groups: EventGroups, weights: jax.Array, entropy: jax.Array) -> jax.Array:
         score = groups.decision.score
-        losses = jax.nn.softplus(score) - spikes(entropy) * score
+        losses = jax.nn.softplus(score) - spikes(entropy).astype(score.dtype) * score
         return mean(losses, weights.at[:, 0].set(0))  # always a boundary
 
 

@@ -104,7 +104,7 @@ def with_columns(inputs: Inputs) -> Inputs:
     k, v, r = inputs.k.swapaxes(2, 3), inputs.v.swapaxes(2, 3), inputs.r
     if r is not None:
         r = r.transpose(1, 0, 3, 2)
-        r = jnp.broadcast_to(r, (len(k), *r.shape))
+        r = jnp.broadcast_to(r, (k.shape[0], *r.shape))
     return inputs._replace(k=k, v=v, r=r)
 
 
@@ -175,7 +175,7 @@ def blocked_attention(
     batch, heads = inputs.q.shape[:2]
     inputs = with_columns(inputs)
     rows = max(1, HEADS_IN_CACHE // heads)
-    if not on_one_cpu() or batch <= rows or batch % rows:
+    if not isinstance(batch, int) or not on_one_cpu() or batch <= rows or batch % rows:
         return _attention(pattern, inputs, padding, None if key is None else (key, 0))
 
     def some_rows(part: Any) -> jax.Array:

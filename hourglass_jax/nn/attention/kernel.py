@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as mosaic
 from jax.experimental.pallas import triton
 from jax.sharding import NamedSharding, PartitionSpec
 
+from hourglass_jax.errors import UsageError
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern
 from hourglass_jax.nn.attention.tiles import Arrays, Plan, Tile, forward_tile, key_tile, lag_tile, query_tile
 from hourglass_jax.nn.layers import at_least_float32
@@ -45,6 +46,8 @@ def kernel_attention(
 ) -> jax.Array:
     """-> [B, H, G P, K]. Groups before `first` [B] are padding; `key` turns dropout on."""
     batch, heads, n_queries, size = inputs.q.shape
+    if not isinstance(batch, int):
+        raise UsageError("attention='kernel' needs a fixed batch size; export with another attention or a fixed batch")
     groups = n_queries // pattern.query_slots
     plan = make_plan(pattern if key is not None else pattern._replace(dropout=0.0), heads, groups, size)
     q, q_position = (slots_apart(plan, x, pattern.query_slots) for x in (inputs.q, inputs.q_position))
