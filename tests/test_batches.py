@@ -192,6 +192,7 @@ def test_a_file_on_disk_that_is_changed_in_place_is_no_longer_read(tmp_path, cha
     readers = random_windows(tokens, 16, 8, 0), consecutive_windows(tokens, 16, 8).__getitem__
     for read in readers:
         read(1)
+    in_memory = tokens.astype(np.int32)
     if change == "shortened":
         os.truncate(path, 500)
     else:
@@ -201,6 +202,7 @@ def test_a_file_on_disk_that_is_changed_in_place_is_no_longer_read(tmp_path, cha
     for read in readers:
         with pytest.raises(FileChanged, match=r"bytes: was changed in place .* renaming"):
             read(1)
+    assert in_memory[:3].tolist() == [1000 % 256, 1001 % 256, 1002 % 256]
 
 
 def test_a_file_on_disk_that_is_replaced_by_rename_is_read_as_it_was(tmp_path):

@@ -230,6 +230,8 @@ def test_a_long_training_text_is_sampled(monkeypatch):
     monkeypatch.setattr(overlap, "MAX_PIECES", 8)
     text = np.tile(letters(2**16), 64 * 16)
     assert repeated_share(text, text[: 2**16]) > 0.9
+    huge = np.broadcast_to(np.uint8(0), 10**13)
+    assert repeated_share(huge, huge) == 0.0
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])

@@ -35,7 +35,9 @@ class MappedBytes(np.memmap):
 
     def __array_finalize__(self, source: Any) -> None:
         super().__array_finalize__(source)
-        self._file, self._stamp = getattr(source, "_file", None), getattr(source, "_stamp", (0, 0))
+        on_disk = self._mmap is not None
+        self._file = getattr(source, "_file", None) if on_disk else None
+        self._stamp = getattr(source, "_stamp", (0, 0))
 
     def __getitem__(self, index: Any) -> Any:
         self.check()

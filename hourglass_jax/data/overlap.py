@@ -64,10 +64,10 @@ def repeated_share(train: np.ndarray, valid: np.ndarray) -> float:
     A sample is 2 * WINDOW - 1 tokens and counts if one of its windows equals a window at a multiple of WINDOW in
     `train`. Of more than PIECE * MAX_PIECES training tokens, evenly spaced pieces are searched.
     """
-    starts = np.arange(0, len(valid) - 2 * WINDOW + 2)
-    starts = starts[np.linspace(0, len(starts) - 1, min(N_SAMPLES, len(starts))).astype(int)]
-    if not len(starts):
+    n_starts = len(valid) - 2 * WINDOW + 2
+    if n_starts < 1:
         return 0.0
+    starts = np.linspace(0, n_starts - 1, min(N_SAMPLES, n_starts)).astype(int)
     windows = valid[starts[:, None, None] + np.arange(WINDOW)[:, None] + np.arange(WINDOW)]
     hashes = hash_windows(windows.reshape(-1, WINDOW))
     known = set(hashes.tolist())
