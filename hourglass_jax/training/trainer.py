@@ -197,7 +197,8 @@ class _Training:
         except FileChanged as problem:  # after the last batch: what was read until then is what was there
             if self.saved_step != self.step and jax.process_count() == 1:
                 self.save()
-            raise FileChanged(f"{problem}; step {self.saved_step} is saved in {self.run}") from None
+            saved = "no step is saved" if self.saved_step is None else f"step {self.saved_step} is saved in {self.run}"
+            raise FileChanged(f"{problem}; {saved}") from None
         finally:
             self.end_profile()
             self.progress.close()
