@@ -16,7 +16,7 @@ CORE = [
     "tqdm>=4.66",
     "tensorboardX>=2.6.4",
     "matplotlib>=3.9",
-    "Pillow>=10",
+    "Pillow>=10.1",
     "safetensors>=0.5",
 ]
 

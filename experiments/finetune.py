@@ -20,7 +20,7 @@ from experiments.common.sources import HaikuSource, TextSource, unit_of
 from hourglass_jax import DataConfig, HourglassConfig, OptimizerConfig, TrainConfig, UsageError
 from hourglass_jax.checks import check_causal
 from hourglass_jax.data.corpora import load_text
-from hourglass_jax.data.haiku import load_haiku, usable_haiku
+from hourglass_jax.data.haiku import load_haiku, usable_haiku, without_held_out
 from hourglass_jax.ranges import check_range
 from hourglass_jax.tokenizers import TextTokenizer
 from hourglass_jax.training.metrics import plot_curves
@@ -146,6 +146,7 @@ def read_haiku(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[Haiku
     else:
         n_held_back = max(1, round(len(haiku) * VALIDATION.value))
         haiku, valid = haiku[:-n_held_back], haiku[-n_held_back:]
+    haiku = without_held_out(haiku, valid)
     if not haiku or not valid:
         raise UsageError(
             f"{len(haiku)} haiku to train on and {len(valid)} for validation fit block_size={block_size}; give more, "

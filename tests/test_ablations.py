@@ -191,12 +191,14 @@ def test_seeds_and_costs_of_a_record_stay_where_their_runs_are_gone(home, tmp_pa
 
 
 def test_a_row_that_tables_share_is_stored_in_all_of_them(tmp_path):
-    """The plain row of B1 is Table 1's 6@1, if set-up and data are the same."""
+    """The plain row of B1 is Table 1's 6@1, if set-up and data are the same; older records lack newer options."""
     setup = find_setup("enwik8", "micro", "text")
     stored = reporting.collect(find_table("B1", "enwik8"), setup, tmp_path / "text-micro", tmp_path)
     stored["rows"][0]["runs"] = [{"seed": 0, "figures": {"bpc": 2.0}}, {"seed": 1, "figures": {"bpc": 2.1}}]
     other_setup, other_data = {"setup": stored["setup"] | {"steps": 5_000}}, {"data": "my-text-micro"}
-    for changed, n_seeds in (({}, 2), (other_setup, 0), (other_data, 0)):
+    without_background = {name: value for name, value in stored["setup"]["data"].items() if name != "background"}
+    older = {"setup": stored["setup"] | {"data": without_background}}
+    for changed, n_seeds in (({}, 2), (older, 2), (other_setup, 0), (other_data, 0)):
         (tmp_path / "tableB1-my-text-micro.json").write_text(json.dumps(stored | changed))
         table = reporting.collect(find_table("1", "enwik8"), setup, tmp_path / "text-micro", tmp_path)
         assert [row["name"] for row in table["rows"] if row["runs"]] == ["6@1"][:n_seeds]

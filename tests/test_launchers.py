@@ -292,7 +292,7 @@ PRETRAIN = [
     ("foreign_out", ["--out=foreign", "--overwrite"], "not a run"),
     ("never_again", ["--out=run", "--resume=never"], "--overwrite"),
     ("another_configuration", ["--out=run", "--learning_rate=0.5"], "learning_rate"),
-    ("another_split", ["--out=run", "--valid_path=text.txt", "--steps=99"], "first_batch_fingerprint"),
+    ("another_split", ["--out=run", "--valid_path=short.txt", "--steps=99"], "first_batch_fingerprint"),
     ("no_fraction", ["--data.train_fraction=nan"], "train_fraction=nan is out of range"),
 ]
 OTHERS = [

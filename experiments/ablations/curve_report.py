@@ -12,7 +12,7 @@ from experiments.ablations import curves
 from experiments.ablations.curve_pictures import draw
 from experiments.ablations.curves import Leg, curve
 from experiments.ablations.gaps import Reading, Record, equal_flops, find, gaps_of, paired, trend
-from experiments.ablations.rows import row_config
+from experiments.ablations.rows import row_config, same_setup
 from experiments.ablations.scales import Setup
 from experiments.ablations.table import Row
 from experiments.common.reports import markdown_table, provenance, read_record, report_file, write_report
@@ -44,7 +44,7 @@ def collect(setup: Setup, directory: Path, stored: Record | None) -> Record:
         "n_valid": setup.n_valid,
     }
     common = json.loads(json.dumps(common))
-    if stored is None or stored["setup"] != common:
+    if stored is None or not same_setup(stored["setup"], common):
         stored = {"readings": [], "gaps": [], "machines": [], "comment": ""}
     readings, gaps, machines = [], [], set(stored["machines"])
     for pair in curves.PAIRS:

@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 
 from experiments.ablations.costs import read_cost, step_flops
 from experiments.ablations.pictures import Cost, draw
-from experiments.ablations.rows import RESULT, make_job
+from experiments.ablations.rows import RESULT, make_job, same_setup
 from experiments.ablations.scales import Setup, for_table
 from experiments.ablations.table import UNITS, Row, Table
 from experiments.common.reports import markdown_table, provenance, read_record, report_file, write_report
@@ -61,7 +61,9 @@ def collect(table: Table, setup: Setup, directory: Path, results: Path) -> dict[
     }
     common = json.loads(json.dumps(common))
     records = [read_record(path) for path in sorted(results.glob("table*.json"))]
-    records = [record for record in records if (record.get("data"), record.get("setup")) == (directory.name, common)]
+    records = [
+        record for record in records if record.get("data") == directory.name and same_setup(record.get("setup"), common)
+    ]
     own = next((record for record in records if record["table"] == table.number), {"rows": []})
     costs = {row["directory"]: row["cost"] for row in own["rows"] if row.get("cost")}
     runs: dict[str, list[dict[str, Any]]] = {}

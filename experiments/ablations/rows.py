@@ -69,6 +69,11 @@ class Job:
         return result
 
 
+def same_setup(stored: dict[str, Any] | None, setup: dict[str, Any]) -> bool:
+    """Return whether a record's set-up is this one; options that the record is older than have their defaults."""
+    return stored is not None and identity(stored) == identity(setup)
+
+
 def row_config(row: Row, setup: Setup) -> HourglassConfig:
     options = {**setup.model, **(row.options or {})}
     return HourglassConfig(**options | {"hierarchy": setup.hierarchies.get(options["hierarchy"], options["hierarchy"])})

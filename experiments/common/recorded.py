@@ -13,7 +13,7 @@ from absl import logging
 from experiments.common.sources import HaikuSource, read_images, text_name
 from hourglass_jax import DataConfig, UsageError
 from hourglass_jax.data.corpora import load_text, load_tokens, split_tokens
-from hourglass_jax.data.haiku import load_haiku, usable_haiku
+from hourglass_jax.data.haiku import load_haiku, usable_haiku, without_held_out
 from hourglass_jax.data.images import ImageSplits
 from hourglass_jax.tokenizers import TextTokenizer, clean
 from hourglass_jax.training.identity import fingerprint
@@ -45,7 +45,7 @@ def recorded_text(run: str | Path, path: str, split: str | None) -> Part:
     data = recorded_data(settings)
     if not path and "text_fingerprint" not in settings:
         raise UsageError(f"{run}: records no text that it was trained on; give one as --data_path")
-    given = dataclasses.replace(data, path=path or data.path, valid_path="")
+    given = dataclasses.replace(data, path=path or data.path, valid_path="" if path else data.valid_path)
     try:
         tokens, _ = load_tokens(given, tokenizer)
     except UsageError as error:
@@ -61,7 +61,7 @@ def recorded_text(run: str | Path, path: str, split: str | None) -> Part:
     if apart and split == "valid":
         return recorded_text(run, apart, "all")
     name = f"{split} of {text_name(given.path)}{', which the model was trained on' if own else ''}"
-    text = load_text(given.path) if tokenizer.kind == "char" else ""
+    text = load_text(given.path, given.valid_path) if tokenizer.kind == "char" else ""
     text = clean(text) if getattr(tokenizer, "clean", False) else text
     if split != "all" and not (apart and split == "train"):
         tokens = getattr(split_tokens(tokens, given), split)
@@ -81,7 +81,8 @@ def haiku_parts(settings: Mapping[str, Any], tokenizer: TextTokenizer) -> tuple[
     paths = [settings["data_path"], *filter(None, [settings.get("valid_path")])]
     train, *valid = (usable_haiku(load_haiku(path), tokenizer, settings["block_size"]) for path in paths)
     n_held_back = settings["held_back"]
-    return (train, valid[0]) if valid else (train[:-n_held_back], train[-n_held_back:])
+    train, held_out = (train, valid[0]) if valid else (train[:-n_held_back], train[-n_held_back:])
+    return without_held_out(train, held_out), held_out
 
 
 def recorded_haiku(run: str | Path) -> HaikuSource:

@@ -46,9 +46,11 @@ class TextSource:
 
     def __init__(self, config: DataConfig, tokenizer: TextTokenizer | None = None, *, allow_unknown: bool = False):
         tokens, (self.train, self.valid, _), self.tokenizer = load_splits(config, tokenizer)
-        for path in [config.path] * (tokenizer is not None) + [config.valid_path] * bool(config.valid_path):
+        texts = [(config.path, config.valid_path)] * (tokenizer is not None)
+        for path, held_out in texts + [(config.valid_path, "")] * bool(config.valid_path):
             if self.tokenizer.kind == "char":
-                check_characters(load_text(path), self.tokenizer, text_name(path), allow_unknown=allow_unknown)
+                text = load_text(path, held_out)
+                check_characters(text, self.tokenizer, text_name(path), allow_unknown=allow_unknown)
         self.unit = UNITS[self.tokenizer.kind]
         self.config = config
         self.n_positions = config.block_size
@@ -67,8 +69,8 @@ class TextSource:
     def sampler(self, config: HourglassConfig, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
         """A heading of the samples, and the function that makes one."""
         if not config.causal:
-            return make_filler(self.tokenizer, self.valid[: self.n_positions], seed)
-        prompt = self.valid[: int(min(32, config.position_limit / 2))]
+            return make_filler(self.tokenizer, np.array(self.valid[: self.n_positions]), seed)
+        prompt = np.array(self.valid[: int(min(32, config.position_limit / 2))])
         sample = launcher.make_sampler(self.tokenizer, prompt, 200, seed, signals)
         return f"{self.tokenizer.decode(prompt)!r} goes on:\n", sample
 
@@ -194,5 +196,5 @@ def text_name(path: str) -> str:
 def read_images(config: DataConfig) -> ImageSplits:
     """The images that `config` names."""
     if config.dataset == FOLDER:
-        return load_folder(config.path, config.image_size, config.train_fraction)
+        return load_folder(config.path, config.image_size, config.train_fraction, config.background)
     return load_images(config.path, config.dataset, config.image_size)

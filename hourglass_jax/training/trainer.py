@@ -18,6 +18,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from hourglass_jax.costs import training_flops
+from hourglass_jax.data.mapped import FileChanged
 from hourglass_jax.data.pipeline import Batch, BatchAt, evenly_spaced, stream
 from hourglass_jax.errors import UsageError
 from hourglass_jax.evaluation import Evaluation, evaluate_batches
@@ -66,8 +67,9 @@ def fit(
     of them and its loss their mean.
 
     Raises Interrupted, after a checkpoint, where `signals` noted one; UsageError for a run of other settings, another
-    process in it, an empty validation, a loss that is not finite (Diverged), a checkpoint that cannot be written, or
-    devices that the batch cannot be divided among.
+    process in it, an empty validation, a loss that is not finite (Diverged), a text on disk that is changed in place
+    (FileChanged, after a checkpoint), a checkpoint that cannot be written, or devices that the batch cannot be divided
+    among.
     """
     runtime_config = runtime_config or RuntimeConfig()
     if not len(validation):
@@ -192,6 +194,11 @@ class _Training:
             raise Interrupted(
                 f"{interruption} after step {self.step}, which is saved in {self.run}; the same command goes on"
             ) from None
+        except FileChanged as problem:  # after the last batch: what was read until then is what was there
+            if self.saved_step != self.step and jax.process_count() == 1:
+                self.save()
+            saved = "no step is saved" if self.saved_step is None else f"step {self.saved_step} is saved in {self.run}"
+            raise FileChanged(f"{problem}; {saved}") from None
         finally:
             self.end_profile()
             self.progress.close()
