@@ -357,8 +357,8 @@ def test_bad_input_gets_one_line_and_changes_nothing(bad_input, request, script,
 
 
 def test_the_picture_of_a_hierarchy(tmp_path):
-    assert run_forked("checks/draw_hourglass", "--text=an old pond", cwd=tmp_path).returncode == 0
+    assert run_forked("figures/hourglass", "--text=an old pond", cwd=tmp_path).returncode == 0
     assert (tmp_path / "hourglass.png").read_bytes().startswith(b"\x89PNG")
-    nested = run_forked("checks/draw_hourglass", "--hierarchy=1@1 1@2 1@4 1@2 1@1", "--out=nested.png", cwd=tmp_path)
+    nested = run_forked("figures/hourglass", "--hierarchy=1@1 1@2 1@4 1@2 1@1", "--out=nested.png", cwd=tmp_path)
     assert nested.returncode == 2 and "one shortening" in nested.stderr
     assert not (tmp_path / "nested.png").exists()

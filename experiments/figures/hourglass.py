@@ -1,6 +1,6 @@
 """Draws how a hierarchy lets a sequence pass: what is pooled into which group, and whom the group serves.
 
-python experiments/checks/draw_hourglass.py --text="an old silent pond" --hierarchy="2@1 4@3 2@1" --out=hourglass.png
+python experiments/figures/hourglass.py --text="an old silent pond" --hierarchy="2@1 4@3 2@1" --out=hourglass.png
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Of a fine-tuned model's samples, how many are well-formed haiku that end by themselves?
 
-python experiments/checks/score_haiku.py --load_model_path=runs/finetune
-python experiments/checks/score_haiku.py --load_model_path=runs/prompt --report=experiments/results/foundation/prompt
+python experiments/benchmarks/score_haiku.py --load_model_path=runs/finetune
+python experiments/benchmarks/score_haiku.py --load_model_path=runs/prompt --report=runs/prompt/samples
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 python experiments/pretrain.py --boundaries=router --hierarchy="1@1 2@6 1@1" --shortening=select --upsampling=smooth \
   --model.boundary_weight=5 --d_model=96 --n_heads=4 --d_ff=384 --positions=rotary --learning_rate=3e-3 \
   --optimizer.warmup_steps=40 --steps=1200 --out=runs/router
-python experiments/checks/draw_cuts.py --load_model_path=runs/router --out=experiments/results/cuts
+python experiments/figures/cuts.py --load_model_path=runs/router --out=experiments/results/cuts
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Does kill -9 at any moment lose nothing? A run killed again and again must end as one left alone, bit for bit.
 
-python experiments/checks/soak.py
-python experiments/checks/soak.py --kills=50 --report=experiments/results/reliability/soak
+python experiments/benchmarks/soak.py
+python experiments/benchmarks/soak.py --kills=50 --report=experiments/results/reliability/soak
 """
 
 from __future__ import annotations
