@@ -16,18 +16,22 @@ are skipped, and one that was interrupted goes on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from experiments.ablations import contexts, costs, curve_report, curves, lengths, reporting, rows
 from experiments.ablations.scales import DATASETS, SCALES, TEXTS, Setup, find_setup
+from experiments.ablations.table import Table
 from experiments.ablations.tables import find_table
+from experiments.ablations.workers import train_together
 from experiments.common import launcher
 from hourglass_jax import UsageError
 from hourglass_jax.data.downloads import fetch
-from hourglass_jax.training.signals import Signals
+from hourglass_jax.training.signals import Interrupted, Signals
 
 DOWNLOADS = "data"
 
@@ -54,6 +58,12 @@ SEEDS = flags.DEFINE_integer(
 FIRST_SEED = flags.DEFINE_integer(
     "first_seed", 0, "Only seeds from this one on, for a table whose report has the runs before.", lower_bound=0
 )
+MAX_MINUTES = flags.DEFINE_float(
+    "max_minutes", 0, "Stop training after so many minutes; the same command resumes. 0: no limit.", lower_bound=0
+)
+WORKERS = flags.DEFINE_integer(
+    "workers", 1, "Processes that train side by side, each a run of its own; 0: one started by another.", lower_bound=0
+)
 COMMENT = flags.DEFINE_string("comment", None, "With --report: what there is to say about the one table; kept.")
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the rows with what they will cost, and train nothing.")
 TIME = flags.DEFINE_boolean("time", False, "Measure step time and memory of the rows, on an otherwise idle machine.")
@@ -71,6 +81,7 @@ launcher.define_runtime()
 
 MODES = ("table", "curves", "lengths", "contexts", "costs")  # one of them
 FOR_TABLES = ("first_seed", "time")
+FOR_TRAINING = ("max_minutes", "workers")
 
 
 def check_options() -> None:
@@ -82,6 +93,8 @@ def check_options() -> None:
         )
     useless = [f"--{mode}" for mode in given[1:]]
     useless += [f"--{name}" for name in FOR_TABLES if flags.FLAGS[name].value and given != ["table"]]
+    trains = given[0] in ("table", "curves") and not (REPORT.value or DRY_RUN.value or TIME.value)
+    useless += [f"--{name}" for name in FOR_TRAINING if flags.FLAGS[name].present and not trains]
     useless += ["--characters"] * bool(CHARACTERS.value and given != ["curves"])
     useless += ["--pretrained"] * bool(PRETRAINED.value and given != ["contexts"])
     useless += ["--comment"] * (COMMENT.value is not None and not REPORT.value)
@@ -117,9 +130,7 @@ def run_tables(setup: Setup, directory: Path, name: str) -> None:
     if COMMENT.value is not None and len(tables) > 1:
         raise UsageError(f"--comment is said of one table; --table={','.join(TABLE.value)} are {len(tables)}")
     if REPORT.value:
-        for table in tables:
-            path = Path(RESULTS.value) / f"table{table.number}-{name}"
-            print(reporting.report(table, setup, directory, path, COMMENT.value))
+        report_tables(tables, setup, directory, name)
         return
     if ROWS.value and SEEDS.present:
         tables = [replace(table, seeds=max(table.seeds, SEEDS.value)) for table in tables]
@@ -129,11 +140,36 @@ def run_tables(setup: Setup, directory: Path, name: str) -> None:
         return
     if downloaded() and not TIME.value:
         fetch(DATASET.value, DOWNLOADS)
-    with Signals() as signals:
-        if TIME.value:
+    if TIME.value:
+        with Signals() as signals:
             costs.measure(jobs, signals)
-        else:
-            rows.train(jobs, setup, launcher.read_runtime(), signals)
+        return
+
+    def report() -> None:
+        trained = [table for table in tables if any(map(is_done, rows.plan([table], setup, directory, SEEDS.value)))]
+        report_tables(trained, setup, directory, name)
+
+    train_and_report(lambda signals: rows.train(jobs, setup, launcher.read_runtime(), signals), report)
+
+
+def is_done(job: rows.Job) -> bool:
+    return job.result() is not None
+
+
+def report_tables(tables: list[Table], setup: Setup, directory: Path, name: str) -> None:
+    for table in tables:
+        path = Path(RESULTS.value) / f"table{table.number}-{name}"
+        print(reporting.report(table, setup, directory, path, COMMENT.value))
+
+
+def train_and_report(train: Callable[[Signals], None], report: Callable[[], None]) -> None:
+    """Train until it is done, the time is up or a signal comes; then the first process writes the reports."""
+    try:
+        train_together(train, WORKERS.value, MAX_MINUTES.value)
+    except Interrupted as interruption:
+        print(f"\n{interruption}; the same command resumes", flush=True)
+    if WORKERS.value and jax.process_index() == 0:
+        report()
 
 
 def run_lengths(setup: Setup) -> None:
@@ -152,9 +188,13 @@ def run_lengths(setup: Setup) -> None:
 def run_curves(setup: Setup, directory: Path, name: str) -> None:
     if DATASET.value not in TEXTS:
         raise UsageError(f"--curves are of texts; dataset={DATASET.value!r} is none, choose {' or '.join(TEXTS)}")
-    if REPORT.value:
+
+    def report() -> None:
         path = Path(RESULTS.value) / f"curves-{name}"
         print(curve_report.report(setup, directory / "curves", path, COMMENT.value))
+
+    if REPORT.value:
+        report()
         return
     legs = curves.plan(setup, directory / "curves", SEEDS.value, ROWS.value, CHARACTERS.value)
     if DRY_RUN.value:
@@ -162,8 +202,10 @@ def run_curves(setup: Setup, directory: Path, name: str) -> None:
         return
     if downloaded():
         fetch(DATASET.value, DOWNLOADS)
-    with Signals() as signals:
-        curves.train(legs, setup, launcher.read_runtime(), signals)
+    train_and_report(
+        lambda signals: curves.train(legs, setup, launcher.read_runtime(), signals),
+        lambda: report() if any(is_done(leg.job) for leg in legs) else None,
+    )
 
 
 def run_contexts(setup: Setup, directory: Path, name: str) -> None:
