@@ -19,12 +19,11 @@ import numpy as np
 from absl import flags
 
 from experiments.common import launcher
+from experiments.common.characters import check_characters, write_surprise
 from experiments.common.cuts import write_boundaries
 from experiments.common.recorded import recorded_data, recorded_haiku, recorded_images, recorded_text
 from experiments.common.reports import provenance, write_report
 from experiments.common.sources import UNITS
-from experiments.common.surprise import write_surprise
-from experiments.common.vocabulary import check_characters
 from hourglass_jax import Evaluation, HourglassLM, ImageTokenizer, UsageError, at_shorten_factor
 from hourglass_jax.data.images import ImageSplits, image_validation
 from hourglass_jax.data.pipeline import Batch, all_examples, consecutive_windows, sliding_windows

@@ -373,7 +373,7 @@ def test_launchers_train_and_generate_with_them(tmp_path):
     assert (tmp_path / "cuts.png").read_bytes().startswith(b"\x89PNG")
     assert run_forked("pretrain", *TINY, "--hierarchy=1@1", "--out=plain", cwd=tmp_path).returncode == 0
     result = run_forked("figures/cuts", "--load_model_path=plain", "--out=none", cwd=tmp_path)
-    assert result.returncode == 2 and "shortens nowhere" in result.stderr
+    assert result.returncode == 2 and "has no shortening" in result.stderr
     assert not list(tmp_path.glob("none*"))
 
 

@@ -273,7 +273,7 @@ PRETRAIN = [
     ("factor_words", ["--factors=a,b"], "factors"),
     ("one_beta", ["--betas=0.9"], "betas"),
     ("epochs_alone", ["--epochs=2"], "--iter"),
-    ("epochs_and_steps", ["--epochs=2", "--iter=3"], "--epochs and --iter and --train.eval_interval both give"),
+    ("epochs_and_steps", ["--epochs=2", "--iter=3"], "--epochs and --iter and --train.eval_interval both set"),
     ("two_hierarchies", ["--factors=2,1,1,2"], "--hierarchy and --factors differ about model.hierarchy"),
     ("two_widths", ["--model.d_model=64"], "--model.d_model and --d_model differ"),
     (

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.benchmarks import timing
+from experiments.benchmarks import models
 from experiments.benchmarks.training import Step, synthetic
 from experiments.common.reports import markdown_table
 from hourglass_jax import HourglassConfig, HourglassLM, UsageError, generate
@@ -153,7 +153,7 @@ def train(sizes: Accelerator, config: HourglassConfig, repeats: int) -> Row:
     program = step.step.lower(step.state, *next(batches)).compile()
     compile_seconds = time.perf_counter() - started
     memory = program.memory_analysis()
-    [seconds] = timing.in_turn({"step": step}, repeats).values()
+    [seconds] = models.in_turn({"step": step}, repeats).values()
     median, flops = statistics.median(seconds), sizes.batch * training_flops(config, sizes.length)
     return {
         "kind": "train",
@@ -170,7 +170,7 @@ def decode(sizes: Accelerator, positions: str, batch: int, repeats: int) -> Row:
     model = HourglassLM(sizes.config(positions=positions), rngs=nnx.Rngs(0))
     prompts = [[i % 256] for i in range(batch)]
     run = partial(generate, model, prompts, max_tokens=sizes.decode_length, key=jax.random.key(0))
-    [seconds] = timing.in_turn({"decode": run}, repeats).values()
+    [seconds] = models.in_turn({"decode": run}, repeats).values()
     rate = batch * sizes.decode_length / statistics.median(seconds)
     return {"kind": "decode", "seconds": seconds, "characters_per_second": rate}
 

@@ -1,4 +1,4 @@
-"""What the launchers learn from, a text, haiku or images: batches, size, and how a model's samples are shown."""
+"""Data sources of the commands (text, haiku, images): batches, size, and samples of a model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 
 from experiments.common import launcher
-from experiments.common.filling import make_filler
+from experiments.common.characters import check_characters
 from experiments.common.pictures import COLUMNS, draw_images, nothing, save_grid, top_halves
-from experiments.common.vocabulary import check_characters
 from hourglass_jax import CharTokenizer, DataConfig, HourglassConfig, HourglassLM, ImageTokenizer, UsageError
 from hourglass_jax.data.corpora import load_splits, load_text, load_tokens
 from hourglass_jax.data.folder import load_folder
@@ -25,11 +25,13 @@ from hourglass_jax.data.pipeline import (
     shuffled_examples,
     training_batches,
 )
+from hourglass_jax.masking import corrupt
 from hourglass_jax.run_config import FOLDER, IMAGE_SIZES
 from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, Tokenizer
 from hourglass_jax.training.identity import fingerprint
 from hourglass_jax.training.signals import Signals
 
+GAP = "_"  # in a shown text, a token to fill in
 UNITS = {"char": "BPC", "byte": "bits/byte"}
 Sampler = Callable[[HourglassLM], str]
 
@@ -196,3 +198,18 @@ def read_images(config: DataConfig) -> ImageSplits:
     if config.dataset == FOLDER:
         return load_folder(config.path, config.image_size, config.train_fraction)
     return load_images(config.path, config.dataset, config.image_size)
+
+
+def make_filler(tokenizer: TextTokenizer, text: np.ndarray, seed: int) -> tuple[str, Callable[[HourglassLM], str]]:
+    """Return a heading with gaps in `text`, int [L], and a function by which a bidirectional model fills them."""
+    mask_token = tokenizer.vocab_size
+    [chosen] = np.asarray(corrupt(text[None], jax.random.key(seed), mask_token)[1])
+    read = np.where(chosen, mask_token, text)[None]
+
+    def fill(model: HourglassLM) -> str:
+        [logits] = np.asarray(nnx.jit(lambda model, tokens: model(tokens))(model, read))
+        return tokenizer.decode(np.where(chosen, logits[:, :mask_token].argmax(-1), text))
+
+    first, *others = np.split(text, np.flatnonzero(chosen))  # each of the others starts with a gap
+    gapped = GAP.join([tokenizer.decode(first), *(tokenizer.decode(piece[1:]) for piece in others)])
+    return f"{gapped!r} is filled in:\n", fill

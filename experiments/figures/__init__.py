@@ -1,1 +1,1 @@
-"""Commands that show that the library holds what it promises, and that draw its pictures."""
+"""Commands that draw figures."""
