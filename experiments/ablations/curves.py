@@ -8,7 +8,6 @@ checkpoint of the previous leg. So a leg equals one uninterrupted run with its s
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import shutil
 from collections.abc import Collection, Iterator, Sequence
@@ -21,30 +20,29 @@ from flax import nnx
 
 from experiments.ablations.costs import UTILISATION, step_flops
 from experiments.ablations.rows import (
-    RESULT,
     Job,
-    measured_groups,
+    fit_job,
     row_config,
     row_directory,
+    save_result,
     setup_source,
+    start_job,
     valid_sample,
 )
 from experiments.ablations.scales import Setup
 from experiments.ablations.table import Row, resampling
-from experiments.common import launcher
-from experiments.common.reports import markdown_table, provenance
+from experiments.common.reports import markdown_table
 from experiments.common.sources import ImageSource, TextSource
-from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, UsageError, check_causality, score
+from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, UsageError, score
 from hourglass_jax.costs import count_parameters
 from hourglass_jax.data.pipeline import Batch
-from hourglass_jax.files import write_whole
 from hourglass_jax.ranges import check_choice
 from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore
 from hourglass_jax.training.manifest import write_manifest
 from hourglass_jax.training.metrics import CURVES, matmul_ceiling
 from hourglass_jax.training.run import Run, RunBusy
 from hourglass_jax.training.signals import Signals
-from hourglass_jax.training.trainer import Diverged, fit
+from hourglass_jax.training.trainer import Diverged
 
 LOSSES = "losses.npy"  # nats per prediction of each validation sequence
 POINTS = tuple(millions * 10**6 for millions in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100))  # characters
@@ -228,37 +226,17 @@ def train_leg(
     Returns False if another process has finished it meanwhile. Raises RunBusy if another process trains it.
     """
     job = leg.job
-    settings, batches = job.settings() | source.fingerprint, source.batches(job.train.seed)
-    launcher.start_run(run, job.config, source.tokenizer, settings, runtime, batches(0))
-    if job.result() is not None:
+    if start_job(job, run, source, runtime) is not None:
         return False
     print(job.directory, flush=True)
     if leg.before:
         inherit(leg.before.directory, job.directory)
-    model = nnx.jit(lambda rngs: HourglassLM(job.config, rngs=rngs))(nnx.Rngs(job.train.seed))
-    check_causality(model)
-    fit(
-        model,
-        batches,
-        validation[: job.train.eval_batches],
-        run,
-        optimizer_config=job.setup.optimizer,
-        train_config=job.train,
-        runtime_config=runtime,
-        unit=source.unit,
-        signals=signals,
-    )
+    model, _ = fit_job(job, run, source, validation[: job.train.eval_batches], runtime, signals)
     losses = sequence_losses(model, validation, signals)
     np.save(job.directory / LOSSES, losses)
-    result = {
-        "seed": job.train.seed,
-        "figures": {job.metric: float(losses.mean(dtype=np.float64) / math.log(2))},
-        "n_predictions": losses.size * job.setup.data.block_size,
-        **measured_groups(model, validation),
-        "trained": provenance(),
-    }
-    write_whole(job.directory / RESULT, json.dumps(result, indent=1) + "\n")
-    print(f"{leg.characters:,} characters: {job.metric} {result['figures'][job.metric]:.4f}", flush=True)
+    bits = float(losses.mean(dtype=np.float64) / math.log(2))
+    save_result(job, {job.metric: bits}, losses.size * job.setup.data.block_size, model, validation)
+    print(f"{leg.characters:,} characters: {job.metric} {bits:.4f}", flush=True)
     return True
 
 

@@ -18,6 +18,7 @@ from experiments.common import launcher
 from experiments.common.reports import provenance, read_record
 from experiments.common.sources import ImageSource, TextSource
 from hourglass_jax import (
+    Evaluation,
     HourglassConfig,
     HourglassLM,
     RuntimeConfig,
@@ -198,15 +199,34 @@ def train_row(
     job: Job, run: Run, source: Source, validation: Sequence[Batch], runtime: RuntimeConfig, signals: Signals
 ) -> dict[str, Any]:
     """Train a row in `run`; save and return its result. Raises RunBusy if another process trains it."""
-    settings, batches = job.settings() | source.fingerprint, source.batches(job.train.seed)
-    launcher.start_run(run, job.config, source.tokenizer, settings, runtime, batches(0))
-    if (result := job.result()) is not None:  # another process has finished it meanwhile
+    if (result := start_job(job, run, source, runtime)) is not None:
         return result
+    model, evaluation = fit_job(job, run, source, validation, runtime, signals)
+    if job.metric == "accuracy":
+        figures = {"accuracy": accuracy(model, validation)}
+    elif job.train.shorten_factors:
+        at_each = {k: evaluate_batches(at_shorten_factor(model, k), validation) for k in job.train.shorten_factors}
+        figures = {f"{job.metric} at k={k}": at_k.bits_per_character for k, at_k in at_each.items()}
+    else:
+        figures = {job.metric: evaluation.bits_per_character}
+    return save_result(job, figures, evaluation.n_characters, model, validation)
+
+
+def start_job(job: Job, run: Run, source: Source, runtime: RuntimeConfig) -> dict[str, Any] | None:
+    """Claim and start `run`; return the result if another process has finished the job meanwhile."""
+    settings, first = job.settings() | source.fingerprint, source.batches(job.train.seed)(0)
+    launcher.start_run(run, job.config, source.tokenizer, settings, runtime, first)
+    return job.result()
+
+
+def fit_job(
+    job: Job, run: Run, source: Source, validation: Sequence[Batch], runtime: RuntimeConfig, signals: Signals
+) -> tuple[HourglassLM, Evaluation]:
     model = nnx.jit(lambda rngs: HourglassLM(job.config, rngs=rngs))(nnx.Rngs(job.train.seed))
     launcher.causality(model)
     evaluation = fit(
         model,
-        batches,
+        source.batches(job.train.seed),
         validation,
         run,
         optimizer_config=job.setup.optimizer,
@@ -215,17 +235,16 @@ def train_row(
         unit=source.unit,
         signals=signals,
     )
-    if job.metric == "accuracy":
-        figures = {"accuracy": accuracy(model, validation)}
-    elif job.train.shorten_factors:
-        at_each = {k: evaluate_batches(at_shorten_factor(model, k), validation) for k in job.train.shorten_factors}
-        figures = {f"{job.metric} at k={k}": at_k.bits_per_character for k, at_k in at_each.items()}
-    else:
-        figures = {job.metric: evaluation.bits_per_character}
+    return model, evaluation
+
+
+def save_result(
+    job: Job, figures: dict[str, float], n_predictions: int, model: HourglassLM, validation: Sequence[Batch]
+) -> dict[str, Any]:
     result = {
         "seed": job.train.seed,
         "figures": figures,
-        "n_predictions": evaluation.n_characters,
+        "n_predictions": n_predictions,
         **measured_groups(model, validation),
         "trained": provenance(),
     }
