@@ -274,7 +274,7 @@ PRETRAIN = [
     ("one_beta", ["--betas=0.9"], "betas"),
     ("epochs_alone", ["--epochs=2"], "--iter"),
     ("epochs_and_steps", ["--epochs=2", "--iter=3"], "--epochs and --iter and --train.eval_interval both set"),
-    ("two_hierarchies", ["--factors=2,1,1,2"], "--hierarchy and --factors differ about model.hierarchy"),
+    ("two_hierarchies", ["--factors=2,1,1,2"], "--hierarchy and --factors give different values of model.hierarchy"),
     ("two_widths", ["--model.d_model=64"], "--model.d_model and --d_model differ"),
     (
         "factors_of_linear",
@@ -300,7 +300,7 @@ OTHERS = [
     ("generate", ["--load_model_path=run", "--top_p=2"], "top_p"),
     ("generate", ["--load_model_path=run", "--max_tokens=0"], "max_tokens"),
     ("generate", ["--load_model_path=run", "--max_tokens=3000000000"], "max_tokens"),
-    ("generate", ["--load_model_path=run", "--raw_out=nowhere/new"], "there is no directory nowhere"),
+    ("generate", ["--load_model_path=run", "--raw_out=nowhere/new"], "the directory nowhere does not exist"),
     ("generate", ["--load_model_path=run", "--gen_mode=prompt"], "--prompt"),
     ("generate", ["--load_model_path=run", "--seed=9223372036854775808"], "seed"),
     ("finetune", ["--load_model_path=run", "--seed=9223372036854775808"], "seed"),

@@ -249,7 +249,7 @@ BAD_INPUT = [
     (("evaluate", "--load_model_path=text", "--protocol=sliding", "--step=5000"), "step=5000"),
     (("evaluate", "--load_model_path=text", "--split=test"), "'test' is empty"),
     (("finetune", "--load_model_path=text", "--data_path=chinese.txt", "--format=text"), "--extend_vocabulary"),
-    (("finetune", "--load_model_path=flat", "--data_path=haiku.txt"), "no line end"),
+    (("finetune", "--load_model_path=flat", "--data_path=haiku.txt"), "has no newline"),
     (("finetune", "--load_model_path=text", "--data_path=haiku.txt", "--epochs=0"), "epochs=0"),
     (("finetune", "--load_model_path=text", "--data_path=text.txt", "--valid_path=no.txt", "--format=text"), "no.txt"),
     (("pretrain", "--vocab_path=text/vocab.json", "--data_path=chinese.txt", "--block_size=16"), "--allow_unknown"),

@@ -38,7 +38,7 @@ class Pretraining:
 
     @property
     def characters(self) -> int:
-        """Of the whole training, repetitions included."""
+        """Characters of the whole training."""
         return self.train.steps * self.data.batch_size * self.data.block_size
 
     def changed(self, **options: Any) -> Pretraining:

@@ -37,12 +37,12 @@ Sampler = Callable[[HourglassLM], str]
 
 
 def unit_of(unit: str, config: HourglassConfig) -> str:
-    """What bits a prediction are called, where it may be of masked tokens."""
+    """Return the unit of bits per prediction, which may be of masked tokens."""
     return unit if config.causal else f"masked {unit}"
 
 
 class TextSource:
-    """A text in windows, in its own characters or those of `tokenizer`."""
+    """Windows of a text, in its own vocabulary or that of `tokenizer`."""
 
     next_command: tuple[str, ...] = ("finetune",)
 
@@ -54,7 +54,7 @@ class TextSource:
         self.unit = UNITS[self.tokenizer.kind]
         self.config = config
         self.n_positions = config.block_size
-        self.n_examples = (len(self.train) - 1) // config.block_size  # an epoch
+        self.n_examples = (len(self.train) - 1) // config.block_size  # per epoch
         self.fingerprint = {"text_fingerprint": fingerprint(tokens)}
         if config.valid_path:
             self.fingerprint["valid_fingerprint"] = fingerprint(self.valid)
@@ -67,7 +67,7 @@ class TextSource:
         return consecutive_windows(self.valid, self.config.block_size, self.config.batch_size)
 
     def sampler(self, config: HourglassConfig, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
-        """A heading of the samples, and the function that makes one."""
+        """Return a heading and a function that samples text."""
         if not config.causal:
             return make_filler(self.tokenizer, self.valid[: self.n_positions], seed)
         prompt = self.valid[: int(min(32, config.position_limit / 2))]
@@ -76,7 +76,7 @@ class TextSource:
 
 
 class HaikuSource:
-    """Haiku, each an example of its own; with form 'prompt' the first line is given and carries no loss."""
+    """Haiku, one per example; with form 'prompt' the first line carries no loss."""
 
     def __init__(
         self,
@@ -90,8 +90,8 @@ class HaikuSource:
     ):
         if tokenizer.unknown("\n"):
             raise UsageError(
-                "the model's vocabulary has no line end, so it can write no haiku of three lines; pretrain on a text "
-                "with lines, or pass --extend_vocabulary"
+                "the model's vocabulary has no newline, which haiku require; pretrain on a text "
+                "with newlines, or pass --extend_vocabulary"
             )
         check_characters("\n".join(train + valid), tokenizer, "the haiku", allow_unknown=allow_unknown)
         self.train, self.valid = (make_examples(part, tokenizer, form) for part in (train, valid))
@@ -114,7 +114,7 @@ class HaikuSource:
         return all_examples(self.valid, self.batch_size)
 
     def sampler(self, config: HourglassConfig, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
-        """As of a text; a sample ends by itself, and begins with the first line where that is given."""
+        """Return a heading and a function that samples a haiku, up to <EOS>."""
         given = f"{self.first_line}\n" if self.first_line else ""
         prompt = np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(given)])
         sample = launcher.make_sampler(self.tokenizer, prompt, 250, seed, signals, ends=True)
@@ -122,7 +122,7 @@ class HaikuSource:
 
 
 class ImageSource:
-    """Images, each a sequence of its own."""
+    """Images, one per sequence."""
 
     unit = "bits/dim"
     next_command = ("generate", "--gen_mode=complete", f"--num_samples={COLUMNS}")
@@ -131,7 +131,7 @@ class ImageSource:
         self.train, self.valid = read_images(config)
         self.config = config
         self.tokenizer = ImageTokenizer(self.train.shape[1:])
-        self.n_positions = self.tokenizer.n_tokens + 1  # BOS too, and `generate` counts the last new token
+        self.n_positions = self.tokenizer.n_tokens + 1  # BOS too
         self.fingerprint = {"image_fingerprints": [fingerprint(part) for part in (self.train, self.valid)]}
         self.size = f"{len(self.train):,} images to train on, {len(self.valid):,} for validation"
 
@@ -142,7 +142,7 @@ class ImageSource:
         return image_validation(self.valid, self.config.batch_size)
 
     def sampler(self, config: HourglassConfig, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
-        """As of a text; a sample is a picture in `directory`: images, their completions, and new images."""
+        """Return a heading and a function that writes samples.png: images, their completions, and new images."""
         images, path = self.valid[:COLUMNS], directory / "samples.png"
 
         def sample(model: HourglassLM) -> str:
@@ -159,9 +159,9 @@ class ImageSource:
 def open_source(
     config: DataConfig, vocab_path: str = "", tokenizer: Tokenizer | None = None, *, allow_unknown: bool = False
 ) -> TextSource | ImageSource:
-    """What `config` asks for; a text in the tokens of `tokenizer`, of the vocabulary at `vocab_path`, or in its own.
+    """Return the source of `config`; a text in the vocabulary of `tokenizer`, at `vocab_path`, or its own.
 
-    Raises UsageError where both are given and differ.
+    Raises UsageError if the first two differ.
     """
     kind = tokenizer.kind if tokenizer else config.tokenizer
     if vocab_path and (config.dataset != "text" or kind == "byte"):
@@ -178,7 +178,7 @@ def open_source(
 
 
 def read_tokenizer(data: DataConfig, vocab_path: str) -> Tokenizer:
-    """Of what `data` asks for; only characters' own vocabulary and a folder need the data itself."""
+    """Return the tokenizer of `data`, which is read only for its own characters and for a folder."""
     if data.dataset == FOLDER:
         return ImageTokenizer(read_images(data)[0].shape[1:])
     if data.dataset != "text":
@@ -194,7 +194,7 @@ def text_name(path: str) -> str:
 
 
 def read_images(config: DataConfig) -> ImageSplits:
-    """The images that `config` names."""
+    """Return the images of `config`."""
     if config.dataset == FOLDER:
         return load_folder(config.path, config.image_size, config.train_fraction)
     return load_images(config.path, config.dataset, config.image_size)
