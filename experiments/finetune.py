@@ -30,8 +30,8 @@ from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
 from hourglass_jax.vocabulary import extend_vocabulary
 
-EPOCHS_OF_MANY, MIN_STEPS = 3, 100  # by default; a few haiku are seen more often, and the best checkpoint is kept
-MAX_WARMUP = 0.1  # of the steps
+EPOCHS_OF_MANY, MIN_STEPS = 3, 100  # defaults; with few haiku, training runs more epochs
+MAX_WARMUP = 0.1  # share of the steps
 
 LOAD = launcher.ModelFlags("runs/pretrain", "Directory of the pretrained model.")
 DATA_PATH = launcher.define_path(
@@ -172,9 +172,9 @@ def read_haiku(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[Haiku
 
 
 def schedule(n_examples: int) -> tuple[TrainConfig, OptimizerConfig]:
-    """Steps by the number of examples, and a warm-up that leaves most of them, where these are not given.
+    """Return the steps for the number of examples, and an optimizer with at most a tenth of them as warm-up.
 
-    More epochs make a run that is there longer and leave it the same run, with the warm-up it began with.
+    More --epochs make an existing run longer and keep its warm-up.
     """
     steps_an_epoch = -(-n_examples // BATCH_SIZE.value)
     if EPOCHS.value is None:

@@ -45,13 +45,8 @@ RUN += ["--block_size=32", "--batch_size=4", "--optimizer.warmup_steps=5", "--tr
 INTERVAL = 2  # steps between checkpoints of the killed run; the other run saves at evaluations
 WORDS = "the quick brown fox jumps over a lazy dog while five wizards mix jugs of quartz pink vow"
 WORDS_DRAWN = 4000
-LEARNED = (
-    "train_loss",
-    "gradient_norm",
-    "parameter_norm",
-    "learning_rate",
-    "valid_loss",
-)  # the other curves depend on time
+# Curves that do not depend on time.
+LEARNED = ("train_loss", "gradient_norm", "parameter_norm", "learning_rate", "valid_loss")
 PATIENCE = 1200  # seconds after which a process counts as hanging
 
 
