@@ -19,7 +19,7 @@ import hourglass_jax as hg
 from experiments.ablations.rows import Job
 from experiments.ablations.scales import Setup
 from experiments.common.recorded import recorded_data
-from experiments.common.reports import markdown_table, provenance, read_record, report_file, write_report
+from experiments.common.reports import markdown_table, provenance, publish, read_record, report_file
 from hourglass_jax import ByteTokenizer, HourglassLM, UsageError
 from hourglass_jax.data.corpora import map_bytes, split_tokens
 from hourglass_jax.pretrained import pretrained_path
@@ -83,7 +83,7 @@ def measure(models: Mapping[str, Load], setup: Setup, path: Path, data: str, sig
         )
     for name, load in models.items():
         record["models"][name] = found = readings(*load(), setup, signals)
-        save(record | provenance(), path)
+        publish(path, record | provenance(), render, draw)
         print(f"{name}: " + ", ".join(f"{each['bits']:.3f} after {each['context']}" for each in found), flush=True)
 
 
@@ -130,13 +130,7 @@ def report(path: Path, comment: str | None) -> str:
     record = read_record(report_file(path, ".json"))
     if record is None:
         raise UsageError(f"{path}.json: no such file; measure first, without --report")
-    save(record if comment is None else record | {"comment": comment}, path)
-    return f"{path}.md"
-
-
-def save(record: Record, path: Path) -> None:
-    write_report(path, record, render(record))
-    draw(record, report_file(path, ".png"))
+    return publish(path, record if comment is None else record | {"comment": comment}, render, draw)
 
 
 def render(record: Record) -> str:

@@ -15,7 +15,7 @@ from experiments.ablations.gaps import Reading, Record, equal_flops, find, gaps_
 from experiments.ablations.rows import row_config
 from experiments.ablations.scales import Setup
 from experiments.ablations.table import Row
-from experiments.common.reports import markdown_table, provenance, read_record, report_file, write_report
+from experiments.common.reports import markdown_table, provenance, publish, read_record, report_file
 from hourglass_jax import UsageError
 from hourglass_jax.costs import count_parameters, training_flops
 
@@ -29,9 +29,7 @@ def report(setup: Setup, directory: Path, path: Path, comment: str | None) -> st
         raise UsageError(f"{directory}: contains no finished leg of a curve; train one first, without --report")
     if comment is not None:
         record["comment"] = comment
-    write_report(path, record, render(record))
-    draw(record, report_file(path, ".png"))
-    return f"{path}.md"
+    return publish(path, record, render, draw)
 
 
 def collect(setup: Setup, directory: Path, stored: Record | None) -> Record:

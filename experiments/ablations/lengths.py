@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from experiments.ablations.costs import TimedStep
 from experiments.ablations.scales import Setup
 from experiments.ablations.table import TEXT
-from experiments.common.reports import markdown_table, provenance, read_record, report_file, write_report
+from experiments.common.reports import markdown_table, provenance, publish, read_record, report_file
 from hourglass_jax import HourglassConfig, UsageError
 from hourglass_jax.costs import activation_bytes, state_bytes, training_flops
 from hourglass_jax.training.signals import Signals
@@ -101,7 +101,7 @@ def measure(setup: Setup, scale: str, path: Path, signals: Signals) -> None:
             point |= {"flops": step.flops, "bytes": step.memory_bytes, "seconds": statistics.median(step.seconds)}
             print(f"{point['hierarchy']} at {length:,}: {point['seconds']:.3f} s a step", flush=True)
         if waiting:
-            save(record | provenance(), path)
+            publish(path, record | provenance(), render, draw)
 
 
 def read(setup: Setup, scale: str, path: Path) -> Record:
@@ -123,13 +123,7 @@ def report(setup: Setup, scale: str, path: Path) -> str:
     record = read(setup, scale, path)
     if not measured(record):
         raise UsageError(f"{path}.json: contains no measurement at this scale; measure first, without --report")
-    save(record, path)
-    return f"{path}.md"
-
-
-def save(record: Record, path: Path) -> None:
-    write_report(path, record, render(record))
-    draw(record, report_file(path, ".png"))
+    return publish(path, record, render, draw)
 
 
 def measured(record: Record) -> list[Record]:

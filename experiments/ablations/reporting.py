@@ -22,7 +22,7 @@ from experiments.ablations.pictures import Cost, draw
 from experiments.ablations.rows import RESULT, make_job
 from experiments.ablations.scales import Setup, for_table
 from experiments.ablations.table import UNITS, Row, Table
-from experiments.common.reports import markdown_table, provenance, read_record, report_file, write_report
+from experiments.common.reports import markdown_table, provenance, publish, read_record, report_file
 from hourglass_jax import DataConfig, Hierarchy, UsageError
 from hourglass_jax.costs import count_parameters
 from hourglass_jax.data.corpora import map_bytes, split_tokens
@@ -42,9 +42,7 @@ def report(table: Table, setup: Setup, directory: Path, path: Path, comment: str
         )
     if comment is not None:
         record["comment"] = comment
-    write_report(path, record, render(record))
-    draw(record, report_file(path, ".png"))
-    return f"{path}.md"
+    return publish(path, record, render, draw)
 
 
 def collect(table: Table, setup: Setup, directory: Path, results: Path) -> dict[str, Any]:

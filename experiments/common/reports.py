@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,13 @@ def write_report(path: Path, record: dict[str, Any], text: str) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     source = f"Command: `{record['command']}`  \nMachine: {record['machine']}  \nVersions: {versions}"
     write_whole(report_file(path, ".md"), f"{text.rstrip()}\n\n{source}\n")
+
+
+def publish(path: Path, record: dict[str, Any], render: Callable[[Any], str], draw: Callable[[Any, Path], None]) -> str:
+    """Write PATH.json, and PATH.md and PATH.png from the record; return the path of PATH.md."""
+    write_report(path, record, render(record))
+    draw(record, report_file(path, ".png"))
+    return f"{path}.md"
 
 
 def model_card(name: str, model: HourglassLM, record: Record, about: Path, evaluations: Sequence[Path]) -> str:
