@@ -36,7 +36,7 @@ def test_the_same_characters_are_asked_for_at_each(setup):
     for context, tokens in zip((12, 24, 96), samples, strict=True):
         assert tokens.shape == (20, context + contexts.N_SCORED + 1)
         assert (tokens[:, -37:] == samples[0]).all()
-    with pytest.raises(UsageError, match="2,000 characters for validation, and contexts of 192 need 2,160"):
+    with pytest.raises(UsageError, match="2,000 validation characters, but contexts of 192 require 2,160"):
         contexts.sample(setup, 192)
 
 
