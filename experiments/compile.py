@@ -62,7 +62,8 @@ def main(_: list[str]) -> None:
         return
 
     def attempt(changed: Pretraining) -> Compiled:
-        print(f"trying remat {changed.model.remat}, {changed.runtime}", file=sys.stderr, flush=True)
+        options = f"remat={changed.model.remat}, accumulate={changed.runtime.accumulate}, fsdp={changed.runtime.fsdp}"
+        print(f"trying {options}", file=sys.stderr, flush=True)
         return compile_step(changed, target, devices)
 
     if compiled.peak is not None and ADVICE.value:

@@ -175,7 +175,7 @@ def test_times_are_the_model_s_flops_at_two_shares_of_the_peak(compiled):
     assert report.step_seconds(run, target, 0.4) == pytest.approx(flops / (0.4 * 8 * target.flops["float32"]))
     text = report.describe(run, target, compiled, 1e9)
     rate = 16 * 32 / report.step_seconds(run, target, 1.0)
-    assert f"| 100% | 0.0 | {rate:,.0f} | {1e9 / rate / 86_400:.2g} |" in text and "\n| 40% |" in text
+    assert f"| 100% | 0.00 | {rate:,.0f} | {1e9 / rate / 86_400:.2g} |" in text and "\n| 40% |" in text
     assert " and fits." in text and f"| peak | {compiled.peak / 2**30:.2f} |" in text
 
 

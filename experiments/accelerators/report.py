@@ -37,7 +37,9 @@ def describe(run: Pretraining, target: Target, compiled: Compiled, characters: f
 def memory_table(compiled: Compiled, target: Target) -> str:
     assert compiled.memory is not None
     parts = {**vars(compiled.memory), "peak": compiled.memory.peak, "memory of a chip": target.memory}
-    return markdown_table(("memory per chip", "GiB"), [(name, f"{n / GIB:.2f}") for name, n in parts.items()])
+    return markdown_table(
+        ("memory per chip", "GiB"), [(name.replace("_", " "), f"{n / GIB:.2f}") for name, n in parts.items()]
+    )
 
 
 def step_seconds(run: Pretraining, target: Target, share: float) -> float:
@@ -51,7 +53,7 @@ def time_table(run: Pretraining, target: Target, characters: float) -> str:
     for share in SHARES:
         seconds = step_seconds(run, target, share)
         rate = run.data.batch_size * run.data.block_size / seconds
-        rows.append((f"{share:.0%}", f"{seconds * 1e3:.1f}", f"{rate:,.0f}", f"{characters / rate / DAY:.2g}"))
+        rows.append((f"{share:.0%}", f"{seconds * 1e3:,.2f}", f"{rate:,.0f}", f"{characters / rate / DAY:.2g}"))
     return markdown_table(
         ("of peak FLOP/s", "ms a step", "characters/s", f"days for {characters:,.0f} characters"), rows
     )
