@@ -89,7 +89,7 @@ def test_boundaries_are_compared_at_equal_flops(scale, tmp_path):
     jobs = plan([table, find_table("1", "enwik8")], setup, tmp_path, 2)
     assert len(jobs) == 21 + 19 - 2  # three seeds of every row; the plain one is Table 1's baseline
     assert plan([table], setup, tmp_path, 2, first_seed=2) == [job for job in jobs[:21] if job.train.seed == 2]
-    with pytest.raises(hg.UsageError, match="first_seed=3: no row has so many seeds"):
+    with pytest.raises(hg.UsageError, match="first_seed=3: no row has that many seeds"):
         plan([table], setup, tmp_path, 2, first_seed=3)
     known = {name for column in table.published.values() for name in column}
     assert {row.name for row in table.rows} < known
@@ -264,12 +264,12 @@ def test_reports_come_from_the_stored_record_alone(home, tmp_path):
         (["--table=5", "--report", "--data_path=short"], ["no finished row of table 5"]),
         (["--table=5", "--rows=n=5"], ["rows='n=5'", "n=4"]),
         (["--table=5,6", "--report", "--comment=a"], ["--comment", "5,6"]),
-        (["--table=5", "--comment=a"], ["--comment is of no use to --table"]),
-        (["--table=5", "--report", "--dry_run"], ["--dry_run is of no use to --table with --report"]),
-        (["--table=5", "--characters=9"], ["--characters is of no use to --table"]),
-        (["--table=5", "--curves"], ["--curves is of no use to --table"]),
-        (["--curves", "--time"], ["--time is of no use to --curves"]),
-        (["--lengths", "--first_seed=1"], ["--first_seed is of no use to --lengths"]),
+        (["--table=5", "--comment=a"], ["--comment does not apply to --table"]),
+        (["--table=5", "--report", "--dry_run"], ["--dry_run does not apply to --table with --report"]),
+        (["--table=5", "--characters=9"], ["--characters does not apply to --table"]),
+        (["--table=5", "--curves"], ["--curves does not apply to --table"]),
+        (["--curves", "--time"], ["--time does not apply to --curves"]),
+        (["--lengths", "--first_seed=1"], ["--first_seed does not apply to --lengths"]),
         ([], ["choose tables"]),
     ],
 )

@@ -273,8 +273,8 @@ PRETRAIN = [
     ("factor_words", ["--factors=a,b"], "factors"),
     ("one_beta", ["--betas=0.9"], "betas"),
     ("epochs_alone", ["--epochs=2"], "--iter"),
-    ("epochs_and_steps", ["--epochs=2", "--iter=3"], "--epochs and --iter and --train.eval_interval both give"),
-    ("two_hierarchies", ["--factors=2,1,1,2"], "--hierarchy and --factors differ about model.hierarchy"),
+    ("epochs_and_steps", ["--epochs=2", "--iter=3"], "--epochs and --iter and --train.eval_interval both set"),
+    ("two_hierarchies", ["--factors=2,1,1,2"], "--hierarchy and --factors give different values of model.hierarchy"),
     ("two_widths", ["--model.d_model=64"], "--model.d_model and --d_model differ"),
     (
         "factors_of_linear",
@@ -300,7 +300,7 @@ OTHERS = [
     ("generate", ["--load_model_path=run", "--top_p=2"], "top_p"),
     ("generate", ["--load_model_path=run", "--max_tokens=0"], "max_tokens"),
     ("generate", ["--load_model_path=run", "--max_tokens=3000000000"], "max_tokens"),
-    ("generate", ["--load_model_path=run", "--raw_out=nowhere/new"], "there is no directory nowhere"),
+    ("generate", ["--load_model_path=run", "--raw_out=nowhere/new"], "the directory nowhere does not exist"),
     ("generate", ["--load_model_path=run", "--gen_mode=prompt"], "--prompt"),
     ("generate", ["--load_model_path=run", "--seed=9223372036854775808"], "seed"),
     ("finetune", ["--load_model_path=run", "--seed=9223372036854775808"], "seed"),
@@ -357,8 +357,8 @@ def test_bad_input_gets_one_line_and_changes_nothing(bad_input, request, script,
 
 
 def test_the_picture_of_a_hierarchy(tmp_path):
-    assert run_forked("checks/draw_hourglass", "--text=an old pond", cwd=tmp_path).returncode == 0
+    assert run_forked("figures/hourglass", "--text=an old pond", cwd=tmp_path).returncode == 0
     assert (tmp_path / "hourglass.png").read_bytes().startswith(b"\x89PNG")
-    nested = run_forked("checks/draw_hourglass", "--hierarchy=1@1 1@2 1@4 1@2 1@1", "--out=nested.png", cwd=tmp_path)
+    nested = run_forked("figures/hourglass", "--hierarchy=1@1 1@2 1@4 1@2 1@1", "--out=nested.png", cwd=tmp_path)
     assert nested.returncode == 2 and "one shortening" in nested.stderr
     assert not (tmp_path / "nested.png").exists()

@@ -17,9 +17,9 @@ from launching import run_forked
 from PIL import Image
 
 import hourglass_jax as hg
+from experiments.common.characters import check_characters
 from experiments.common.recorded import recorded_text
 from experiments.common.sources import HaikuSource
-from experiments.common.vocabulary import check_characters
 from hourglass_jax.data.corpora import load_tokens
 from hourglass_jax.data.mapped import FileChanged
 from hourglass_jax.data.pipeline import consecutive_windows, training_batches
@@ -164,7 +164,7 @@ def test_a_model_is_evaluated_on_the_rest_of_its_own_text(results):
 
 
 def test_a_text_that_has_changed_is_told(results):
-    assert "changed.txt: has changed since the model was trained on it" in results("changed").stderr
+    assert "changed.txt: changed after the model was trained on it" in results("changed").stderr
     assert "| valid of changed.txt\n" in results("changed").stdout
 
 
@@ -247,14 +247,14 @@ def test_a_folder_of_images_is_learned_evaluated_and_completed(home, results):
 BAD_INPUT = [
     (
         ("evaluate", "--load_model_path=gone"),
-        "its own text cannot be read, give it or another as --data_path: gone.txt",
+        "its training text cannot be read, give a text as --data_path: gone.txt",
     ),
-    (("evaluate", "--load_model_path=strange"), "records no text"),
+    (("evaluate", "--load_model_path=strange"), "no record of its training text"),
     (("evaluate", "--load_model_path=text", "--data_path=chinese.txt"), "160 of 160 characters (100 %)"),
     (("evaluate", "--load_model_path=text", "--protocol=sliding", "--step=5000"), "step=5000"),
     (("evaluate", "--load_model_path=text", "--split=test"), "'test' is empty"),
     (("finetune", "--load_model_path=text", "--data_path=chinese.txt", "--format=text"), "--extend_vocabulary"),
-    (("finetune", "--load_model_path=flat", "--data_path=haiku.txt"), "no line end"),
+    (("finetune", "--load_model_path=flat", "--data_path=haiku.txt"), "has no newline"),
     (("finetune", "--load_model_path=text", "--data_path=haiku.txt", "--epochs=0"), "epochs=0"),
     (("finetune", "--load_model_path=text", "--data_path=text.txt", "--valid_path=no.txt", "--format=text"), "no.txt"),
     (
