@@ -16,8 +16,11 @@ are skipped, and one that was interrupted goes on.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
 
 from absl import flags
 

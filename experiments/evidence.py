@@ -31,6 +31,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
+
 from absl import flags
 
 from experiments.ablations import evidence
