@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
+from experiments.common.pipes import quiet_pipes
 from hourglass_jax import (
     CausalityError,
     HourglassConfig,
@@ -49,6 +50,7 @@ PLUGIN = flags.DEFINE_multi_string(
     "plugin", [], "A Python file or module to import first, e.g. one that registers a shortening; may be repeated."
 )
 _aliases: dict[str, tuple[str, Callable[[str], Any]]] = {}
+_started: list[Run] = []
 
 
 def define_config(name: str, defaults: Any, *, without: tuple[str, ...] = ()) -> None:
@@ -275,6 +277,7 @@ def start_run(
     if jax.process_index() == 0:
         settings = {**settings, **of_first_batch(tokens)}
         run.start(config, tokenizer, settings, overwrite=FLAGS.overwrite, resume=FLAGS.resume == "auto")
+        _started.append(run)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the run directory is ready")
 
@@ -316,7 +319,7 @@ def where_it_decodes(sample: Callable[[HourglassLM], str]) -> Callable[[Hourglas
 
 def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
     """absl's app.run. Bad input is one line on stderr and exit code 2; 0 where a signal ends a run that is saved,
-    where it ends anything else 128 and its number.
+    where it ends anything else 128 and its number. A closed pipe is exit code 141, without an error.
 
     `positional`: main takes arguments beside the flags.
     """
@@ -343,15 +346,19 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
         except Interrupted as interruption:
             print(f"\n{interruption}")
         except KeyboardInterrupt:
-            complain(argv[0], "interrupted")
-            sys.stdout.flush()
+            with suppress(OSError):
+                complain(argv[0], "interrupted")
+                print(end="", flush=True)
             os._exit(130)  # as a shell reports it; at once, since Python's own end crashes where XLA is at work
+        except BrokenPipeError:  # for quiet_pipes
+            raise
         except (UsageError, CausalityError, OSError) as error:
             fail(argv[0], str(error))
 
     for flag in FLAGS.get_key_flags_for_module(__name__):
         FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # so that --help shows what is defined here too
-    app.run(guarded, flags_parser=parse)
+    with quiet_pipes(_started):
+        app.run(guarded, flags_parser=parse)
 
 
 @contextmanager
