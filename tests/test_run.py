@@ -1,9 +1,7 @@
 """A run directory is one object: what it is, who trains in it, and how it goes on."""
 
 import dataclasses
-import errno
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -133,52 +131,6 @@ def test_one_process_trains_in_a_directory_and_its_lock_ends_with_it(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["lock"]
         other.kill()
     hg.Run(tmp_path).start(CONFIG, TOKENIZER)
-
-
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, code):
-    def refuse(*_):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr("fcntl.flock", refuse)
-    train(tmp_path, steps=1)
-    [warning] = [record.getMessage() for record in caplog.records if "lock" in record.getMessage()]
-    assert f"{tmp_path / 'lock'}: exclusive use is not guaranteed" in warning and os.strerror(code) in warning
-
-
-WINDOWS = """
-import sys, types
-sys.modules |= dict.fromkeys(["fcntl", "resource", "torch"])  # importing these fails; tensorboardX tries torch
-import tensorboardX
-from absl import logging
-from test_run import hg, train
-
-logging.set_verbosity(logging.WARNING)
-train("without", steps=2)
-
-def locking(descriptor, mode, n_bytes):
-    held.append((mode, n_bytes))
-    if len(held) > 1:
-        raise PermissionError(13, "Permission denied")
-
-held, sys.platform = [], "win32"
-sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=locking)
-hg.Run("locked").claim()
-assert held == [(2, 1)]
-hg.Run("locked").release()
-try:
-    hg.Run("locked").claim()
-except hg.UsageError as error:
-    print(error)
-"""
-
-
-def test_a_platform_without_fcntl_and_resource_trains_and_locks_by_msvcrt(tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", WINDOWS]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8")
-    assert result.stdout.startswith("locked: another process trains here"), result.stderr
-    assert "without/lock: exclusive use is not guaranteed" in result.stderr and "locked/lock" not in result.stderr
 
 
 def test_an_error_does_not_lock_its_own_process_out(tmp_path):
