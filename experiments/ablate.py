@@ -16,9 +16,12 @@ skipped, and interrupted ones resume. Training ends with the report; --report wr
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
 
 import jax
 from absl import flags

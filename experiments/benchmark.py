@@ -16,6 +16,8 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
+
 from absl import flags
 
 from experiments.benchmarks import accelerator, boundaries, decoding, models, training

@@ -13,6 +13,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
 
 import jax
 from absl import flags

@@ -11,9 +11,12 @@ python experiments/evaluate.py --load_model_path=runs/pretrain --protocol=slidin
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
 
 import numpy as np
 from absl import flags

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
+
 import jax
 import numpy as np
 from absl import flags, logging

@@ -11,8 +11,11 @@ python experiments/pretrain.py --data.dataset=folder --data_path=photos --data.i
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
 
 from absl import flags
 from flax import nnx

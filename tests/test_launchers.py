@@ -6,11 +6,14 @@ import random
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from launching import EXPERIMENTS, README, run, run_forked
+from launching import EXPERIMENTS, README, ROOT, run, run_forked
 
 WORDS = "the quick brown fox jumps over a lazy dog while five wizards mix jugs of quartz pink vow"
 TINY = ["--hierarchy=0@1 1@2 1@1", "--shortening=average", "--upsampling=repeat"]
@@ -157,6 +160,38 @@ def test_sliding_windows_give_more_context_to_as_many_characters(home):
     consecutive, overlapping = (json.loads(result.stdout.splitlines()[-1]) for result in results)
     assert overlapping["n_characters"] == consecutive["n_characters"]
     assert overlapping["loss"] < consecutive["loss"]
+
+
+@pytest.mark.parametrize(
+    "script, flag", [("generate", "--max_tokens=8"), ("evaluate", "--split=valid"), ("generate", "--help")]
+)
+def test_a_closed_pipe_is_no_error(home, script, flag):
+    result = run_forked(script, "--load_model_path=runs/pretrain", flag, cwd=home, closed_pipe=True)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_a_run_whose_output_is_closed_trains_to_its_end_and_prints_that_it_is_saved(home, tmp_path):
+    shutil.copy(home / "text.txt", tmp_path)
+    flags = [*TINY, "--data_path=text.txt", "--sample_interval=10"]
+    result = run_forked("pretrain", *flags, cwd=tmp_path, closed_pipe=True)
+    assert result.returncode == 141
+    assert "pretrain.py: the output was closed; the run is saved in runs/pretrain\n" in result.stderr
+    assert "Error" not in result.stderr and (tmp_path / "runs/pretrain/checkpoints/30/MANIFEST.json").exists()
+
+
+def test_the_wheel_holds_the_library_alone_and_a_checkout_the_launchers_too(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("hourglass_jax", "experiments"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    build = "from setuptools import build_meta as b; b.build_wheel('wheel'); b.build_editable('editable')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    [wheel], [editable] = (list((tmp_path / kind).glob("*.whl")) for kind in ("wheel", "editable"))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"hourglass_jax"}
+    assert {"hourglass_jax/py.typed", "hourglass_jax/data/haiku.txt"} <= set(names)
+    [finder] = [name for name in zipfile.ZipFile(editable).namelist() if name.endswith("finder.py")]
+    assert str(tmp_path / "experiments") in zipfile.ZipFile(editable).read(finder).decode()
 
 
 def copy_of_run(home, directory):

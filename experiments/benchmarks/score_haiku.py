@@ -6,9 +6,12 @@ python experiments/benchmarks/score_haiku.py --load_model_path=runs/prompt --rep
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before any other package named experiments
 
 import jax
 import numpy as np

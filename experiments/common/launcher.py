@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
+from experiments.common.pipes import quiet_pipes
 from hourglass_jax import (
     CausalityError,
     HourglassConfig,
@@ -49,6 +50,7 @@ PLUGIN = flags.DEFINE_multi_string(
     "plugin", [], "A Python file or module to import first, e.g. one that registers a shortening; may be repeated."
 )
 _aliases: dict[str, tuple[str, Callable[[str], Any]]] = {}
+_started: list[Run] = []
 
 
 def define_config(name: str, defaults: Any, *, without: tuple[str, ...] = ()) -> None:
@@ -283,6 +285,7 @@ def start_run(
     if jax.process_index() == 0:
         settings = {**settings, **of_first_batch(tokens)}
         run.start(config, tokenizer, settings, overwrite=FLAGS.overwrite, resume=FLAGS.resume == "auto")
+        _started.append(run)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the run directory is ready")
 
@@ -326,7 +329,7 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
     """Run `main` as absl's app.run does.
 
     Bad input prints one line on stderr and exits with 2. A signal exits with 0 if the run is saved, else with 128 plus
-    its number. positional: main accepts arguments besides flags.
+    its number. A closed pipe exits with 141, without an error. positional: main accepts arguments besides flags.
     """
 
     def parse(argv: list[str]) -> list[str]:
@@ -351,15 +354,19 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
         except Interrupted as interruption:
             print(f"\n{interruption}")
         except KeyboardInterrupt:
-            complain(argv[0], "interrupted")
-            sys.stdout.flush()
+            with suppress(OSError):
+                complain(argv[0], "interrupted")
+                print(end="", flush=True)
             os._exit(130)  # a shell's code; at once, since a regular exit crashes while XLA computes
+        except BrokenPipeError:  # for quiet_pipes
+            raise
         except (UsageError, CausalityError, OSError) as error:
             fail(argv[0], str(error))
 
     for flag in FLAGS.get_key_flags_for_module(__name__):
         FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # so that --help lists the flags defined here
-    app.run(guarded, flags_parser=parse)
+    with quiet_pipes(_started):
+        app.run(guarded, flags_parser=parse)
 
 
 @contextmanager

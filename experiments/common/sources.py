@@ -25,6 +25,7 @@ from hourglass_jax.data.pipeline import (
     shuffled_examples,
     training_batches,
 )
+from hourglass_jax.files import optional_output
 from hourglass_jax.masking import corrupt
 from hourglass_jax.run_config import FOLDER, IMAGE_SIZES
 from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, Tokenizer
@@ -152,7 +153,8 @@ class ImageSource:
                 draw_images(model, self.tokenizer, given, jax.random.key(seed), check=signals.check)
                 for given in (top_halves(self.tokenizer, images), nothing(len(images)))
             )
-            save_grid(path, images, completed, new)
+            with optional_output(path):
+                save_grid(path, images, completed, new)
             return f"{path} (images, the same completed from their top halves, new ones)"
 
         return "", launcher.where_it_decodes(sample)

@@ -8,9 +8,12 @@ python experiments/figures/cuts.py --load_model_path=runs/router --out=experimen
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before any other package named experiments
 
 import numpy as np
 from absl import flags

@@ -5,6 +5,11 @@ python experiments/figures/hourglass.py --text="an old silent pond" --hierarchy=
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before any other package named experiments
+
 from absl import flags
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -23,6 +23,7 @@ from hourglass_jax.data.pipeline import Batch, BatchAt, evenly_spaced, stream
 from hourglass_jax.errors import UsageError
 from hourglass_jax.evaluation import Evaluation, evaluate_batches
 from hourglass_jax.factors import at_shorten_factor, drawn_factor
+from hourglass_jax.files import optional_output
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.run_config import OptimizerConfig, RuntimeConfig, TrainConfig
 from hourglass_jax.training import sharding
@@ -236,7 +237,8 @@ class _Training:
         """Writes it, if there is one: a run may end before the last step to profile, and go on after the first."""
         if self.profiling:
             jax.block_until_ready(self.state)
-            jax.profiler.stop_trace()
+            with optional_output(self.run.directory / "profile", RuntimeError):
+                jax.profiler.stop_trace()
             self.profiling = False
 
     def due(self, interval: int) -> bool:
@@ -348,10 +350,11 @@ class _Training:
     def write_sample(self, sample: Callable[[HourglassLM], str]) -> None:
         model = nnx.merge(self.graph, sharding.gather(self.state.params))
         model.eval()
-        text = sample(model) if jax.process_index() == 0 else ""
-        if self.curves:
-            self.curves.write_text(self.step, text)
-        self.progress.write(f"step {self.step}: {text}")
+        with optional_output(self.run.directory):  # a sample may be a picture
+            text = sample(model) if jax.process_index() == 0 else ""
+            if self.curves:
+                self.curves.write_text(self.step, text)
+            self.progress.write(f"step {self.step}: {text}")
         self.start_clock()
 
     def save(self) -> None:
