@@ -300,7 +300,7 @@ def _begins_a_run(path: Path) -> bool:
     return path.name in (LOCK, VOCABULARY) or is_temporary(path, FILES)
 
 
-def load(path: str | Path, step: int | None = None) -> tuple[HourglassLM, Any, HourglassConfig]:
+def load_run(path: str | Path, step: int | None = None) -> tuple[HourglassLM, Any, HourglassConfig]:
     """Any run directory of this library -> (model, tokenizer, config), at the step of lowest validation loss.
 
     step: another step of those that were kept; see `RuntimeConfig.keep_checkpoints`.
