@@ -39,18 +39,18 @@ def _groups(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array) -> list[t
     return [tuple(jnp.broadcast_to(x, (len(tokens), *x.shape[1:])) for x in (g.when, g.count, g.wanted)) for g in every]
 
 
-def boundaries(model: HourglassLM, tokens: Array) -> np.ndarray:
-    """Where each shortening ends a group: int [L] -> bool [S, L], outermost first.
+def group_ends(model: HourglassLM, tokens: Array) -> np.ndarray:
+    """Return where each shortening ends a group: int [L] -> bool [S, L], outermost first.
 
-    At such a token the deeper level takes a step, and what comes of it serves from there on. Raises UsageError for
-    tokens outside the vocabulary.
+    At such a token the deeper level computes one vector, which serves from there on. Raises UsageError for tokens
+    outside the vocabulary.
     """
     tokens = check_tokens("tokens", tokens, model.config.vocab_size, "L")
     return boundaries_of_rows(model, np.asarray(tokens)[None])[0]
 
 
 def boundaries_of_rows(model: HourglassLM, tokens: Array) -> np.ndarray:
-    """As `boundaries`, each row by itself: int [B, L] -> bool [B, S, L]."""
+    """As `group_ends`, each row by itself: int [B, L] -> bool [B, S, L]."""
     tokens = jnp.asarray(check_tokens("tokens", tokens, model.config.vocab_size, "B, L"))
     every = [(np.asarray(when), np.asarray(count)) for when, count, _ in _groups(*nnx.split(model), tokens)]
     ends = np.zeros((len(tokens), len(every), tokens.shape[1]), bool)

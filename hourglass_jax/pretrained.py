@@ -24,7 +24,7 @@ from hourglass_jax.interop.parameters import build_model, named_parameters
 from hourglass_jax.interop.safetensors import WEIGHTS
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.training.identity import PATHS
-from hourglass_jax.training.run import Record, Run
+from hourglass_jax.training.run import Record, Run, load_run
 
 SHIPPED = Path(__file__).parent / "weights"
 CARD = "README.md"
@@ -43,12 +43,35 @@ def pretrained_path(name: str, directory: str | Path = SHIPPED) -> Path:
     return Path(directory).expanduser() / name
 
 
+def load(path: str | Path, step: int | None = None) -> tuple[HourglassLM, Any, HourglassConfig]:
+    """Load a run directory, or one that `save` wrote -> (model, tokenizer, config).
+
+    step: of a run, the checkpoint to load; see `RuntimeConfig.keep_checkpoints`. Default: that of lowest validation
+        loss.
+
+    The model is on the first device and in evaluation mode: no dropout until `model.train()`. The tokenizer is None
+    for a model of bare tokens.
+
+    Raises UsageError where `path` is no such directory, holds no whole checkpoint or not that of `step`, is damaged, or
+    does not match its vocabulary.
+    """
+    run = Run(path)
+    if run.has_checkpoints or not (run.directory / WEIGHTS).is_file():
+        return load_run(path, step)
+    if step is not None:
+        raise UsageError(f"{path}: holds one model and no steps; leave out step={step}")
+    return _load_weights(run.directory)
+
+
 def load_pretrained(name: str, *, directory: str | Path = SHIPPED) -> tuple[HourglassLM, Any, HourglassConfig]:
-    """A model that comes with the package -> (model, tokenizer, config), as `load` of a run.
+    """Load a model that comes with the package -> (model, tokenizer, config), as `load` does.
 
     directory: another place with such models. Raises UsageError for an unknown name, and for damaged files.
     """
-    path = pretrained_path(name, directory)
+    return _load_weights(pretrained_path(name, directory))
+
+
+def _load_weights(path: Path) -> tuple[HourglassLM, Any, HourglassConfig]:
     config, tokenizer, _, _ = Run(path).read()
     tensors = {name: tensor.astype(np.float32) for name, tensor in _read(path).items()}
     return build_model(config, tensors, path / WEIGHTS), tokenizer, config

@@ -147,7 +147,7 @@ def test_every_prediction_depends_on_tokens_of_both_sides(hierarchy, shortening,
     options = {"shortening": shortening, "upsampling": upsampling, "positions": positions}
     for causal in (False, True):
         model = make_model(small_config(hierarchy=hierarchy, causal=causal, **options))
-        strength = hg.influence(model, np.arange(10) % 11)
+        strength = hg.causality.influence(model, np.arange(10) % 11)
         assert (strength[np.tril_indices(10)] > 0).all()
         assert (strength[np.triu_indices(10, k=1)] > 0).all() == (not causal)
 

@@ -132,7 +132,7 @@ class LengthAware(Boundaries):
 def test_a_rule_that_sees_the_future_is_found_though_no_derivative_shows_it(rule, message, monkeypatch):
     monkeypatch.setitem(BOUNDARIES, "leaky", rule)
     model = make_model(event_config(boundaries="leaky", hierarchy="0@1 1@3 0@1"))
-    assert not np.triu(hg.influence(model, tokens_of(13)), k=1).any()
+    assert not np.triu(hg.causality.influence(model, tokens_of(13)), k=1).any()
     with pytest.raises(hg.CausalityError, match=message):
         hg.check_causality(model)
 
@@ -280,10 +280,10 @@ def test_boundaries_say_where_each_shortening_ends_a_group():
     tokens = np.array([5, 1, 6, 7, 0, 0, 8, 2, 9, 1, 10, 2, 2])
     first = np.isin(np.arange(13), [0, 1, 4, 7, 9, 11])
     every_third = np.isin(np.arange(13), [0, 7])
-    np.testing.assert_array_equal(hg.boundaries(model, tokens), [first, every_third])
+    np.testing.assert_array_equal(hg.group_ends(model, tokens), [first, every_third])
     fixed = make_model(small_config(hierarchy="0@1 1@2 1@6 0@2 1@1"))
-    np.testing.assert_array_equal(hg.boundaries(fixed, tokens), [np.arange(13) % k == 0 for k in (2, 6)])
-    assert hg.boundaries(make_model(small_config(hierarchy="1@1")), tokens).shape == (0, 13)
+    np.testing.assert_array_equal(hg.group_ends(fixed, tokens), [np.arange(13) % k == 0 for k in (2, 6)])
+    assert hg.group_ends(make_model(small_config(hierarchy="1@1")), tokens).shape == (0, 13)
 
 
 def test_groups_are_counted_with_those_that_found_no_room():
@@ -364,7 +364,7 @@ def test_launchers_train_and_generate_with_them(tmp_path):
         assert int(position) == i and int(levels) == (character == " " or i % 24 == 0)
     result = run_forked("evaluate", *given[:1], "--window=24", cwd=tmp_path)
     assert result.returncode == 2 and "--window: not for consecutive windows" in result.stderr
-    result = run_forked("checks/draw_cuts", *given[:1], "--text=a lazy dog jumps", cwd=tmp_path)
+    result = run_forked("figures/cuts", *given[:1], "--text=a lazy dog jumps", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "cuts.json").read_text())["ends"] == {
         "fixed": [0, 3, 6, 9, 12, 15],
@@ -372,8 +372,8 @@ def test_launchers_train_and_generate_with_them(tmp_path):
     }
     assert (tmp_path / "cuts.png").read_bytes().startswith(b"\x89PNG")
     assert run_forked("pretrain", *TINY, "--hierarchy=1@1", "--out=plain", cwd=tmp_path).returncode == 0
-    result = run_forked("checks/draw_cuts", "--load_model_path=plain", "--out=none", cwd=tmp_path)
-    assert result.returncode == 2 and "shortens nowhere" in result.stderr
+    result = run_forked("figures/cuts", "--load_model_path=plain", "--out=none", cwd=tmp_path)
+    assert result.returncode == 2 and "has no shortening" in result.stderr
     assert not list(tmp_path.glob("none*"))
 
 

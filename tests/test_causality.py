@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import HIERARCHIES, METHODS, NESTED, make_model, small_config
 
-from hourglass_jax import CausalityError, check_causality, influence
+from hourglass_jax.causality import CausalityError, check_causality, influence
 
 
 def grid_model(hierarchy, shortening, upsampling, positions, **options):

@@ -51,7 +51,7 @@ TAKE_TOKENS = {  # of each function: how it is called, and the number of its axe
     "step": (lambda model, tokens: step(model, tokens), 1),
     "evaluate": (lambda model, tokens: hg.evaluate(model, tokens, block_size=4), 1),
     "evaluate_sliding": (lambda model, tokens: hg.evaluate_sliding(model, tokens, window=4, step=2), 1),
-    "influence": (lambda model, tokens: hg.influence(model, tokens), 1),
+    "influence": (lambda model, tokens: hg.causality.influence(model, tokens), 1),
     "generate": (lambda model, tokens: generated(model, [tokens]), 1),
 }
 BAD_TOKENS = {  # beside [1, 2]
@@ -158,7 +158,7 @@ def test_bytes_on_disk_need_no_look():
         (lambda model: hg.at_shorten_factor(model, "2"), "shorten_factor='2'"),
         (
             lambda _: small_config(boundaries="tokens", boundary_tokens=" ."),
-            "boundary_tokens=' .' is not a list of tokens",
+            "boundary_tokens=' .' is not a list",
         ),
         (lambda _: small_config(boundaries="tokens", boundary_tokens=3), "boundary_tokens=3 is not a list of tokens"),
         (lambda _: small_config(boundaries="tokens", boundary_tokens=(1.5,)), "boundary_tokens=1.5"),

@@ -11,9 +11,9 @@ from hourglass_jax.memory import VARIABLES
 STEPS = """
 import resource, sys
 import jax, jax.numpy as jnp
-import hourglass_jax as hg
+from hourglass_jax.memory import keep_memory
 
-kept = sys.argv[1] == "keep" and hg.keep_memory()
+kept = sys.argv[1] == "keep" and keep_memory()
 
 @jax.jit
 def step(x):

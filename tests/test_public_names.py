@@ -1,4 +1,4 @@
-"""What a newcomer meets: the names, what `help` says of them, and an import that changes nothing."""
+"""The public names, their documentation, and an import that is light and changes nothing."""
 
 import inspect
 import os
@@ -20,21 +20,23 @@ NAMES = [
         "OptimizerConfig",
         "Run",
         "RuntimeConfig",
+        "Shortening",
         "TrainConfig",
+        "Upsampling",
         "UsageError",
     ),
     *(
         "at_shorten_factor",
-        "boundaries",
         "check_causality",
         "evaluate",
         "evaluate_sliding",
+        "fit",
         "generate",
-        "influence",
+        "group_ends",
         "init_cache",
-        "keep_memory",
         "load",
         "load_pretrained",
+        "save",
         "score",
     ),
     "summary",
@@ -89,12 +91,15 @@ def test_configurations_explain_every_field(name):
         ("generate", ["max_tokens", "temperature", "stop_token", "UsageError"]),
         ("evaluate", ["[N]", "block_size", "UsageError"]),
         ("evaluate_sliding", ["[N]", "section 3", "UsageError"]),
-        ("influence", ["[L, L]"]),
         ("load", ["model, tokenizer, config", "UsageError"]),
         ("summary", ["length", "millions", "UsageError"]),
         ("check_causality", ["length", "CausalityError"]),
         ("at_shorten_factor", ["same parameters", "UsageError"]),
-        ("boundaries", ["[L]", "[S, L]", "UsageError"]),
+        ("group_ends", ["[L]", "[S, L]", "UsageError"]),
+        ("save", ["directory", "tokenizer", "UsageError"]),
+        ("fit", ["validation", "checkpoint", "UsageError"]),
+        ("Shortening", ["decoding"]),
+        ("Upsampling", ["decoding"]),
         ("init_cache", ["batch", "max_length", "UsageError"]),
     ],
 )
@@ -105,7 +110,7 @@ def test_help_has_shapes_units_and_errors(name, words):
 
 PROBE = """
 import logging, os, random, sys, warnings
-import absl.flags, absl.logging, flax.nnx, grain, jax, matplotlib, numpy, optax, orbax.checkpoint, tensorboardX, tqdm
+import absl.flags, absl.logging, flax.nnx, jax, matplotlib, numpy, tqdm
 from jax._src import xla_bridge
 
 def state():
@@ -115,8 +120,11 @@ def state():
         set(absl.flags.FLAGS), list(logging.root.handlers), logging.root.level, xla_bridge.backends_are_initialized(),
     )
 
+of_others = set(sys.modules)
 before = state()
 import hourglass_jax
+heavy = {"fcntl", "grain", "optax", "orbax", "resource", "safetensors", "tensorboardX"} & sys.modules.keys()
+assert not heavy - of_others, heavy
 assert state() == before and not xla_bridge.backends_are_initialized()
 
 # What this would have noticed.

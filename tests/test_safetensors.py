@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 import hourglass_jax as hg
 from hourglass_jax.interop import export_safetensors, import_safetensors
 from hourglass_jax.interop.parameters import named_parameters
+from hourglass_jax.pretrained import SHIPPED
 
 TOKENIZER = hg.CharTokenizer("abcdefgh", clean=True)
 KERNEL = "hourglass.inner.pre.layers.attention.query.kernel"
@@ -43,6 +44,37 @@ def test_the_logits_are_the_same(tmp_path):
 def shared(tmp_path):
     export_safetensors(make_model(small_config()), TOKENIZER, tmp_path / "shared")
     return tmp_path / "shared"
+
+
+def test_a_saved_model_loads_with_its_tokenizer_bit_for_bit(tmp_path):
+    model = make_model(small_config())
+    hg.save(tmp_path / "saved", model, TOKENIZER)
+    back, tokenizer, config = hg.load(tmp_path / "saved")
+    before, after = named_parameters(model), named_parameters(back)
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    assert config == model.config and tokenizer.characters == TOKENIZER.characters
+
+
+def test_a_model_of_bare_tokens_is_saved_without_a_tokenizer(tmp_path):
+    hg.save(tmp_path / "saved", make_model(small_config()))
+    _, tokenizer, _ = hg.load(tmp_path / "saved")
+    assert tokenizer is None
+
+
+def test_a_saved_model_has_no_other_steps_and_is_not_overwritten(tmp_path):
+    hg.save(tmp_path / "saved", make_model(small_config()), TOKENIZER)
+    with pytest.raises(hg.UsageError, match="leave out step=100"):
+        hg.load(tmp_path / "saved", step=100)
+    with pytest.raises(hg.UsageError, match="exists"):
+        hg.save(tmp_path / "saved", make_model(small_config()), TOKENIZER)
+
+
+@pytest.mark.parametrize("name", ["books", "haiku"])  # haiku holds only what differs from books
+def test_load_reads_the_directory_of_a_pretrained_model(name):
+    model, tokenizer, _ = hg.load(SHIPPED / name)
+    expected = named_parameters(hg.load_pretrained(name)[0])
+    assert all(found.tobytes() == expected[name].tobytes() for name, found in named_parameters(model).items())
+    assert tokenizer.kind == "byte"
 
 
 def test_others_may_read_what_is_shared(shared):

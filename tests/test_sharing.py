@@ -48,7 +48,7 @@ READERS = [
     lambda model: hg.evaluate(model, TEXT, block_size=8).loss,
     lambda model: hg.evaluate_sliding(model, TEXT, window=8, step=4).loss,
     lambda model: accuracy(model, [(TEXT[None, :9], np.ones((1, 8)))]),
-    lambda model: hg.influence(model, TEXT[:6]),
+    lambda model: hg.causality.influence(model, TEXT[:6]),
     lambda model: hg.check_causality(model),
     lambda model: compiled_score(model, TEXT[None, :9]),
     lambda model: (hg.at_shorten_factor(model, 2).config, hg.summary(model)),

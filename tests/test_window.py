@@ -9,7 +9,7 @@ from test_cache import largest_difference
 from test_oracle import largest_error
 
 import hourglass_jax as hg
-from hourglass_jax import influence
+from hourglass_jax.causality import influence
 from hourglass_jax.costs import Seen, cache_bytes, decoding_flops, forward_flops
 from hourglass_jax.nn.attention import Attention, blocked
 

@@ -23,18 +23,26 @@ from hourglass_jax.training.run import Record, Run
 WEIGHTS = "model.safetensors"
 
 
-def export_safetensors(model: HourglassLM, tokenizer: Tokenizer, directory: str | Path) -> None:
-    """Writes `directory`, which must be empty or absent; raises UsageError where it is not.
+def save(directory: str | Path, model: HourglassLM, tokenizer: Tokenizer | None = None) -> None:
+    """Write a model and its tokenizer to a new directory, which `load` reads: parameters, configuration, vocabulary.
 
-    Raises UsageError, too, for a tokenizer that is not of the model's size, or for none.
+    tokenizer: None for a model of bare tokens.
+
+    Raises UsageError unless `directory` is empty or absent, and for a tokenizer of another size than the model's.
     """
-    if tokenizer is None:
-        raise UsageError("tokenizer is None, as of a run of bare tokens; give one, such as hg.ByteTokenizer()")
-    check_tokenizer(tokenizer, model.config)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, model.config)
     with whole_directory(Path(directory)) as temporary:
         save_file(named_parameters(model), temporary / WEIGHTS, metadata={"format": "flax"})
         (temporary / WEIGHTS).chmod(0o644)  # it is to be shared
         Run(temporary).write(Record(model.config, tokenizer, settings={}, history=[]))
+
+
+def export_safetensors(model: HourglassLM, tokenizer: Tokenizer, directory: str | Path) -> None:
+    """As `save`, but raises UsageError where there is no tokenizer."""
+    if tokenizer is None:
+        raise UsageError("tokenizer is None, as of a run of bare tokens; give one, such as hg.ByteTokenizer()")
+    save(directory, model, tokenizer)
 
 
 def import_safetensors(directory: str | Path) -> tuple[HourglassLM, Tokenizer, HourglassConfig]:
