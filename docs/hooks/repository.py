@@ -1,13 +1,16 @@
-"""MkDocs hooks: pages that live outside docs/, and links that work both on the site and in the repository."""
+"""MkDocs hooks: pages from outside docs/, links that work on the site and in the repository, formulas as MathML."""
 
+import html
 import os
 import re
 from pathlib import Path
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 README = "quickstart.md"  # the README's name on the site
 INCLUDED = ("experiments/results/**/*.md", "experiments/results/**/*.png", "hourglass_jax/weights/*/README.md")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.S)
 LINK = re.compile(r"(?<!`)(!?)\[([^]]*)\]\(([^)\s]+)\)")
 
 
@@ -47,3 +50,14 @@ def on_page_markdown(markdown, page, config, files):
         return f"{image}[{text}]({relative}{hash_}{fragment})"
 
     return LINK.sub(resolve, markdown)
+
+
+def on_page_content(content, **_):
+    """Write formulas as MathML, which browsers show without a script, and unfold the source beside the equations."""
+
+    def formula(match):
+        display = "block" if match[1] == "div" else "inline"
+        return convert(html.unescape(match[2]).strip(), display=display)
+
+    content = FORMULA.sub(formula, content)
+    return content.replace('<details class="mkdocstrings-source">', '<details class="mkdocstrings-source" open>')
