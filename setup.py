@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.editable_wheel import editable_wheel
 
 CORE = [
     "jax>=0.10.2",
@@ -16,11 +17,20 @@ CORE = [
     "tqdm>=4.66",
     "tensorboardX>=2.6.4",
     "matplotlib>=3.9",
-    "Pillow>=10",
+    "Pillow>=10.1",
     "safetensors>=0.5",
 ]
 
 NOTEBOOKS = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
+
+
+class EditableWithLaunchers(editable_wheel):
+    """A checkout can import `experiments` too; a wheel would take a user's own folder of that name away."""
+
+    def run(self):
+        self.distribution.packages += find_packages(include=["experiments", "experiments.*"])
+        super().run()
+
 
 setup(
     name="hourglass_jax",
@@ -40,11 +50,9 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.11",
-    packages=find_packages(include=["hourglass_jax", "hourglass_jax.*", "experiments", "experiments.*"]),
-    package_data={
-        "hourglass_jax": ["py.typed", "data/haiku.txt", "weights/*/*"],
-        "experiments.accelerators": ["targets/*.toml"],
-    },
+    packages=find_packages(include=["hourglass_jax", "hourglass_jax.*"]),
+    package_data={"hourglass_jax": ["py.typed", "data/haiku.txt", "weights/*/*"]},
+    cmdclass={"editable_wheel": EditableWithLaunchers},
     install_requires=CORE,
     extras_require={
         "bench": ["hourglass-transformer-pytorch>=0.0.6", "torch==2.13.0"],
@@ -53,6 +61,6 @@ setup(
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0", "latex2mathml>=3.78"],
         "notebooks": NOTEBOOKS,
         "torch": ["torch>=2.4"],  # to convert its checkpoints; 2.3 was the first for numpy 2
-        "test": ["pytest>=8.0", "pytest-xdist>=3.8", "ruff>=0.9", "mypy>=1.11", *NOTEBOOKS],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.8", "ruff>=0.9", "mypy>=1.11", "setuptools>=68", *NOTEBOOKS],
     },
 )

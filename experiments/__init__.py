@@ -1,1 +1,1 @@
-"""Launchers of the library's experiments."""
+"""Commands that train, evaluate and measure the library's models."""

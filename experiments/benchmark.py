@@ -1,14 +1,13 @@
-"""Speed, beside the PyPI package hourglass-transformer-pytorch at the same sizes and in the same run.
+"""Measure speed, beside the PyPI package hourglass-transformer-pytorch at the same sizes and in the same run.
 
 pip install -e ".[bench]"
 python experiments/benchmark.py --suite=decoding --report=experiments/results/decoding/cpu
 python experiments/benchmark.py --suite=training --report=experiments/results/training/cpu
 python experiments/benchmark.py --suite=boundaries --report=experiments/results/training/boundaries
 python experiments/benchmark.py --suite=decoding --nopeer --batches=1,32,256 --report=experiments/results/decoding/gpu
-python experiments/benchmark.py --suite=accelerator --report=experiments/results/training/gpu    until all is done
+python experiments/benchmark.py --suite=accelerator --report=experiments/results/training/gpu
 
-The accelerator suite runs in slices of under 9 minutes: what is measured and compiled is kept beside the report, and
-the same command goes on.
+The accelerator suite writes its report after each part; when it is interrupted, the same command resumes.
 """
 
 from __future__ import annotations
@@ -16,32 +15,32 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
 
 from absl import flags
 
 from experiments.benchmarks import accelerator, boundaries, decoding, models, training
 from experiments.common import launcher
 from experiments.common.reports import PACKAGES, provenance, read_record, report_file, write_report
-from experiments.common.slices import Slice, keep_compiled
 from hourglass_jax import UsageError
 from hourglass_jax.ranges import check_range
 from hourglass_jax.training.identity import described, differences
 
-SUITE = flags.DEFINE_enum("suite", "decoding", ["decoding", "training", "boundaries", "accelerator"], "What to time.")
-REPEATS = flags.DEFINE_integer("repeats", 5, "Each figure is a median of so many.", lower_bound=1)
-PEER = flags.DEFINE_boolean("peer", True, "Measure the peer too (needs the extra [bench]).")
+SUITE = flags.DEFINE_enum(
+    "suite", "decoding", ["decoding", "training", "boundaries", "accelerator"], "What to measure."
+)
+REPEATS = flags.DEFINE_integer("repeats", 5, "Runs of which each figure is the median.", lower_bound=1)
+PEER = flags.DEFINE_boolean("peer", True, "Also measure the PyPI package (requires the extra [bench]).")
 REPORT = launcher.define_path("report", "", "Write PATH.json, PATH.md and, for decoding, PATH.png.")
 LENGTHS = flags.DEFINE_list("lengths", ["128", "512", "1024", "2048", "4096"], "Decoding: characters to generate.")
-BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Decoding: texts at a time; the first at every length.")
-SLICE_MINUTES = flags.DEFINE_float("slice_minutes", 8.5, "Accelerator: begin no part that would end later than this.")
+BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Decoding: rows at once; the first of these at every length.")
 launcher.define_config("accelerator", accelerator.Accelerator())
 
 TAKEN_BY = {
     "lengths": ("--suite=decoding",),
     "batches": ("--suite=decoding",),
     "peer": ("--suite=decoding", "--suite=training"),
-    "slice_minutes": ("--suite=accelerator",),
     **{f"accelerator.{name}": ("--suite=accelerator",) for name in vars(accelerator.Accelerator())},
 }
 
@@ -76,9 +75,9 @@ def main(_: list[str]) -> None:
 
 
 def integers(flag: flags.FlagHolder) -> list[int]:
-    """Of a list; raises UsageError for what is none, or empty."""
+    """Return a flag's numbers; raise UsageError for an empty list or anything else."""
     if not flag.value:
-        raise UsageError(f"--{flag.name} is empty; give whole numbers with commas between")
+        raise UsageError(f"--{flag.name} is empty; give whole numbers separated by commas")
     numbers = launcher.parse_flag(flag.name, ",".join(flag.value), lambda _: [int(n) for n in flag.value])
     for number in numbers:
         check_range(flag.name, number, 1)
@@ -86,27 +85,22 @@ def integers(flag: flags.FlagHolder) -> list[int]:
 
 
 def run_accelerator() -> None:
-    """A slice of the accelerator suite; ends with 1 where a kernel is wrong."""
+    """Run the accelerator suite; exit with 1 if a kernel is wrong."""
     path = Path(REPORT.value or "runs/benchmark/accelerator")
-    keep_compiled(path.parent / "compiled")
     sizes = launcher.read_config("accelerator", accelerator.Accelerator)
     settings = json.loads(json.dumps({"sizes": vars(sizes), "repeats": REPEATS.value}))
     settings |= {name: value for name, value in provenance().items() if name != "command"}
-    record = read_record(report_file(path, ".json")) or settings | {"rows": {}, "tries": {}}
+    record = read_record(report_file(path, ".json")) or settings | {"rows": {}}
     if different := differences({name: record.get(name) for name in settings}, settings):
-        raise UsageError(f"{path}.json: was measured otherwise ({described(different)}); give another --report")
-    parts = accelerator.parts(sizes, REPEATS.value)
-
-    def save(record: dict[str, Any]) -> None:
+        raise UsageError(
+            f"{path}.json: was measured with other settings ({described(different)}); give another --report"
+        )
+    rows, parts = record["rows"], accelerator.parts(sizes, REPEATS.value)
+    for name in accelerator.run_parts(parts, rows):
+        print(f"{name}: {rows[name]}", flush=True)
         write_report(path, provenance() | record, accelerator.describe(record, sizes, len(parts)))
-
-    for name in Slice(record, SLICE_MINUTES.value * 60, save).run(parts):
-        print(f"{name}: {record['rows'][name]}", flush=True)
     print(accelerator.describe(record, sizes, len(parts)))
-    if len(record["rows"]) < len(parts):
-        print(f"{len(record['rows'])} of {len(parts)} parts are done; the same command goes on")
-    checks = [row for name, row in record["rows"].items() if name.startswith("check ")]
-    if not all(row.get("passed", False) for row in checks):  # one that raised has no such entry
+    if not all(row.get("passed", False) for name, row in rows.items() if name.startswith("check ")):
         sys.exit(1)
 
 

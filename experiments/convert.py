@@ -1,26 +1,29 @@
-"""Brings weights in from other projects, and models out to and in from safetensors.
+"""Convert weights from other projects, and models to and from safetensors.
 
 python experiments/convert.py --from=original model.pth vocab.json runs/original
 python experiments/convert.py --from=pypi --n_heads=8 --shorten_factor=4 model.pth runs/pypi
 python experiments/convert.py --to=safetensors runs/original shared
 python experiments/convert.py --from=safetensors shared runs/shared
 python experiments/convert.py --to=package --about=books.md --evaluations=test.json runs/books weights/books
-    # --base=books: a fine-tuned one, to go beside weights/books and hold what differs from it
+    # --base=books: for a fine-tuned model beside weights/books; stores only the parameters that differ
 
-The paths may be given as --model, --vocab and --out instead. What comes in becomes a run directory, as of pretrain.py.
+The paths can be given as --model, --vocab and --out instead. --from writes a run directory, like pretrain.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
 
 from absl import flags
 from flax import nnx
 
 from experiments.common import launcher
-from experiments.common.cards import model_card
+from experiments.common.reports import model_card
 from hourglass_jax import HourglassLM, UsageError
 from hourglass_jax.files import whole_directory
 from hourglass_jax.interop import export_safetensors, from_original, from_pypi, import_safetensors
@@ -41,29 +44,35 @@ TO = flags.DEFINE_enum(
     "to",
     None,
     ["safetensors", "package"],
-    "What a run of this library becomes; package: a directory of hourglass_jax/weights, in bfloat16, with a card.",
+    "Format to write; package: a directory of hourglass_jax/weights, in bfloat16, with a model card.",
 )
 BASE = flags.DEFINE_string(
-    "base", None, "package: a model beside the output, whose parameters are not repeated where they are the same."
+    "base", None, "package: a model beside the output; parameters equal to its are not stored again."
 )
-ABOUT = launcher.define_path("about", None, "package: Markdown about data, licence, training and limits, for the card.")
-EVALUATIONS = flags.DEFINE_list("evaluations", [], "package: records of evaluate.py --report, for the card.")
-MODEL = launcher.define_path("model", None, "What to convert: a .pth file, a safetensors directory or a run directory.")
-VOCAB = launcher.define_path("vocab", None, "JSON of token to id; needed for original, and for pypi unless of bytes.")
+ABOUT = launcher.define_path(
+    "about", None, "package: Markdown about data, licence, training and limits, for the model card."
+)
+EVALUATIONS = flags.DEFINE_list("evaluations", [], "package: records of evaluate.py --report, for the model card.")
+MODEL = launcher.define_path("model", None, "Input: a .pth file, a safetensors directory or a run directory.")
+VOCAB = launcher.define_path(
+    "vocab", None, "JSON of token to id; required for original, and for pypi unless it reads bytes."
+)
 OUT = launcher.define_path("out", None, "Directory to write, empty or absent.")
 N_HEADS = flags.DEFINE_integer(
-    "n_heads", None, "Heads, where shapes do not tell; default: 6 (original), 8 (pypi).", lower_bound=1
+    "n_heads", None, "Number of heads, for original (default 6) and pypi (default 8).", lower_bound=1
 )
-SHORTEN_FACTOR = flags.DEFINE_list("shorten_factor", [], "pypi without linear resampling: its factor or factors.")
-CAUSAL = flags.DEFINE_boolean("causal", True, "pypi: as the model was made.")
+SHORTEN_FACTOR = flags.DEFINE_list(
+    "shorten_factor", [], "pypi without linear resampling: the model's factor or factors."
+)
+CAUSAL = flags.DEFINE_boolean("causal", True, "pypi: whether the model is causal.")
 FORMAT = flags.DEFINE_enum(
-    "format", "text", ["text", "haiku", "prompt"], "What the model was trained on last, as of finetune.py."
+    "format", "text", ["text", "haiku", "prompt"], "The model's last training data; see finetune.py."
 )
 DATASET = flags.DEFINE_enum(
     "dataset",
     None,
     [*IMAGE_SIZES, FOLDER],
-    "Of a model of images: what evaluate.py and generate.py shall read; default: cifar10, where its images fit.",
+    "Model of images: default data of evaluate.py and generate.py; default: cifar10 if the shape fits.",
 )
 
 PYTORCH, PACKAGE = ("--from=original", "--from=pypi"), ("--to=package",)
@@ -103,14 +112,14 @@ def main(arguments: list[str]) -> None:
 
 
 def read_paths(arguments: list[str]) -> tuple[str, str | None, str]:
-    """What to convert, the vocabulary if there is one, and where to."""
+    """Return the input, the vocabulary (may be empty) and the output."""
     if arguments and (MODEL.value or VOCAB.value or OUT.value):
-        raise UsageError("give the paths either as --model, --vocab and --out, or in this order without names")
+        raise UsageError("give the paths either as --model, --vocab and --out, or as arguments in this order")
     if not arguments and MODEL.value and OUT.value:
         return MODEL.value, VOCAB.value, OUT.value
     arguments = [os.path.expanduser(argument) for argument in arguments]
     if len(arguments) not in (2, 3):
-        raise UsageError("give what to convert, the vocabulary of a .pth file and the output directory, in this order")
+        raise UsageError("give the input, the vocabulary of a .pth file, and the output directory, in this order")
     return arguments[0], arguments[1] if len(arguments) == 3 else None, arguments[-1]
 
 
@@ -119,7 +128,7 @@ def read_model(path: str, vocab_path: str | None) -> tuple[HourglassLM, Tokenize
         return import_safetensors(path)[:2]
     if FROM.value == "original":
         if not vocab_path:
-            raise UsageError("--from=original needs the model's vocabulary; give it as --vocab=vocab.json")
+            raise UsageError("--from=original requires the model's vocabulary; give it as --vocab=vocab.json")
         return from_original(path, vocab_path, n_heads=N_HEADS.value)
     factors = launcher.parse_flag(
         "shorten_factor", ",".join(SHORTEN_FACTOR.value), lambda _: [int(factor) for factor in SHORTEN_FACTOR.value]
@@ -134,7 +143,7 @@ def read_model(path: str, vocab_path: str | None) -> tuple[HourglassLM, Tokenize
 
 
 def write_model(model: HourglassLM, tokenizer: Tokenizer, directory: Path) -> None:
-    """A run directory; its settings are what the other launchers ask a run for."""
+    """Write a run directory with the settings that the other commands require."""
     config = model.config
     if isinstance(tokenizer, ImageTokenizer):
         data = image_data(tokenizer.shape)
@@ -152,7 +161,7 @@ def write_model(model: HourglassLM, tokenizer: Tokenizer, directory: Path) -> No
 
 
 def image_data(shape: tuple[int, int, int]) -> DataConfig:
-    """--dataset; where it is not given, cifar10 for images of that shape, averaged or not, else a folder."""
+    """Return the data of --dataset; default: cifar10 if the shape fits, else a folder."""
     height, width, channels = shape
     coloured_square = height == width and channels == 3
     of_cifar10 = coloured_square and IMAGE_SIZES["cifar10"] % height == 0
@@ -165,9 +174,9 @@ def image_data(shape: tuple[int, int, int]) -> DataConfig:
 
 
 def write_package(model: HourglassLM, record: Record, out: str) -> None:
-    """A directory for hourglass_jax/weights."""
+    """Write a directory of hourglass_jax/weights."""
     if not ABOUT.value:
-        raise UsageError("--to=package needs what people should know of the model; give it as --about=FILE.md")
+        raise UsageError("--to=package requires a description of the model; give it as --about=FILE.md")
     card = model_card(Path(out).name, model, record, Path(ABOUT.value), list(map(Path, EVALUATIONS.value)))
     save_pretrained(model, record, card, out, base=BASE.value)
 

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per character of a checkpoint on a text; bits/dim of a model of images.
+"""Evaluate a checkpoint: loss, perplexity and bits per character on a text, or bits/dim on images.
 
 python experiments/evaluate.py --load_model_path=runs/pretrain                               on its own validation text
 python experiments/evaluate.py --load_model_path=runs/pretrain --data_path=book.txt
@@ -11,20 +11,22 @@ python experiments/evaluate.py --load_model_path=runs/pretrain --protocol=slidin
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
 
 import numpy as np
 from absl import flags
 
 from experiments.common import launcher
+from experiments.common.characters import check_characters, write_surprise
 from experiments.common.cuts import write_boundaries
 from experiments.common.recorded import recorded_data, recorded_haiku, recorded_images, recorded_text
 from experiments.common.reports import provenance, write_report
 from experiments.common.sources import UNITS
-from experiments.common.surprise import write_surprise
-from experiments.common.vocabulary import check_characters
 from hourglass_jax import Evaluation, HourglassLM, ImageTokenizer, UsageError, at_shorten_factor
 from hourglass_jax.data.images import ImageSplits, image_validation
 from hourglass_jax.data.pipeline import Batch, all_examples, consecutive_windows, sliding_windows
@@ -35,27 +37,29 @@ from hourglass_jax.training.run import Run
 
 LOAD = launcher.ModelFlags("runs/pretrain", "Directory of the model.")
 DATA_PATH = launcher.define_path(
-    "data_path", "", "Text, as for pretrain.py, or directory of images; empty: what the model was trained on."
+    "data_path", "", "Text, as for pretrain.py, or directory of images; empty: the training data."
 )
 SPLIT = flags.DEFINE_enum(
     "split",
     None,
     ["all", "train", "valid", "test"],
-    "Cut as in the model's training; default: valid of what it was trained on and of images, all of another text.",
+    "Split as in training; default: valid for the training data and images, all for another text.",
 )
 BLOCK_SIZE = flags.DEFINE_integer("block_size", None, "Window in tokens; default: as in training.", lower_bound=1)
 PROTOCOL = flags.DEFINE_enum(
     "protocol", "consecutive", ["consecutive", "sliding"], "sliding: overlapping windows, the paper's test protocol."
 )
-WINDOW = flags.DEFINE_integer("window", 4096, "Tokens a sliding window.", lower_bound=1)
-STEP = flags.DEFINE_integer("step", 128, "Tokens between sliding windows; each scores its last ones.", lower_bound=1)
+WINDOW = flags.DEFINE_integer("window", 4096, "Tokens per sliding window.", lower_bound=1)
+STEP = flags.DEFINE_integer(
+    "step", 128, "Tokens between sliding windows; each window scores its last step tokens.", lower_bound=1
+)
 FACTOR = flags.DEFINE_integer(
-    "shorten_factor", None, "Use the model at this factor; see pretrain.py --shorten_factors.", lower_bound=2
+    "shorten_factor", None, "Evaluate at this factor; see pretrain.py --shorten_factors.", lower_bound=2
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Windows or images at once.", lower_bound=1)
 PER_TOKEN = launcher.define_path("per_token", "", "Write the surprise of each character to this file, tab-separated.")
 BOUNDARIES = launcher.define_path("boundaries", "", "Write where groups end to this file, tab-separated.")
-REPORT = launcher.define_path("report", "", "Write PATH.json and PATH.md: the figures, and what made them.")
+REPORT = launcher.define_path("report", "", "Write PATH.json and PATH.md.")
 launcher.define_allow_unknown()
 
 
@@ -85,7 +89,7 @@ def main(_: list[str]) -> None:
 
 
 def evaluate_images(model: HourglassLM) -> tuple[str, dict[str, Any]]:
-    """A line to read, and the figures."""
+    """Return a summary line and the figures."""
     options = {"--block_size": BLOCK_SIZE.value, "--protocol": PROTOCOL.value != "consecutive"}
     options |= {"--per_token": PER_TOKEN.value, "--boundaries": BOUNDARIES.value}
     refuse(options, f"{LOAD.value}, a model of images, which have their own length")
@@ -100,7 +104,7 @@ def evaluate_images(model: HourglassLM) -> tuple[str, dict[str, Any]]:
 
 
 def evaluate_haiku(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, dict[str, Any]]:
-    """As `evaluate_images`, of the haiku that a model was fine-tuned on, in their own form."""
+    """Return a summary line and the figures on the haiku of the fine-tuning."""
     options = {"--block_size": BLOCK_SIZE.value, "--protocol": PROTOCOL.value != "consecutive"}
     refuse(options, "haiku, which have their own length; give a text as --data_path")
     split = SPLIT.value or "valid"
@@ -114,7 +118,7 @@ def evaluate_haiku(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, d
 
 
 def evaluate_text(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, dict[str, Any]]:
-    """As `evaluate_images`."""
+    """Return a summary line and the figures on a text."""
     tokens, text, name = recorded_text(LOAD.value, DATA_PATH.value, SPLIT.value)
     check_text(tokens, model)
     n_unknown = check_characters(text, tokenizer, name, allow_unknown=flags.FLAGS.allow_unknown)
@@ -140,12 +144,12 @@ def evaluate_predictions(model: HourglassLM, batches: Sequence[Batch], tokenizer
 
 
 def text_figures(result: Evaluation, predicted: np.ndarray, tokenizer: TextTokenizer) -> tuple[str, dict[str, Any]]:
-    """BPC, of bytes bits a byte too; `predicted` are the tokens that `result` is of."""
+    """Return BPC, and bits per byte for bytes; `predicted`: the tokens of `result`."""
     if tokenizer.kind == "char":
         figures = {"bpc": result.bits_per_character, "n_characters": result.n_characters}
         return f"{result} | {result.n_characters:,} characters", common(result) | figures
     n_bytes, bits = result.n_characters, result.bits_per_character
-    n_characters = int(np.count_nonzero((predicted & 0xC0) != 0x80))  # all but the later bytes of a character
+    n_characters = int(np.count_nonzero((predicted & 0xC0) != 0x80))  # the first byte of each character
     bpc = bits * n_bytes / max(n_characters, 1)
     figures = {"bits_per_byte": bits, "n_bytes": n_bytes, "bpc": bpc, "n_characters": n_characters}
     words = f"BPC {bpc:.4f} | {n_bytes:,} bytes, {n_characters:,} characters of UTF-8"
@@ -153,13 +157,13 @@ def text_figures(result: Evaluation, predicted: np.ndarray, tokenizer: TextToken
 
 
 def masked_figures(result: Evaluation, unit: str) -> tuple[str, dict[str, Any]]:
-    """Bits a masked token, by whatever name a prediction has."""
+    """Return bits per masked token."""
     figures = {"masked_bits": result.bits_per_character, "n_masked": result.n_characters}
     return f"{result.summary(f'masked {unit}')} | {result.n_characters:,} masked", common(result) | figures
 
 
 def refuse(options: dict[str, Any], what: str) -> None:
-    """Raises UsageError for the first of the options that is given: not for this."""
+    """Raise UsageError if one of the options is given."""
     for option, given in options.items():
         if given:
             raise UsageError(f"{option}: not for {what}")

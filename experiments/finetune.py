@@ -1,4 +1,4 @@
-"""Fine-tunes a pretrained model on haiku, to be written whole or completed from the first line, or on a text.
+"""Fine-tune a pretrained model on haiku (all lines, or after a given first line), or on a text.
 
 python experiments/finetune.py --load_model_path=runs/pretrain
 python experiments/finetune.py --load_model_path=runs/pretrain --format=prompt --out=runs/prompt
@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
 
 from absl import flags
 from flax import nnx
@@ -20,7 +23,7 @@ from experiments.common.sources import HaikuSource, TextSource, unit_of
 from hourglass_jax import DataConfig, HourglassConfig, OptimizerConfig, TrainConfig, UsageError
 from hourglass_jax.checks import check_causal
 from hourglass_jax.data.corpora import load_text
-from hourglass_jax.data.haiku import load_haiku, usable_haiku
+from hourglass_jax.data.haiku import load_haiku, usable_haiku, without_held_out
 from hourglass_jax.ranges import check_range
 from hourglass_jax.tokenizers import TextTokenizer
 from hourglass_jax.training.metrics import plot_curves
@@ -30,8 +33,8 @@ from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
 from hourglass_jax.vocabulary import extend_vocabulary
 
-EPOCHS_OF_MANY, MIN_STEPS = 3, 100  # by default; a few haiku are seen more often, and the best checkpoint is kept
-MAX_WARMUP = 0.1  # of the steps
+EPOCHS_OF_MANY, MIN_STEPS = 3, 100  # defaults; with few haiku, training runs more epochs
+MAX_WARMUP = 0.1  # share of the steps
 
 LOAD = launcher.ModelFlags("runs/pretrain", "Directory of the pretrained model.")
 DATA_PATH = launcher.define_path(
@@ -52,9 +55,11 @@ BLOCK_SIZE = flags.DEFINE_integer(
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Haiku or windows a step.")
 EPOCHS = flags.DEFINE_integer(
-    "epochs", None, f"Times each is seen; default: {EPOCHS_OF_MANY}, or as many as give {MIN_STEPS} steps."
+    "epochs", None, f"Epochs; default: {EPOCHS_OF_MANY}, or as many as give {MIN_STEPS} steps."
 )
-VALIDATION = flags.DEFINE_float("validation_fraction", 0.05, "Share held back, the last of the file.")
+VALIDATION = flags.DEFINE_float(
+    "validation_fraction", 0.05, "Share held back for validation, from the end of the file."
+)
 launcher.define_config("optimizer", OptimizerConfig(learning_rate=3e-4, warmup_steps=20))
 launcher.define_alias("learning_rate", "optimizer.learning_rate", float)
 launcher.define_alias("train_only", "optimizer.train_only", str)
@@ -119,7 +124,7 @@ def finetune(signals: Signals) -> None:
 
 
 def read_text(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[TextSource, dict]:
-    """A text in windows, and what of it goes into the run's settings."""
+    """Return a text's source and its settings for the run."""
     block_size = BLOCK_SIZE.value
     if block_size is None:
         block_size = recorded_data(Run(LOAD.value).read().settings).block_size
@@ -137,7 +142,7 @@ def read_text(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[TextSo
 
 
 def read_haiku(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[HaikuSource, dict]:
-    """As `read_text`."""
+    """Return the haiku's source and its settings for the run."""
     block_size = int(min(256 if BLOCK_SIZE.value is None else BLOCK_SIZE.value, config.position_limit))
     check_range("block_size", block_size, 1)
     haiku = usable_haiku(load_haiku(DATA_PATH.value), tokenizer, block_size)
@@ -146,6 +151,7 @@ def read_haiku(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[Haiku
     else:
         n_held_back = max(1, round(len(haiku) * VALIDATION.value))
         haiku, valid = haiku[:-n_held_back], haiku[-n_held_back:]
+    haiku = without_held_out(haiku, valid)
     if not haiku or not valid:
         raise UsageError(
             f"{len(haiku)} haiku to train on and {len(valid)} for validation fit block_size={block_size}; give more, "
@@ -170,9 +176,9 @@ def read_haiku(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[Haiku
 
 
 def schedule(n_examples: int) -> tuple[TrainConfig, OptimizerConfig]:
-    """Steps by the number of examples, and a warm-up that leaves most of them, where these are not given.
+    """Return the steps for the number of examples, and an optimizer with at most a tenth of them as warm-up.
 
-    More epochs make a run that is there longer and leave it the same run, with the warm-up it began with.
+    More --epochs make an existing run longer and keep its warm-up.
     """
     steps_an_epoch = -(-n_examples // BATCH_SIZE.value)
     if EPOCHS.value is None:
@@ -189,7 +195,7 @@ def schedule(n_examples: int) -> tuple[TrainConfig, OptimizerConfig]:
 
 
 def first_steps(run: Run, steps: int) -> int:
-    """How many the run was to have before it was made longer; `steps` where there is none."""
+    """Return the steps that the run had before it was made longer; `steps` for a new run."""
     if not run.exists:
         return steps
     _, _, settings, history = run.read()

@@ -1,4 +1,4 @@
-"""Writes text with a pretrained or fine-tuned model, as it comes; draws images with a model of images.
+"""Generate text with a pretrained or fine-tuned model, streamed, or images with a model of images.
 
 python experiments/generate.py --load_model_path=runs/finetune
 python experiments/generate.py --pretrained=haiku --prompt="an old silent pond"
@@ -17,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
 
 import jax
 import numpy as np
@@ -38,26 +40,26 @@ GEN_MODE = flags.DEFINE_enum(
     "gen_mode",
     None,
     ["scratch", "prompt", "complete"],
-    "Start from nothing, from a prompt (the default where one is given), or from the top halves of images.",
+    "scratch: no prompt; prompt: the default if one is given; complete: from the top halves of images.",
 )
-PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from; a model fine-tuned on prompts takes a first line.")
+PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; for a model fine-tuned on prompts, a first line.")
 PROMPT_FILE = launcher.define_path(
-    "prompt_file", "", "File with the text to go on from, as it is but for its last line end; -: standard input."
+    "prompt_file", "", "File with the text to continue, without its last newline; -: standard input."
 )
 EACH_LINE = flags.DEFINE_boolean("each_line", False, "Each line of --prompt_file that is not empty is a prompt.")
 STOP = flags.DEFINE_multi_string("stop", [], "End a sample before this text; may be repeated.")
-RAW_OUT = launcher.define_path("raw_out", "", "File for the new bytes as they are, of one sample after another.")
+RAW_OUT = launcher.define_path("raw_out", "", "Write the new bytes of all samples to this file.")
 MAX_TOKENS = flags.DEFINE_integer(
-    "max_tokens", 250, "New characters (bytes) a sample at most.", lower_bound=1, upper_bound=MAX_NEW_TOKENS
+    "max_tokens", 250, "Maximum number of new characters (bytes) per sample.", lower_bound=1, upper_bound=MAX_NEW_TOKENS
 )
-OUT = launcher.define_path("out", "samples.png", "Where the images go.")
-DATA_PATH = launcher.define_path("data_path", "", "Directory of the images to complete; empty: where they were.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples to write.", lower_bound=1)
+OUT = launcher.define_path("out", "samples.png", "Path of the images.")
+DATA_PATH = launcher.define_path("data_path", "", "Directory of the images to complete; empty: that of training.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of samples.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float(
     "temperature", None, "0 is greedy; default: 0.8 for text, 1 for images.", lower_bound=0
 )
-TOP_K = flags.DEFINE_integer("top_k", None, "Sample among the k likeliest tokens.", lower_bound=1)
-TOP_P = flags.DEFINE_float("top_p", None, "Sample among the likeliest tokens that hold this probability.")
+TOP_K = flags.DEFINE_integer("top_k", None, "Sample from the k likeliest tokens.", lower_bound=1)
+TOP_P = flags.DEFINE_float("top_p", None, "Sample from the likeliest tokens with this total probability.")
 SEED = launcher.define_seed("Seed of the sampling.")
 FOR_TEXT = {"--gen_mode=prompt", *(f"--{f.name}" for f in (PROMPT, PROMPT_FILE, EACH_LINE, STOP, RAW_OUT, MAX_TOKENS))}
 FOR_IMAGES = {"--gen_mode=complete", "--out", "--data_path"}
@@ -91,7 +93,7 @@ def main(_: list[str]) -> None:
 
 
 def gen_mode() -> str:
-    """As given; otherwise by whether there is a prompt."""
+    """Return --gen_mode; its default depends on whether a prompt is given."""
     return GEN_MODE.value or ("prompt" if PROMPT.present or PROMPT_FILE.present else "scratch")
 
 
@@ -117,7 +119,7 @@ def draw(model: HourglassLM, tokenizer: ImageTokenizer, signals: Signals) -> Non
 def write(model: HourglassLM, tokenizer: TextTokenizer, signals: Signals) -> None:
     form = Run(LOAD.value).read().settings.get("format", "text")
     prompts = read_prompts(tokenizer)
-    if form == "prompt":  # such a model completes whole first lines
+    if form == "prompt":  # such a model completes a first line
         prompts = [text.removesuffix(b"\n") + b"\n" if text else text for text in prompts]
     banned = [token for token in (tokenizer.unk_id, tokenizer.bos_id) if token is not None]
     raw: BinaryIO | None = None
@@ -141,13 +143,13 @@ def write(model: HourglassLM, tokenizer: TextTokenizer, signals: Signals) -> Non
                     stream=sample.take,
                 )
             new = sample.finish()
-            raw = raw or files.enter_context(open(RAW_OUT.value or os.devnull, "wb"))  # after all that may be refused
+            raw = raw or files.enter_context(open(RAW_OUT.value or os.devnull, "wb"))  # after all checks
             raw.write(new)
             signals.check()
 
 
 def read_prompts(tokenizer: TextTokenizer) -> list[bytes]:
-    """The UTF-8 of each prompt, of bytes those of a file as they are; from scratch, one of nothing."""
+    """Return the UTF-8 bytes of each prompt; from scratch, an empty one."""
     prompts = [to_utf8(PROMPT.value)]
     if PROMPT_FILE.value:
         raw = sys.stdin.buffer.read() if PROMPT_FILE.value == "-" else Path(PROMPT_FILE.value).read_bytes()
@@ -155,7 +157,7 @@ def read_prompts(tokenizer: TextTokenizer) -> list[bytes]:
             raw = decode_text(raw, "standard input" if PROMPT_FILE.value == "-" else PROMPT_FILE.value).encode("utf-8")
         prompts = [line for line in raw.splitlines() if line] if EACH_LINE.value else [re.sub(rb"\r?\n\Z", b"", raw)]
         if not any(prompts):
-            raise UsageError(f"--prompt_file={PROMPT_FILE.value}: there is no prompt in it")
+            raise UsageError(f"--prompt_file={PROMPT_FILE.value}: contains no prompt; give a file with text")
     if getattr(tokenizer, "clean", False):
         check_cleaned(prompts)
     unknown = sorted(
@@ -167,20 +169,20 @@ def read_prompts(tokenizer: TextTokenizer) -> list[bytes]:
 
 
 def check_cleaned(prompts: Sequence[bytes]) -> None:
-    """Tells which characters a model of cleaned texts does not see; raises UsageError where it sees none."""
+    """Warn of the characters that cleaning removes from a prompt. Raises UsageError if none are left."""
     for text in (prompt.decode("utf-8") for prompt in prompts if prompt):
         if not clean(text):
-            raise UsageError(f"the prompt {text!r} is empty once it is cleaned as the model's texts; give it letters")
+            raise UsageError(f"the prompt {text!r} is empty after cleaning, which the model requires; give letters")
     lost = sorted({c for prompt in prompts for c in prompt.decode("utf-8") if not clean(c)})
     if lost:
         logging.warning("the model's texts are cleaned, and so is the prompt, of %s", ", ".join(map(repr, lost)))
 
 
 def prompt_tokens(tokenizer: TextTokenizer, text: bytes, form: str) -> np.ndarray:
-    """What a sample goes on from, int32 [n]: after BOS if the model was trained on texts with a beginning (`form`).
+    """Return the prompt's tokens, int32 [n], after BOS unless `form` is 'text'.
 
-    A pretrained model has never seen BOS: from nothing, it starts from a line end, or where its vocabulary has none,
-    from a space or any other character, which unlike <UNK> it has met.
+    A pretrained model has never seen BOS: from scratch it starts with a newline, or if its vocabulary has none, with a
+    space or another character.
     """
     tokens = tokenizer.encode(text if isinstance(tokenizer, ByteTokenizer) else text.decode("utf-8"))
     if form != "text":
@@ -192,11 +194,11 @@ def prompt_tokens(tokenizer: TextTokenizer, text: bytes, form: str) -> np.ndarra
 
 
 class StopText(Exception):
-    """One of the texts to stop at has come."""
+    """A stop text was generated."""
 
 
 class Sample:
-    """A sample's bytes as they come, shown up to the first text to stop at; what may begin one is held back."""
+    """Streams a sample's bytes up to the first stop text, and holds back what may start one."""
 
     def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str], signals: Signals):
         self.tokenizer, self.signals = tokenizer, signals
@@ -205,7 +207,7 @@ class Sample:
         self.written, self.n_shown = b"", 0
 
     def take(self, new: Sequence[np.ndarray]) -> None:
-        """What `generate` has to tell of its one row. Raises StopText, or Interrupted after a signal."""
+        """Add new tokens of the one row. Raises StopText, or Interrupted after a signal."""
         self.signals.check()
         self.written += self.tokenizer.decode_bytes(new[0])
         ends = [end for stop in self.stops if (end := self.written.find(stop, self.n_shown)) >= 0]
@@ -220,7 +222,7 @@ class Sample:
         self.n_shown = end
 
     def finish(self) -> bytes:
-        """Shows the rest; returns the whole."""
+        """Print the rest, and return all bytes."""
         self.show(len(self.written), final=True)
         print()
         return self.written

@@ -1,4 +1,4 @@
-"""Pretrains a character-level Hourglass on texts or the built-in corpus, or a pixel-level one on images.
+"""Pretrain a character-level Hourglass on texts or the built-in corpus, or a pixel-level one on images.
 
 python experiments/pretrain.py
 python experiments/pretrain.py --data_path=books --valid_path=held_out.txt --out=runs/books
@@ -11,8 +11,11 @@ python experiments/pretrain.py --data.dataset=folder --data_path=photos --data.i
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
 
 from absl import flags
 from flax import nnx
@@ -27,7 +30,7 @@ from hourglass_jax.training.selection import trained_parameters
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
 
-flags.adopt_module_key_flags(pretraining)  # so that --help shows them
+flags.adopt_module_key_flags(pretraining)  # so that --help lists them
 
 
 def main(_: list[str]) -> None:
@@ -59,7 +62,7 @@ def pretrain(signals: Signals) -> None:
     if model is None:
         model = nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed))
     batch = source.batches(train.seed)(0)
-    trained_parameters(nnx.state(model), optimizer.train_only)  # what is refused writes nothing
+    trained_parameters(nnx.state(model), optimizer.train_only)  # raises before anything is written
     for factor in train.shorten_factors:
         at_shorten_factor(model, factor)
     check_groups(model, *batch)

@@ -11,7 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from absl import logging
+
 from hourglass_jax.errors import UsageError
+
+_unwritten: set[str] = set()  # the files that `optional_output` has warned about
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -27,7 +31,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write to; it becomes `path` where the body succeeds, and nothing is left where it does not.
 
-    Where `path` is a link, that is what it leads to.
+    Where `path` is a link, that is what it leads to. An OSError, such as that of a full disk, names `path`.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():  # a device or a pipe, which nothing can replace
@@ -41,9 +45,28 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt) as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and str(error.filename or temporary) == str(temporary):
+            error.filename = str(path)
         raise
+
+
+@contextmanager
+def optional_output(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Log one warning per file, instead of raising, when the body cannot write `path` or the file its error names.
+
+    errors: what the body raises then, beside OSError.
+    """
+    kinds: tuple[type[Exception], ...] = (OSError, *errors)
+    try:
+        yield
+    except kinds as error:
+        name = str(getattr(error, "filename", None) or path)
+        if name not in _unwritten:
+            reason = getattr(error, "strerror", None) or error
+            logging.warning("%s: cannot be written (%s); the run continues without it", name, reason)
+        _unwritten.add(name)
 
 
 def is_temporary(path: Path, names: Collection[str]) -> bool:

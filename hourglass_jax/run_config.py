@@ -30,7 +30,7 @@ class DataConfig:
     path: a UTF-8 text file, a directory of .txt files, a pattern such as "books/*.txt", or several of these with commas
         between, joined in the order of their names; any files where `tokenizer` is byte; the images' directory; empty:
         the built-in corpus.
-    dataset: text | cifar10 | imagenet32 | imagenet64 | folder (PNG and JPEG files).
+    dataset: text | cifar10 | imagenet32 | imagenet64 | folder (image files of one's own).
     image_size: averages images down to this side in pixels, which divides their own; 0: as stored. Images of a folder
         are first cut to squares, and take any side.
     tokenizer: char | byte.
@@ -40,7 +40,9 @@ class DataConfig:
     order: random (windows start anywhere) | epochs (consecutive windows, each once an epoch).
     split: fraction (by train_fraction, no test) | enwik8 (90M train, 5M validation, 5M test).
     train_fraction: the rest is for validation, of a text or a folder.
-    valid_path: another text for validation, given as `path` is; then all of `path` is for training.
+    valid_path: another text for validation, given as `path` is; then `path` is for training, without the files for
+        validation and copies of them.
+    background: the gray level, 0 (black) to 255 (white), behind transparent pixels of a folder's images.
     """
 
     path: str = ""
@@ -54,6 +56,7 @@ class DataConfig:
     split: str = "fraction"
     train_fraction: float = 0.9
     valid_path: str = ""
+    background: int = 255
 
     def __post_init__(self) -> None:
         take_plain_values(self)
@@ -70,6 +73,7 @@ class DataConfig:
         check_choice("tokenizer", self.tokenizer, ("char", "byte"))
         check_choice("order", self.order, ("random", "epochs"))
         check_choice("split", self.split, ("fraction", "enwik8"))
+        check_range("background", self.background, 0, 255)
         check_range("block_size", self.block_size, 1)
         check_range("batch_size", self.batch_size, 1)
         check_range("train_fraction", self.train_fraction, 0.0, 1, open_low=True, open_high=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ROOT / "experiments"
+FOREIGN = Path(__file__).with_name("foreign")  # first on sys.path: holds another package named experiments
 README = (ROOT / "README.md").read_text()
 # A shortening method as the README tells users to write one.
 [METHOD] = re.findall(r"^## Add a shortening method$.*?^```python\n(.*?)^```$", README, re.M | re.S)
@@ -51,18 +52,17 @@ exit_codes = threading.Lock()
 
 def run(script, *flags, cwd, **environment):
     """The finished process, as `subprocess.run` gives it."""
-    command, environment = (
-        [sys.executable, EXPERIMENTS / f"{script}.py", *flags],
-        os.environ | ENVIRONMENT | environment,
-    )
+    command = [sys.executable, EXPERIMENTS / f"{script}.py", *flags]
+    path = os.pathsep.join([str(FOREIGN), *sys.path])
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": path} | environment
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=300)
 
 
-def run_forked(script, *flags, cwd, **environment):
-    """Like `run`, in a fork of a process that has done the imports."""
+def run_forked(script, *flags, cwd, closed_pipe=False, **environment):
+    """Like `run`, in a fork of a process that has done the imports; `closed_pipe`: its output's reader is gone."""
     with tempfile.TemporaryDirectory() as directory:
         outputs = [Path(directory, name) for name in ("stdout", "stderr")]
-        process = forkserver.Process(target=_launch, args=(script, flags, cwd, environment, outputs))
+        process = forkserver.Process(target=_launch, args=(script, flags, cwd, closed_pipe, environment, outputs))
         with exit_codes:
             process.start()
         wait([process.sentinel], timeout=300)
@@ -72,12 +72,17 @@ def run_forked(script, *flags, cwd, **environment):
         return subprocess.CompletedProcess([script, *flags], exit_code, *(path.read_text("utf-8") for path in outputs))
 
 
-def _launch(script, flags, cwd, environment, outputs):
+def _launch(script, flags, cwd, closed_pipe, environment, outputs):
     os.chdir(cwd)
     os.environ.update(environment)
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    if closed_pipe:
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.close(reader)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - the one before took it for a file
     path = EXPERIMENTS / f"{script}.py"
     sys.argv = [str(path), *flags]
-    sys.path[0] = str(EXPERIMENTS)
+    sys.path[:1] = [str(path.parent), str(FOREIGN)]
     runpy.run_path(str(path), run_name="__main__")

@@ -1,12 +1,14 @@
 """Laws of the batches cut from a text or from examples."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
 
 from hourglass_jax import DataConfig
 from hourglass_jax.data.corpora import load_tokens, map_bytes, split_tokens
+from hourglass_jax.data.mapped import FileChanged
 from hourglass_jax.data.pipeline import (
     LazyBatches,
     consecutive_windows,
@@ -178,6 +180,39 @@ def test_bytes_on_disk_give_the_batches_of_bytes_in_memory(tmp_path, cut):
         assert same(first, second) and first[0].dtype == np.int32 and type(first[0]) is np.ndarray
     for first, second in zip(*(consecutive_windows(text, 16, 8) for text in (mapped, memory)), strict=True):
         assert same(first, second) and first[0].dtype == np.int32 and type(first[0]) is np.ndarray
+
+
+@pytest.mark.parametrize("change", ["shortened", "overwritten", "extended"])
+def test_a_file_on_disk_that_is_changed_in_place_is_no_longer_read(tmp_path, change):
+    """Reading what a file was cut off would kill the process."""
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(range(256)) * 1000)
+    os.utime(path, (0, 0))
+    tokens = map_bytes(path)[1000:]
+    readers = random_windows(tokens, 16, 8, 0), consecutive_windows(tokens, 16, 8).__getitem__
+    for read in readers:
+        read(1)
+    in_memory = tokens.astype(np.int32)
+    if change == "shortened":
+        os.truncate(path, 500)
+    else:
+        with path.open("r+b") as file:
+            file.seek(0, 2 if change == "extended" else 0)
+            file.write(b"other")
+    for read in readers:
+        with pytest.raises(FileChanged, match=r"bytes: was changed in place .* renaming"):
+            read(1)
+    assert in_memory[:3].tolist() == [1000 % 256, 1001 % 256, 1002 % 256]
+
+
+def test_a_file_on_disk_that_is_replaced_by_rename_is_read_as_it_was(tmp_path):
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(range(256)) * 1000)
+    read = random_windows(map_bytes(path), 16, 8, 0)
+    before = read(0)
+    (tmp_path / "new").write_bytes(b"other")
+    os.replace(tmp_path / "new", path)
+    assert same(read(0), before)
 
 
 def test_a_huge_file_stays_on_disk(tmp_path):

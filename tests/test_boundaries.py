@@ -364,7 +364,7 @@ def test_launchers_train_and_generate_with_them(tmp_path):
         assert int(position) == i and int(levels) == (character == " " or i % 24 == 0)
     result = run_forked("evaluate", *given[:1], "--window=24", cwd=tmp_path)
     assert result.returncode == 2 and "--window: not for consecutive windows" in result.stderr
-    result = run_forked("checks/draw_cuts", *given[:1], "--text=a lazy dog jumps", cwd=tmp_path)
+    result = run_forked("figures/cuts", *given[:1], "--text=a lazy dog jumps", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "cuts.json").read_text())["ends"] == {
         "fixed": [0, 3, 6, 9, 12, 15],
@@ -372,8 +372,8 @@ def test_launchers_train_and_generate_with_them(tmp_path):
     }
     assert (tmp_path / "cuts.png").read_bytes().startswith(b"\x89PNG")
     assert run_forked("pretrain", *TINY, "--hierarchy=1@1", "--out=plain", cwd=tmp_path).returncode == 0
-    result = run_forked("checks/draw_cuts", "--load_model_path=plain", "--out=none", cwd=tmp_path)
-    assert result.returncode == 2 and "shortens nowhere" in result.stderr
+    result = run_forked("figures/cuts", "--load_model_path=plain", "--out=none", cwd=tmp_path)
+    assert result.returncode == 2 and "has no shortening" in result.stderr
     assert not list(tmp_path.glob("none*"))
 
 

@@ -27,7 +27,7 @@ def setup(tmp_path_factory):
 
 def test_each_is_twice_the_one_before_up_to_the_model_s_length():
     assert contexts.contexts(256) == [12, 24, 48, 96, 192] and contexts.contexts(36) == [12]
-    with pytest.raises(UsageError, match="sequences of 35 have no room for 12 characters and 24 after them"):
+    with pytest.raises(UsageError, match="sequences of 35 characters are too short for 12 of context and 24 after it"):
         contexts.contexts(35)
 
 
@@ -36,7 +36,7 @@ def test_the_same_characters_are_asked_for_at_each(setup):
     for context, tokens in zip((12, 24, 96), samples, strict=True):
         assert tokens.shape == (20, context + contexts.N_SCORED + 1)
         assert (tokens[:, -37:] == samples[0]).all()
-    with pytest.raises(UsageError, match="2,000 characters for validation, and contexts of 192 need 2,160"):
+    with pytest.raises(UsageError, match="2,000 validation characters, but contexts of 192 require 2,160"):
         contexts.sample(setup, 192)
 
 
@@ -69,7 +69,7 @@ def test_what_is_measured_stays_until_it_is_measured_again_and_is_drawn(setup, t
     assert measured(three=0) == {"one": first, "two": second, "three": first} and first != second
     assert measured(one=1) == {"one": second, "two": second, "three": first}
     first = second
-    with pytest.raises(UsageError, match="was measured at 20 places, and the set-up has 30; remove it"):
+    with pytest.raises(UsageError, match="was measured at 20 places, but the setup has 30; remove it"):
         contexts.measure({}, replace(setup, n_valid=30), path, "text", Signals())
     (tmp_path / "contexts-text.png").unlink()
     contexts.report(path, "Said once.")
@@ -94,11 +94,11 @@ def test_trained_rows_are_measured_by_the_launcher(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ((), "holds no finished row of table 1 with its checkpoints"),
+        ((), "contains no finished row of table 1 with checkpoints"),
         (("--report",), "no such file; measure first"),
         (("--pretrained=novels",), "'novels'"),
-        (("--dataset=cifar10",), "--contexts are of texts"),
-        (("--dry_run",), "--dry_run is of no use to --contexts"),
+        (("--dataset=cifar10",), "--contexts requires a text"),
+        (("--dry_run",), "--dry_run does not apply to --contexts"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, flags, words):

@@ -158,7 +158,7 @@ def test_a_leg_that_diverges_is_told_and_the_other_curve_goes_on(tmp_path, monke
     monkeypatch.setattr(curves, "train_leg", train_leg)
     monkeypatch.setattr(curves, "setup_source", lambda setup, jobs: None)
     monkeypatch.setattr(curves, "valid_sample", lambda source, setup: [])
-    with pytest.raises(hg.UsageError, match=r"1 legs diverged, and none can follow them: .*6@1"):
+    with pytest.raises(hg.UsageError, match=r"1 legs diverged, so the legs after them cannot start: .*6@1"):
         curves.train([one, other], setup, hg.RuntimeConfig(), Signals())
     assert done == [other] * 3 and capsys.readouterr().out.count("train_loss is nan") == 1
 

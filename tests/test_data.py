@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from importlib import resources
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from hourglass_jax import CharTokenizer, DataConfig, UsageError
+from hourglass_jax.data import overlap
 from hourglass_jax.data.corpora import (
     builtin_text,
     load_splits,
@@ -20,7 +22,16 @@ from hourglass_jax.data.corpora import (
     split_tokens,
     text_files,
 )
-from hourglass_jax.data.haiku import is_haiku, load_haiku, make_examples, parse_haiku, usable_haiku
+from hourglass_jax.data.haiku import (
+    is_haiku,
+    load_haiku,
+    make_examples,
+    parse_haiku,
+    usable_haiku,
+    without_held_out,
+)
+from hourglass_jax.data.listing import warn_once
+from hourglass_jax.data.overlap import repeated_share
 from hourglass_jax.tokenizers import ByteTokenizer
 from hourglass_jax.training.identity import N_PIECES, PIECE, fingerprint
 
@@ -59,9 +70,10 @@ def test_directory_is_no_text_file(tmp_path):
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    """The working directory, with four texts in two folders and a file that is none."""
+    """The working directory, with five texts in two folders and a file that is none."""
     monkeypatch.chdir(tmp_path)
-    for name in ("b.txt", "a.txt", "books/d.txt", "books/old/c.txt", "books/notes.md"):
+    warn_once.cache_clear()
+    for name in ("b.txt", "a.txt", "books/d.txt", "books/old/c.txt", "books/notes.md", "books/E.TXT"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     return tmp_path
@@ -73,12 +85,12 @@ def library(tmp_path, monkeypatch):
         ("a.txt", "a.txt"),
         ("b.txt, a.txt", "a.txt b.txt"),
         ("a.txt,./a.txt,*.txt", "a.txt b.txt"),
-        ("books", "books/d.txt books/old/c.txt"),
-        ("books/", "books/d.txt books/old/c.txt"),
-        ("books/*", "books/d.txt books/notes.md"),
+        ("books", "books/E.TXT books/d.txt books/old/c.txt"),
+        ("books/", "books/E.TXT books/d.txt books/old/c.txt"),
+        ("books/*", "books/E.TXT books/d.txt books/notes.md"),
         ("books/**/*.txt,b.txt", "b.txt books/d.txt books/old/c.txt"),
-        (".", "a.txt b.txt books/d.txt books/old/c.txt"),
-        ("~/a.txt,~/books", "a.txt books/d.txt books/old/c.txt"),
+        (".", "a.txt b.txt books/E.TXT books/d.txt books/old/c.txt"),
+        ("~/a.txt,~/books", "a.txt books/E.TXT books/d.txt books/old/c.txt"),
     ],
 )
 def test_several_texts_are_joined_in_the_order_of_their_names(library, monkeypatch, path, names):
@@ -90,11 +102,20 @@ def test_several_texts_are_joined_in_the_order_of_their_names(library, monkeypat
     assert bytes(tokens).decode() == load_text(path)
 
 
+def test_files_passed_over_are_counted_by_kind_in_one_line(library, caplog):
+    for name in ("old/more.MD", "old/README", "old/.hidden"):
+        (library / "books" / name).write_text(name)
+    for _ in range(2):
+        text_files("books")
+    assert caplog.messages == ["books: files passed over: 3 of 6 (2 .md, 1 no suffix)"]
+
+
 def test_a_text_counts_once_whatever_links_lead_to_it(library):
     directory = Path("linked")
     (directory / "v1").mkdir(parents=True)
     (directory / "v1/a.txt").write_text("one")
     (directory / "latest").symlink_to("v1")
+    (directory / "v1/b.txt").hardlink_to(directory / "v1/a.txt")
     (directory / "v1/up").symlink_to("..")
     assert load_text(str(directory)) == load_text(f"linked/v1/a.txt,{directory.absolute()}/v1/a.txt") == "one"
 
@@ -125,12 +146,108 @@ def test_a_text_of_its_own_for_validation(library):
     assert train is tokens
     assert tokenizer.decode(train) == "abcd" * 10 and len(test) == 0
     assert tokenizer.decode(valid) == "bad" and valid[-1] == tokenizer.unk_id  # the vocabulary is that of the training
-    for changed in ({"path": "v.txt"}, {"block_size": 40}):
-        with pytest.raises(UsageError, match="are for training"):
+    for changed, words in (({"path": "v.txt"}, "every training file"), ({"block_size": 40}, "are for training")):
+        with pytest.raises(UsageError, match=words):
             load_splits(dataclasses.replace(config, **changed))
     (library / "v.txt").write_text("?")
     with pytest.raises(UsageError, match="1 are for validation"):
         load_splits(config)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+@pytest.mark.parametrize(
+    ("path", "valid_path", "kept", "left_out"),
+    [
+        ("books", "books/d.txt", "books/E.TXT books/old/c.txt", "books/d.txt"),
+        ("books", "books/old,b.txt", "books/E.TXT books/d.txt", "books/old/c.txt"),
+        ("a.txt,b.txt", "b.txt", "a.txt", "b.txt"),
+        ("a.txt,./b.txt", "b.txt", "a.txt", "./b.txt"),
+        ("*.txt", "~/b.txt", "a.txt", "b.txt"),
+        ("a.txt,link.txt", "b.txt", "a.txt", "link.txt"),
+        ("a.txt,hard.txt", "b.txt", "a.txt", "hard.txt"),
+        ("a.txt,copy.txt", "books/d.txt,b.txt", "a.txt", "copy.txt"),
+    ],
+)
+def test_a_validation_file_is_left_out_of_training(
+    library, monkeypatch, caplog, path, valid_path, kept, left_out, tokenizer
+):
+    """Named twice, by another name, linked or copied."""
+    monkeypatch.setenv("HOME", str(library))
+    if "link" in path:
+        Path("link.txt").symlink_to("b.txt")
+    if "hard" in path:
+        Path("hard.txt").hardlink_to("b.txt")
+    if "copy" in path:
+        shutil.copy("b.txt", "copy.txt")
+    tokens, splits, _ = load_splits(DataConfig(path=path, valid_path=valid_path, block_size=1, tokenizer=tokenizer))
+    assert splits.train is tokens and len(tokens) == len("\n".join(kept.split()))
+    names = [str(Path(name)) for name in kept.split()]
+    assert [str(file) for file in text_files(path, valid_path)] == names
+    [line] = [message for message in caplog.messages if "left out" in message]
+    assert line.startswith(f"{path}: 1 of ") and line.endswith(f": {Path(left_out)}")
+
+
+@pytest.mark.parametrize("path", ["b.txt", "b.txt,copy.txt", "link.txt", "copy.txt"])
+def test_a_text_that_is_all_for_validation_is_refused(library, path):
+    Path("link.txt").symlink_to("b.txt")
+    shutil.copy("b.txt", "copy.txt")
+    with pytest.raises(UsageError, match=f"{path}: every training file is a validation file or a copy"):
+        load_splits(DataConfig(path=path, valid_path="b.txt", block_size=1))
+
+
+def test_only_files_of_equal_size_are_compared(library, monkeypatch):
+    monkeypatch.setattr(overlap, "sha256", None)
+    Path("a.txt").write_text("of another size")
+    assert text_files("a.txt,b.txt", "b.txt") == text_files("a.txt", "b.txt") == [Path("a.txt")]
+
+
+def letters(n, seed=0, n_letters=26):
+    return np.random.default_rng(seed).integers(97, 97 + n_letters, n).astype(np.uint8)
+
+
+RULE = np.tile(np.frombuffer(b"-" * 79 + b"\n", np.uint8), 100)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+@pytest.mark.parametrize(
+    ("train", "valid", "share"),
+    [
+        (letters(50_000), letters(5000, seed=1), 0.0),
+        (letters(50_000), letters(50_000)[40_003:45_003], 1.0),
+        (np.tile(letters(700), 50), np.tile(letters(700), 5), 1.0),
+        (letters(50_000), np.concatenate([letters(5000, seed=1), letters(50_000)[1:5001]]), 0.5),
+        (np.concatenate([RULE, letters(50_000)]), np.concatenate([RULE, letters(5000, seed=1)]), 0.0),
+        (letters(3_000_001), letters(3_000_001)[-1000:], 1.0),
+        (letters(20_000), letters(20_000)[:126], 0.0),  # too short for a sample
+        (letters(63), letters(20_000), 0.0),
+    ],
+)
+def test_the_share_of_repeated_passages_is_found(train, valid, share, dtype):
+    assert repeated_share(train.astype(dtype), valid.astype(dtype)) == pytest.approx(share, abs=0.02)
+
+
+def test_a_long_training_text_is_sampled(monkeypatch):
+    monkeypatch.setattr(overlap, "MAX_PIECES", 8)
+    text = np.tile(letters(2**16), 64 * 16)
+    assert repeated_share(text, text[: 2**16]) > 0.9
+    huge = np.broadcast_to(np.uint8(0), 10**13)
+    assert repeated_share(huge, huge) == 0.0
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+def test_a_validation_text_that_repeats_the_training_text_is_told(tmp_path, caplog, tokenizer):
+    """Split by position, or a part of a training file as a file of its own."""
+    once = bytes(letters(3000)).decode()
+    texts = {"repeated": once * 5, "once": once, "train": once * 2, "valid": once[500:1500]}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    for path, valid_path in (("repeated", ""), ("once", ""), ("train", "valid")):
+        caplog.clear()
+        valid_path = valid_path and str(tmp_path / valid_path)
+        load_splits(DataConfig(path=str(tmp_path / path), valid_path=valid_path, tokenizer=tokenizer, block_size=16))
+        assert len(caplog.messages) == (path != "once")
+        assert all("100% of the sampled" in line for line in caplog.messages)
+        warn_once.cache_clear()
 
 
 @pytest.mark.parametrize("options", [{"split": "enwik8"}, {"dataset": "cifar10"}, {"dataset": "folder"}])
@@ -343,6 +460,13 @@ def test_haiku_that_do_not_fit_or_are_empty_once_cleaned_are_left_out():
     haiku = ["a\nb\nc", "a\n123\nc", "abc\ndef\n" + "a" * 20]
     assert usable_haiku(haiku, tokenizer, block_size=16) == haiku[:1]
     assert usable_haiku(haiku[2:], tokenizer, block_size=29) == haiku[2:]  # 30 tokens with BOS and EOS
+
+
+def test_haiku_for_validation_are_left_out_of_training():
+    assert without_held_out(["a", "b", "a", "c"], ["a", "d"]) == ["b", "c"]
+    assert without_held_out([], ["a"]) == []
+    with pytest.raises(UsageError, match="every haiku for training is also one for validation"):
+        without_held_out(["a", "a"], ["a"])
 
 
 def test_examples_end_at_their_eos_and_prompts_carry_no_loss():

@@ -1,5 +1,6 @@
 """Files are what they were or all of what is written, whoever writes and whatever ends it."""
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hourglass_jax.errors import UsageError
-from hourglass_jax.files import is_temporary, whole_directory, whole_file, write_whole
+from hourglass_jax.files import is_temporary, optional_output, whole_directory, whole_file, write_whole
 
 
 def test_many_writers_of_one_file_do_not_collide(tmp_path):
@@ -33,6 +34,22 @@ def test_a_file_is_what_it_was_until_all_is_written(tmp_path, error):
     with whole_file(path) as file:
         file.write(b"all")
     assert path.read_bytes() == b"all"
+
+
+def test_a_full_disk_is_reported_with_the_file(tmp_path, monkeypatch, caplog):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        write_whole(path, "text")
+    for _ in range(2):
+        with optional_output(tmp_path):
+            write_whole(path, "text")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: cannot be written (No space left on device); the run continues without it"
+    ]
 
 
 def test_a_pipe_is_written_to_and_stays_one(tmp_path):

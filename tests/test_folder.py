@@ -1,11 +1,15 @@
 """A folder of one's own images: what is read, how it is cut to one size, which are for validation."""
 
+import dataclasses
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from hourglass_jax import DataConfig, UsageError
 from hourglass_jax.data.folder import load_folder
+from hourglass_jax.training.identity import identity
 
 RNG = np.random.default_rng(0)
 
@@ -57,6 +61,99 @@ def test_what_is_shown_is_read(tmp_path):
     for images in load_folder(tmp_path):
         for image in images:
             np.testing.assert_allclose(image.astype(int), upright, atol=3)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".PNG", ".webp", ".WebP", ".tif", ".TIFF", ".bmp", ".gif", ".ppm"])
+def test_lossless_formats_come_back_pixel_for_pixel(tmp_path, suffix):
+    """Suffixes in any case, whatever other images there are."""
+    images = [np.full((4, 4, 3), i, np.uint8) for i in range(3)]
+    for i, image in enumerate(images):
+        save(tmp_path / f"{i}{suffix if i else '.png'}", image, **{"lossless": True} if "w" in suffix.lower() else {})
+    assert by_content(*load_folder(tmp_path)) == by_content(images)
+
+
+def test_files_passed_over_are_counted_by_kind_in_one_line(tmp_path, caplog):
+    for i in range(3):
+        save(tmp_path / f"{i}.png", noise(2, 2))
+        (tmp_path / f"{i}.psd").write_text("")
+    (tmp_path / "LICENSE").write_text("")
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    load_folder(tmp_path)
+    kinds = "3 .psd, 1 no suffix, 1 no regular file"
+    assert caplog.messages == [f"{tmp_path}: files passed over: 5 of 8 ({kinds})"]
+
+
+def hidden(alpha, color):
+    """RGBA [8, 8]: red, and in the middle the color at `alpha`."""
+    image = np.zeros((8, 8, 4), np.uint8)
+    image[:] = 255, 0, 0, 255
+    image[2:6, 3:7] = *color, alpha
+    return image
+
+
+@pytest.mark.parametrize("size", [0, 3])
+@pytest.mark.parametrize(("background", "level"), [({}, 255), ({"background": 0}, 0), ({"background": 100}, 100)])
+def test_colors_under_transparent_pixels_are_not_seen(tmp_path, background, level, size):
+    """What looks alike is alike, resized too: nothing hidden bleeds into the edge."""
+    for i, color in enumerate([(0, 0, 255), (0, 255, 0), (1, 2, 3)]):
+        save(tmp_path / f"{i}.png", hidden(0, color))
+    save(tmp_path / "3.webp", hidden(0, (9, 9, 9)), lossless=True, exact=True)
+    palette = Image.fromarray(hidden(0, (0, 255, 255))[..., :3]).quantize(2)
+    for suffix in ("png", "gif"):
+        palette.save(tmp_path / f"palette.{suffix}", transparency=palette.getpixel((4, 4)))
+    Image.fromarray(hidden(0, (7, 8, 9))[..., :3]).save(tmp_path / "key.png", transparency=(7, 8, 9))
+    save(tmp_path / "opaque.png", hidden(255, (level,) * 3))
+    images = np.concatenate(load_folder(tmp_path, size, **background))
+    assert len(images) == 8 and (images == images[0]).all()
+    if not size:
+        np.testing.assert_array_equal(images[0], hidden(255, (level,) * 3)[..., :3])
+
+
+def test_half_transparent_pixels_are_mixed_with_the_background(tmp_path):
+    save(tmp_path / "a.png", hidden(51, (0, 100, 0)))
+    save(tmp_path / "b.png", hidden(255, (204, 224, 204)))
+    a, b = (images[0] for images in load_folder(tmp_path))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_gray_images_with_transparency_stay_gray(tmp_path):
+    for i, level in enumerate((0, 100, 200)):
+        pixels = np.full((4, 4, 2), (50, 255), np.uint8)
+        pixels[1:3, 1:3] = level, 0
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "key.png", transparency=200)
+    images = np.concatenate(load_folder(tmp_path))
+    assert images.shape == (4, 4, 4, 1) and (images == images[0]).all()
+    assert (images[0, 1:3, 1:3] == 255).all() and (images[0, 0] == 50).all()
+
+
+def test_a_run_that_is_older_than_the_background_is_the_same_run():
+    settings = dataclasses.asdict(DataConfig(dataset="folder"))
+    older = {name: value for name, value in settings.items() if name != "background"}
+    assert identity({"data": older}) == identity({"data": settings})
+    assert identity({"data": older}) != identity({"data": settings | {"background": 0}})
+    for level in (-1, 256):
+        with pytest.raises(UsageError, match=f"background={level}"):
+            DataConfig(dataset="folder", background=level)
+
+
+def test_copies_of_validation_images_are_left_out_of_training(tmp_path, caplog):
+    for i in range(40):
+        save(tmp_path / f"{i}.png", np.full((2, 2), i, np.uint8))
+        shutil.copy(tmp_path / f"{i}.png", tmp_path / f"copy of {i}.png")
+    train, valid = (part[:, 0, 0, 0].tolist() for part in load_folder(tmp_path, train_fraction=0.5))
+    assert len(valid) == 40 and 0 < len(train) < 40
+    assert not set(train) & set(valid) and set(train) | set(valid) == set(range(40))
+    [line] = caplog.messages
+    assert line.startswith(f"{tmp_path}: {40 - len(train)} of 40 files left out of training")
+
+
+@pytest.mark.parametrize("make", [shutil.copy, lambda old, new: new.hardlink_to(old)])
+def test_one_image_twice_is_refused(tmp_path, make):
+    save(tmp_path / "a.png", noise(2, 2))
+    make(tmp_path / "a.png", tmp_path / "b.png")
+    with pytest.raises(UsageError, match=r"every training file is a validation file or a copy|1 image files"):
+        load_folder(tmp_path)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -120,7 +217,7 @@ def write_damaged(path):
 @pytest.mark.parametrize(
     ("write", "words"),
     [
-        (lambda path: None, "1 PNG or JPEG files"),
+        (lambda path: None, "1 image files (PNG, JPEG, WEBP"),
         (lambda path: path.write_text("no image"), "b.png: cannot be read as an image"),
         (lambda path: save(path, noise(64, 63, 3)), "b.png: is 63x64, but a.png is 64x64; give the side"),
         (lambda path: save(path, noise(64, 64).astype(np.uint16)), "8 bits a channel"),
@@ -137,7 +234,7 @@ def test_images_that_cannot_be_read_are_told(tmp_path, write, words):
 
 def test_photographs_need_a_size(tmp_path):
     for name in "ab":
-        save(tmp_path / f"{name}.png", np.zeros((300, 400, 3), np.uint8))
+        save(tmp_path / f"{name}.png", np.full((300, 400, 3), ord(name), np.uint8))
     with pytest.raises(UsageError, match="sequence of 360,000 tokens"):
         load_folder(tmp_path)
     assert load_folder(tmp_path, 16).train.shape == (1, 16, 16, 3)

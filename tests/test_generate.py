@@ -160,7 +160,7 @@ def test_from_nothing_a_sample_starts_with_what_was_trained():
         ("char", [PROMPT, "--prompt=a", "--prompt_file=b"], "one of the two"),
         ("char", ["--gen_mode=scratch", "--prompt_file=b"], "--prompt_file is given, but --gen_mode=scratch"),
         ("char", [PROMPT, "--prompt=a", "--each_line"], "--each_line is for --prompt_file"),
-        ("char", [PROMPT, "--prompt_file={home}/empty"], "no prompt in it"),
+        ("char", [PROMPT, "--prompt_file={home}/empty"], "contains no prompt"),
         ("char", [PROMPT, "--prompt_file={home}/latin"], "latin: not UTF-8 at byte 1 .line 1"),
         ("char", [PROMPT, "--prompt=a\ud800"], "surrogate"),
         ("char", ["--stop=\ud800"], "surrogate"),
@@ -207,7 +207,7 @@ def test_a_signal_keeps_what_has_come_and_is_no_success(runs, generate, tmp_path
 
 def test_a_prompt_that_cleaning_leaves_nothing_of_is_refused(tmp_path, generate, caplog):
     run = write_model(tmp_path / "clean", hg.CharTokenizer.from_text("hello world\n", clean=True))
-    with pytest.raises(hg.UsageError, match=r"'日本語42'.* is empty once it is cleaned"):
+    with pytest.raises(hg.UsageError, match=r"'日本語42'.* is empty after cleaning"):
         generate(run, PROMPT, "--prompt=日本語42")
     generate(run, PROMPT, "--prompt=HéLLo")
     assert not caplog.records

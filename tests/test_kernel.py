@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_model, small_config
+from jax.extend.core import jaxprs_in_params
 from test_cache import largest_difference
 from test_oracle import largest_error
 
@@ -13,7 +14,7 @@ from hourglass_jax.nn.attention import choice, fused, kernel
 from hourglass_jax.nn.attention.kernel import kernel_attention
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern
 from hourglass_jax.nn.attention.plain import plain_attention
-from hourglass_jax.nn.attention.tiles import Tile
+from hourglass_jax.nn.attention.tiles import Plan, Tile
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -139,3 +140,36 @@ def test_the_summary_says_which_attention_it_is():
     assert "attention: auto = blocked, cpu, float32, heads of 8, relative positions, window 4" in hg.summary(
         small_config(attention="auto", window=4)
     )
+
+
+@pytest.mark.parametrize(
+    "groups, block, key_slots, window", [(40, 16, 1, 0), (40, 16, 1, 9), (64, 16, 2, 0), (33, 8, 1, 33)]
+)
+def test_the_cost_estimate_counts_the_tiles_that_the_mask_leaves(groups, block, key_slots, window):
+    n_blocks = -(-groups // block)
+    plan = Plan(Pattern(1, key_slots, window=window), "gpu", 2, groups, (64,), block, n_blocks, by_memory=True)
+    queries, keys = np.arange(n_blocks * block)[:, None], np.arange(n_blocks * block)
+    visible = (keys <= queries) & (not window or queries - keys < window)
+    assert plan.n_tiles == visible.reshape(n_blocks, block, -1, block).any((1, 3)).sum()
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_cost_estimate_of_each_kernel_is_the_flops_of_its_matrix_products(relative):
+    """In a single block every loop runs once, so these are the products in the kernel's body."""
+    x, r = jnp.zeros((1, 1, 16, 32)), jnp.zeros((1, 1, 16, 32))
+    inputs = Inputs(x, x, x, *((x, r) if relative else ()))
+    traced = jax.make_jaxpr(jax.grad(lambda inputs: kernel_attention(Pattern(1, 1), inputs).sum()))(inputs)
+    kernels = [each for each in equations(traced.jaxpr) if each.primitive.name == "pallas_call"]
+    assert len(kernels) == (4 if relative else 3)
+    for each in kernels:
+        dots = [dot for dot in equations(each.params["jaxpr"]) if dot.primitive.name == "dot_general"]
+        sizes = [dot.invars[0].aval.size * dot.outvars[0].aval.shape[-1] for dot in dots]
+        assert each.params["cost_estimate"].flops == 2 * sum(sizes), each.params["name"]
+
+
+def equations(jaxpr):
+    """Yield the equations of a jaxpr and of all that it contains."""
+    for each in jaxpr.eqns:
+        yield each
+        for inner in jaxprs_in_params(each.params):
+            yield from equations(inner)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow  # test_reliability.py has signals at every moment
 
 
 def test_a_run_that_is_killed_three_times_ends_as_one_that_is_not(tmp_path):
-    result = run("checks/soak", "--kills=3", "--steps=80", "--report=soak", cwd=tmp_path)
+    result = run("benchmarks/soak", "--kills=3", "--steps=80", "--report=soak", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "soak.json").read_text())
     assert record["same"] == dict.fromkeys(("step", "params", "opt_state", "curves"), True) and record["identical"]

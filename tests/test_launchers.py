@@ -6,11 +6,14 @@ import random
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from launching import EXPERIMENTS, README, run, run_forked
+from launching import EXPERIMENTS, README, ROOT, run, run_forked
 
 WORDS = "the quick brown fox jumps over a lazy dog while five wizards mix jugs of quartz pink vow"
 TINY = ["--hierarchy=0@1 1@2 1@1", "--shortening=average", "--upsampling=repeat"]
@@ -159,6 +162,38 @@ def test_sliding_windows_give_more_context_to_as_many_characters(home):
     assert overlapping["loss"] < consecutive["loss"]
 
 
+@pytest.mark.parametrize(
+    "script, flag", [("generate", "--max_tokens=8"), ("evaluate", "--split=valid"), ("generate", "--help")]
+)
+def test_a_closed_pipe_is_no_error(home, script, flag):
+    result = run_forked(script, "--load_model_path=runs/pretrain", flag, cwd=home, closed_pipe=True)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_a_run_whose_output_is_closed_trains_to_its_end_and_prints_that_it_is_saved(home, tmp_path):
+    shutil.copy(home / "text.txt", tmp_path)
+    flags = [*TINY, "--data_path=text.txt", "--sample_interval=10"]
+    result = run_forked("pretrain", *flags, cwd=tmp_path, closed_pipe=True)
+    assert result.returncode == 141
+    assert "pretrain.py: the output was closed; the run is saved in runs/pretrain\n" in result.stderr
+    assert "Error" not in result.stderr and (tmp_path / "runs/pretrain/checkpoints/30/MANIFEST.json").exists()
+
+
+def test_the_wheel_holds_the_library_alone_and_a_checkout_the_launchers_too(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("hourglass_jax", "experiments"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    build = "from setuptools import build_meta as b; b.build_wheel('wheel'); b.build_editable('editable')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    [wheel], [editable] = (list((tmp_path / kind).glob("*.whl")) for kind in ("wheel", "editable"))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"hourglass_jax"}
+    assert {"hourglass_jax/py.typed", "hourglass_jax/data/haiku.txt"} <= set(names)
+    [finder] = [name for name in zipfile.ZipFile(editable).namelist() if name.endswith("finder.py")]
+    assert str(tmp_path / "experiments") in zipfile.ZipFile(editable).read(finder).decode()
+
+
 def copy_of_run(home, directory):
     """`directory` with the text and a copy of the pretrained run."""
     shutil.copy(home / "text.txt", directory)
@@ -273,8 +308,8 @@ PRETRAIN = [
     ("factor_words", ["--factors=a,b"], "factors"),
     ("one_beta", ["--betas=0.9"], "betas"),
     ("epochs_alone", ["--epochs=2"], "--iter"),
-    ("epochs_and_steps", ["--epochs=2", "--iter=3"], "--epochs and --iter and --train.eval_interval both give"),
-    ("two_hierarchies", ["--factors=2,1,1,2"], "--hierarchy and --factors differ about model.hierarchy"),
+    ("epochs_and_steps", ["--epochs=2", "--iter=3"], "--epochs and --iter and --train.eval_interval both set"),
+    ("two_hierarchies", ["--factors=2,1,1,2"], "--hierarchy and --factors give different values of model.hierarchy"),
     ("two_widths", ["--model.d_model=64"], "--model.d_model and --d_model differ"),
     (
         "factors_of_linear",
@@ -292,7 +327,7 @@ PRETRAIN = [
     ("foreign_out", ["--out=foreign", "--overwrite"], "not a run"),
     ("never_again", ["--out=run", "--resume=never"], "--overwrite"),
     ("another_configuration", ["--out=run", "--learning_rate=0.5"], "learning_rate"),
-    ("another_split", ["--out=run", "--valid_path=text.txt", "--steps=99"], "first_batch_fingerprint"),
+    ("another_split", ["--out=run", "--valid_path=short.txt", "--steps=99"], "first_batch_fingerprint"),
     ("no_fraction", ["--data.train_fraction=nan"], "train_fraction=nan is out of range"),
 ]
 OTHERS = [
@@ -300,7 +335,7 @@ OTHERS = [
     ("generate", ["--load_model_path=run", "--top_p=2"], "top_p"),
     ("generate", ["--load_model_path=run", "--max_tokens=0"], "max_tokens"),
     ("generate", ["--load_model_path=run", "--max_tokens=3000000000"], "max_tokens"),
-    ("generate", ["--load_model_path=run", "--raw_out=nowhere/new"], "there is no directory nowhere"),
+    ("generate", ["--load_model_path=run", "--raw_out=nowhere/new"], "the directory nowhere does not exist"),
     ("generate", ["--load_model_path=run", "--gen_mode=prompt"], "--prompt"),
     ("generate", ["--load_model_path=run", "--seed=9223372036854775808"], "seed"),
     ("finetune", ["--load_model_path=run", "--seed=9223372036854775808"], "seed"),
@@ -357,8 +392,8 @@ def test_bad_input_gets_one_line_and_changes_nothing(bad_input, request, script,
 
 
 def test_the_picture_of_a_hierarchy(tmp_path):
-    assert run_forked("checks/draw_hourglass", "--text=an old pond", cwd=tmp_path).returncode == 0
+    assert run_forked("figures/hourglass", "--text=an old pond", cwd=tmp_path).returncode == 0
     assert (tmp_path / "hourglass.png").read_bytes().startswith(b"\x89PNG")
-    nested = run_forked("checks/draw_hourglass", "--hierarchy=1@1 1@2 1@4 1@2 1@1", "--out=nested.png", cwd=tmp_path)
+    nested = run_forked("figures/hourglass", "--hierarchy=1@1 1@2 1@4 1@2 1@1", "--out=nested.png", cwd=tmp_path)
     assert nested.returncode == 2 and "one shortening" in nested.stderr
     assert not (tmp_path / "nested.png").exists()

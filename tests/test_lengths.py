@@ -38,7 +38,7 @@ def test_what_is_measured_is_kept_and_drawn(tmp_path, monkeypatch, quick_compile
     for name, value in (("LENGTHS", (24,)), ("CHARACTERS", 48), ("HOURGLASS", "1@1 1@2 1@1"), ("EQUAL_DEPTH", "3@1")):
         monkeypatch.setattr(lengths, name, value)
     path = tmp_path / "lengths-micro"
-    with pytest.raises(UsageError, match="nothing that was measured"):
+    with pytest.raises(UsageError, match="contains no measurement"):
         lengths.report(setup, "micro", path)
     lengths.measure(setup, "micro", path, Signals())
     before = json.loads(path.with_suffix(".json").read_text())["points"]
@@ -62,7 +62,7 @@ def test_what_is_measured_is_kept_and_drawn(tmp_path, monkeypatch, quick_compile
 
 
 def test_a_report_of_nothing_is_one_line(tmp_path):
-    for flags, message in (("--report", "measure first"), ("--dataset=letters", "--lengths are of texts")):
+    for flags, message in (("--report", "measure first"), ("--dataset=letters", "--lengths requires a text")):
         result = run_forked("ablate", "--lengths", "--scale=micro", flags, cwd=tmp_path)
         assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
 

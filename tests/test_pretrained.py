@@ -155,7 +155,7 @@ def test_a_run_becomes_a_model_of_the_package(tmp_path):
     (tmp_path / "test.json").write_text(json.dumps({"summary": "bits/byte 1.7512 | test", "command": "python e.py"}))
     flags = ["--to=package", "--about=about.md", "run", "weights/books"]
     result = run_forked("convert", *flags, cwd=tmp_path)
-    assert result.returncode == 2 and "needs figures" in result.stderr
+    assert result.returncode == 2 and "requires figures" in result.stderr
     result = run_forked("convert", "--evaluations=test.json", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     check_weights(tmp_path / "weights")

@@ -4,6 +4,7 @@ import itertools
 import resource
 import shutil
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -13,12 +14,14 @@ import pytest
 from absl import logging
 from conftest import light_config, make_model
 from flax import nnx
+from tensorboardX.proto.event_pb2 import Event
 
 import hourglass_jax as hg
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
+from hourglass_jax.files import write_whole
 from hourglass_jax.training import manifest, trainer
 from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore
-from hourglass_jax.training.metrics import CurveWriter, read_curves
+from hourglass_jax.training.metrics import CurveWriter, plot_curves, read_curves
 from hourglass_jax.training.sharding import on_one_device
 from hourglass_jax.training.signals import Interrupted, Signals
 from hourglass_jax.training.trainer import fit
@@ -287,18 +290,81 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     assert step == 10 and all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
+@contextmanager
+def largest_file(n_bytes):
+    """No file may grow beyond this."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_a_disk_that_fills_up_is_a_clear_error_and_earlier_checkpoints_stay(copy):
     before = last_state(copy)
     shutil.rmtree(newest(copy))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # no file may grow beyond this
-    try:
-        with pytest.raises(hg.UsageError, match=r"step 20 could not be written .* earlier ones are intact: make room"):
-            train(copy)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with (
+        largest_file(4096),
+        pytest.raises(hg.UsageError, match=r"step 20 could not be written .* earlier ones are intact: make room"),
+    ):
+        train(copy)
     assert last_state(copy)[0] == 15
     assert_same(train(copy), before)
+
+
+def test_a_full_disk_ends_no_run_while_its_checkpoints_can_be_written(tmp_path, whole, monkeypatch, caplog):
+    """Each file beside them is one warning, with its name."""
+    secondary = ("metrics.jsonl", "events.out", "samples.png", "loss.png")
+
+    def opened(path, mode="r", *args, **options):
+        full = mode in ("ab", "xb") and path.name.startswith(secondary)
+        return open_file(Path("/dev/full") if full else path, "wb" if full else mode, *args, **options)
+
+    def sample(model):
+        write_whole(tmp_path / "samples.png", b"a picture")
+
+    def stop_trace():
+        stop()
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    open_file, stop = Path.open, jax.profiler.stop_trace
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(jax.profiler, "stop_trace", stop_trace)
+    options = {"sample": sample, "sample_interval": 5, "checkpoint_interval": 5, "profile_steps": "3:4"}
+    assert_same(train(tmp_path, **options), whole[1])
+    plot_curves(tmp_path)
+    for name in (*secondary, "profile"):
+        [warning] = {text for text in warnings_of(caplog) if text.startswith(f"{tmp_path}/") and name in text}
+        assert "the run continues without it" in warning
+
+
+def test_curves_are_whole_again_once_a_full_disk_has_room(tmp_path, caplog):
+    curves = CurveWriter(tmp_path)
+    with largest_file(200):
+        for step in range(1, 10):
+            curves.write(step, train_loss=step / 3)
+            curves.write_text(step, "a sample")
+    curves.write(10, train_loss=1.0)
+    curves.close()
+    assert [record["step"] for record in read_curves(tmp_path) if "train_loss" in record] == [*range(1, 11)]
+    [path] = (tmp_path / "tensorboard").iterdir()
+    events, steps = path.read_bytes(), []
+    while events:
+        end = 12 + int.from_bytes(events[:8], "little")
+        steps += [Event.FromString(events[12:end]).step]
+        events = events[end + 4 :]
+    assert steps == [0, 1, *sorted([*range(1, 10)] * 2), 10]
+    assert len(set(warnings_of(caplog))) == 2
+
+
+def test_a_validation_loss_that_cannot_be_stored_names_its_checkpoint(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hourglass_jax.training.checkpoints.add_facts", full)
+    with pytest.raises(hg.UsageError, match=r"the checkpoint of step 10 could not be written .*: make room"):
+        train(tmp_path)
 
 
 def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(copy, monkeypatch):

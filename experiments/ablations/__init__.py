@@ -1,1 +1,1 @@
-"""What ablate.py does: rows to train, what they cost, and the reports."""
+"""The parts of ablate.py: tables, training, costs and reports."""

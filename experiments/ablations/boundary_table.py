@@ -1,4 +1,4 @@
-"""Table B1, not of the paper: who decides where groups end, at equal FLOPs."""
+"""Table B1, which is not in the paper: boundary rules at equal FLOPs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PUBLISHED_BOUNDARIES = {
 
 
 def table_b1() -> Table:
-    """Not of the paper: who decides where groups end, at equal FLOPs (to 5 %, gumbel with its network to 6 %)."""
+    """Return boundary rules at equal FLOPs, within 5 %; gumbel, with its network, within 6 %."""
 
     light = resampling("average", "repeat")
 
@@ -54,12 +54,12 @@ def table_b1() -> Table:
         return Row(boundaries, methods | {"hierarchy": "2@1 9@6 2@1", "boundaries": boundaries})
 
     rows = (
-        Row("plain", TEXT | {"hierarchy": "6@1"}),  # the run of Table 1
+        Row("plain", TEXT | {"hierarchy": "6@1"}),  # the same run as in Table 1
         Row("fixed, k=4", light | {"hierarchy": "2@1 10@4 2@1", "boundaries": "fixed"}),
         Row("fixed, k=6", light | {"hierarchy": "2@1 15@6 2@1", "boundaries": "fixed"}),
         by_events("whitespace"),
         by_events("spacelike"),
-        by_events("router", resampling("select", "smooth")),  # as H-Net has it
+        by_events("router", resampling("select", "smooth")),  # as in H-Net
         by_events("gumbel"),
     )
     note = (

@@ -1,7 +1,6 @@
-"""How far back models look: bits of the same characters, after more and more of the text before them.
+"""Bits of the same characters against the length of their context: how far back models look.
 
-Layers on shortened sequences are for the distant past (section 1 of the paper): where a model makes little of that,
-there is little for them to do.
+Layers on shortened sequences serve the distant past (section 1 of the paper).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import hourglass_jax as hg
 from experiments.ablations.rows import Job
 from experiments.ablations.scales import Setup
 from experiments.common.recorded import recorded_data
-from experiments.common.reports import markdown_table, provenance, read_record, report_file, write_report
+from experiments.common.reports import markdown_table, provenance, publish, read_record, report_file
 from hourglass_jax import ByteTokenizer, HourglassLM, UsageError
 from hourglass_jax.data.corpora import map_bytes, split_tokens
 from hourglass_jax.pretrained import pretrained_path
@@ -28,32 +27,34 @@ from hourglass_jax.training.checkpoints import CHECKPOINTS
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Signals
 
-SHORTEST = 12  # characters of context; each is twice the one before, so that groups of 2, 3, 4 and 6 lie alike
+SHORTEST = 12  # characters of context; each doubles, so that groups of 2, 3, 4 and 6 align alike
 N_SCORED = 24  # characters after the context
-N_SEQUENCES = 1024  # where the set-up evaluates on everything
+N_SEQUENCES = 1024  # if the setup evaluates on all data
 BATCH = 64
 Record = dict[str, Any]
-Load = Callable[[], tuple[HourglassLM, int]]  # a model, and how many characters the sequences had that it trained on
+Load = Callable[[], tuple[HourglassLM, int]]  # a model and its training length in characters
 
 
 def contexts(length: int) -> list[int]:
-    """Those for which a sequence of `length` characters has room; raises UsageError for none."""
+    """Return the contexts that fit in `length` characters. Raises UsageError if none does."""
     found = [SHORTEST << i for i in range(max(length, 1).bit_length()) if (SHORTEST << i) + N_SCORED <= length]
     if not found:
-        raise UsageError(f"sequences of {length} have no room for {SHORTEST} characters and {N_SCORED} after them")
+        raise UsageError(
+            f"sequences of {length} characters are too short for {SHORTEST} of context and {N_SCORED} after it"
+        )
     return found
 
 
 def sample(setup: Setup, context: int) -> np.ndarray:
-    """int32 [N, context + N_SCORED + 1] of the validation text; the last ones are the same at every context.
+    """Return windows of the validation text, int32 [N, context + N_SCORED + 1]; the end is the same at each context.
 
-    Raises UsageError for too short a text.
+    Raises UsageError if the text is too short.
     """
     text = split_tokens(map_bytes(setup.data.path), setup.data).valid
-    first = len(text) // 10  # what lies before it is only read
+    first = len(text) // 10  # the characters before it are context alone
     if first < context + N_SCORED:
         raise UsageError(
-            f"{setup.data.path}: has {len(text):,} characters for validation, and contexts of {context:,} need "
+            f"{setup.data.path}: has {len(text):,} validation characters, but contexts of {context:,} require "
             f"{10 * (context + N_SCORED):,}; give a longer text"
         )
     ends = np.linspace(first, len(text) - 1, setup.n_valid or N_SEQUENCES).astype(int)
@@ -61,7 +62,7 @@ def sample(setup: Setup, context: int) -> np.ndarray:
 
 
 def bits(model: HourglassLM, tokens: np.ndarray) -> np.ndarray:
-    """Bits a character [N] of the last N_SCORED of each row."""
+    """Return bits per character [N] of the last N_SCORED characters of each row."""
     score = nnx.jit(hg.score)
     batches = np.array_split(tokens, math.ceil(len(tokens) / BATCH))
     losses = [-np.asarray(score(model, batch))[:, -N_SCORED:] for batch in batches]
@@ -69,25 +70,25 @@ def bits(model: HourglassLM, tokens: np.ndarray) -> np.ndarray:
 
 
 def measure(models: Mapping[str, Load], setup: Setup, path: Path, data: str, signals: Signals) -> None:
-    """Adds the models to PATH.json, PATH.md and PATH.png; others that were measured before stay.
+    """Measure the models and add them to PATH.json, PATH.md and PATH.png.
 
-    Raises UsageError where those were measured at another number of places.
+    Raises UsageError if PATH.json was measured at another number of places.
     """
     places = setup.n_valid or N_SEQUENCES
     record = read_record(report_file(path, ".json")) or {"data": data, "places": places, "models": {}}
     if record["places"] != places:
         raise UsageError(
-            f"{path}.json: was measured at {record['places']:,} places, and the set-up has {places:,}; remove it, or "
+            f"{path}.json: was measured at {record['places']:,} places, but the setup has {places:,}; remove it or "
             "choose another --results"
         )
     for name, load in models.items():
         record["models"][name] = found = readings(*load(), setup, signals)
-        save(record | provenance(), path)
+        publish(path, record | provenance(), render, draw)
         print(f"{name}: " + ", ".join(f"{each['bits']:.3f} after {each['context']}" for each in found), flush=True)
 
 
 def readings(model: HourglassLM, length: int, setup: Setup, signals: Signals) -> list[Record]:
-    """Bits after each context that fits in `length`, what it gains over the shortest, the standard error of that."""
+    """Return bits at each context that fits in `length`, the gain over the shortest one, and its standard error."""
     found: list[Record] = []
     shortest = bits(model, sample(setup, SHORTEST))
     for context in contexts(length):
@@ -100,17 +101,19 @@ def readings(model: HourglassLM, length: int, setup: Setup, signals: Signals) ->
 
 
 def of_rows(jobs: Sequence[Job]) -> dict[str, Load]:
-    """What loads each finished row whose checkpoints are still there."""
+    """Return a loader for each finished row that still has checkpoints."""
     there = [job for job in jobs if job.result() is not None and (job.directory / CHECKPOINTS).is_dir()]
     return {f"{job.row.name}, seed {job.train.seed}": partial(loaded, hg.load, job.directory) for job in there}
 
 
 def shipped(names: Sequence[str]) -> dict[str, Load]:
-    """What loads models that come with the package; raises UsageError for one that does not read bytes."""
+    """Return a loader for each shipped model. Raises UsageError if it does not read bytes."""
     for name in names:
         tokenizer = hg.load_pretrained(name)[1]
         if not isinstance(tokenizer, ByteTokenizer):
-            raise UsageError(f"{name}: reads tokens of kind {tokenizer.kind!r}, and the rows read bytes; leave it out")
+            raise UsageError(
+                f"{name}: has a tokenizer of kind {tokenizer.kind!r}, but the rows read bytes; leave it out"
+            )
     return {f"{name} (shipped)": partial(loaded, load_shipped, pretrained_path(name)) for name in names}
 
 
@@ -123,17 +126,11 @@ def loaded(load: Callable[[Path], Any], directory: Path) -> tuple[HourglassLM, i
 
 
 def report(path: Path, comment: str | None) -> str:
-    """Writes PATH.md and PATH.png anew from PATH.json."""
+    """Render PATH.md and PATH.png from PATH.json."""
     record = read_record(report_file(path, ".json"))
     if record is None:
         raise UsageError(f"{path}.json: no such file; measure first, without --report")
-    save(record if comment is None else record | {"comment": comment}, path)
-    return f"{path}.md"
-
-
-def save(record: Record, path: Path) -> None:
-    write_report(path, record, render(record))
-    draw(record, report_file(path, ".png"))
+    return publish(path, record if comment is None else record | {"comment": comment}, render, draw)
 
 
 def render(record: Record) -> str:
@@ -160,7 +157,7 @@ def render(record: Record) -> str:
 
 
 def draw(record: Record, path: Path) -> None:
-    """Bits against context, and what each context gains over the shortest."""
+    """Draw bits against context, and the gain of each context over the shortest."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     panels = figure.subplots(1, 2)
     for name, model in record["models"].items():

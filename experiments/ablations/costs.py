@@ -1,4 +1,4 @@
-"""What rows cost: on paper, and measured."""
+"""Cost of rows: estimated and measured."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from hourglass_jax.training.optimizer import make_optimizer
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.step import TrainState, make_train_step
 
-COST = "cost.json"  # in the directory of a configuration, beside its seeds
+COST = "cost.json"  # in a configuration's directory, beside its seeds
 ROUNDS = 15  # of all configurations
-UTILISATION = 0.33  # of the matrix-product ceiling that training reaches, for estimates
+UTILISATION = 0.33  # assumed share of the matrix-product ceiling, for estimates
 
 
 def plan_table(jobs: Sequence[Job], setup: Setup) -> str:
-    """The rows with parameters, FLOPs of a step, memory and time, estimated, and whether they are done."""
+    """Return the rows as Markdown, with their estimated cost and their state."""
     ceiling = matmul_ceiling(jobs[0].config.dtype) * jax.device_count()
     rows, hours = [], 0.0
     for job in jobs:
@@ -69,21 +69,21 @@ def plan_table(jobs: Sequence[Job], setup: Setup) -> str:
 
 
 def configs(job: Job) -> list[HourglassConfig]:
-    """Of the models that a job trains: one, or one for each shorten factor it draws."""
+    """Return the configurations that a job trains: one, or one for each drawn shorten factor."""
     hierarchies = [str(job.config.parsed_hierarchy.with_shorten_factor(k)) for k in job.train.shorten_factors]
     return [replace(job.config, hierarchy=hierarchy) for hierarchy in hierarchies] or [job.config]
 
 
 def step_flops(job: Job) -> float:
-    """Of a training step; their mean where the shorten factor is drawn."""
+    """Return the FLOPs of a training step, averaged over drawn shorten factors."""
     data = job.setup.data
     return data.batch_size * statistics.mean(training_flops(config, data.block_size) for config in configs(job))
 
 
 def measure(jobs: Sequence[Job], signals: Signals) -> None:
-    """Seconds and bytes of a training step of each configuration, into its directory.
+    """Measure time and memory of a training step of each configuration, and save them in its directory.
 
-    The configurations take turns, so that what else the machine does meets all of them alike.
+    The configurations take turns, so that other load on the machine affects all of them alike.
     """
     steps: dict[Path, list[TimedStep]] = {}
     for job in jobs:
@@ -109,10 +109,9 @@ def measure(jobs: Sequence[Job], signals: Signals) -> None:
 
 
 class TimedStep:
-    """A compiled training step: its bytes (state, batch and temporaries), its products' FLOPs, seconds of its runs.
+    """A compiled training step: its bytes (state, batch and temporaries), FLOPs of matrix products, and run times.
 
-    All activations are kept, as in the paper, so that deep stacks do not save memory at the price of time, as they do
-    where they are run as loops.
+    It keeps all activations, as in the paper: deep stacks are neither scanned nor rematerialized.
     """
 
     def __init__(self, config: HourglassConfig, batch_size: int, block_size: int):
@@ -131,7 +130,7 @@ class TimedStep:
         self.seconds: list[float] = []
 
     def run(self) -> None:
-        """A step that finds cold caches, and a timed one."""
+        """Run a warm-up step and a timed one."""
         for _ in range(2):
             started = time.perf_counter()
             self.state, _ = jax.block_until_ready(self.step(self.state, *self.batch))
@@ -144,10 +143,9 @@ def read_cost(directory: Path) -> dict[str, Any] | None:
 
 
 def costs_table() -> str:
-    """Table 1 as Markdown: parameters, ours, the paper's and their ratio, then the costs of one sequence.
+    """Return Table 1 as Markdown: parameters beside the paper's, then the costs of one sequence.
 
-    Activations with all of them kept, as in the paper, and as the configuration is run, where deep stacks are
-    computed again.
+    Activations are given with all of them kept, as in the paper, and with deep stacks rematerialized, as run.
     """
     header = ("hierarchy", "parameters", "paper", "ratio", "forward GFLOPs", "activations MB", "as run MB", "cache MB")
     rows = []
@@ -162,7 +160,7 @@ def costs_table() -> str:
         gigaflops = sum(forward_flops(config, length).values()) / 1e9
         kept = activation_bytes(replace(config, max_unrolled_layers=100), length) / 1e6
         as_run = activation_bytes(config, length) / 1e6
-        # Room for the whole groups that hold the sequence: a cache is a multiple of the total factor.
+        # A cache's length is a multiple of the total factor.
         factor = config.parsed_hierarchy.total_factor
         cache = cache_bytes(config, -(-length // factor) * factor) / 1e6
         rows.append(

@@ -1,4 +1,4 @@
-"""The picture of learning curves, drawn from their record: bits against characters and FLOPs, and the gap."""
+"""Figure of learning curves: bits against characters and FLOPs, and the gap."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLOURS = ("tab:orange", "tab:green", "tab:blue", "tab:purple")
 
 
 def draw(record: Record, path: Path) -> None:
-    """A line of panels for each pair; the trends of its gaps are dotted at a constant rate, dashed after a decay."""
+    """Draw a row of panels for each pair; trends of gaps are dotted at a constant rate, dashed after a decay."""
     n_pairs = len(record["pairs"])
     figure = Figure(figsize=(15, 0.6 + 4 * n_pairs), layout="constrained")
     for panels, pair in zip(figure.subplots(n_pairs, 3, squeeze=False), record["pairs"], strict=True):
@@ -57,7 +57,7 @@ def draw_pair(panels: Any, record: Record, pair: Record) -> None:
 def draw_kinds(
     axes: Axes, readings: list[Record], name: str, colour: str, cost: Callable[[Record], float], figure: str
 ) -> None:
-    """The readings of a row: of each seed a line at a constant rate, and diamonds after a decay."""
+    """Draw the readings of a row: lines at a constant rate, diamonds after a decay."""
     own = [reading for reading in readings if reading["row"] == name]
     for seed in sorted({reading["seed"] for reading in own}):
         for decayed, style in ((False, {"marker": ".", "lw": 1}), (True, {"marker": "D", "ls": "none"})):

@@ -1,4 +1,4 @@
-"""The learning curves' report: a JSON record of what was reached, and Markdown and a picture drawn from it alone."""
+"""Report of learning curves: a JSON record, and Markdown and a figure rendered from it."""
 
 from __future__ import annotations
 
@@ -12,30 +12,28 @@ from experiments.ablations import curves
 from experiments.ablations.curve_pictures import draw
 from experiments.ablations.curves import Leg, curve
 from experiments.ablations.gaps import Reading, Record, equal_flops, find, gaps_of, paired, trend
-from experiments.ablations.rows import row_config
+from experiments.ablations.rows import row_config, same_setup
 from experiments.ablations.scales import Setup
 from experiments.ablations.table import Row
-from experiments.common.reports import markdown_table, provenance, read_record, report_file, write_report
+from experiments.common.reports import markdown_table, provenance, publish, read_record, report_file
 from hourglass_jax import UsageError
 from hourglass_jax.costs import count_parameters, training_flops
 
 
 def report(setup: Setup, directory: Path, path: Path, comment: str | None) -> str:
-    """Brings PATH.json up to date with the runs in `directory`, if any, and writes PATH.md and PATH.png from it."""
+    """Update PATH.json from the runs in `directory`, render PATH.md and PATH.png, and return the path of PATH.md."""
     record = read_record(report_file(path, ".json"))
     if directory.is_dir():
         record = collect(setup, directory, record)
     if record is None or not record["readings"]:
-        raise UsageError(f"{directory}: holds no finished leg of a curve; train some first, without --report")
+        raise UsageError(f"{directory}: contains no finished leg of a curve; train one first, without --report")
     if comment is not None:
         record["comment"] = comment
-    write_report(path, record, render(record))
-    draw(record, report_file(path, ".png"))
-    return f"{path}.md"
+    return publish(path, record, render, draw)
 
 
 def collect(setup: Setup, directory: Path, stored: Record | None) -> Record:
-    """The record of all pairs. Stored readings stay where their runs are gone, if the set-up is the same."""
+    """Return the record of all pairs; keep stored readings of the same setup whose runs are gone."""
     common = {
         "model": setup.model,
         "data": {name: value for name, value in dataclasses.asdict(setup.data).items() if name != "path"},
@@ -44,7 +42,7 @@ def collect(setup: Setup, directory: Path, stored: Record | None) -> Record:
         "n_valid": setup.n_valid,
     }
     common = json.loads(json.dumps(common))
-    if stored is None or stored["setup"] != common:
+    if stored is None or not same_setup(stored["setup"], common):
         stored = {"readings": [], "gaps": [], "machines": [], "comment": ""}
     readings, gaps, machines = [], [], set(stored["machines"])
     for pair in curves.PAIRS:
@@ -81,7 +79,7 @@ def collect(setup: Setup, directory: Path, stored: Record | None) -> Record:
 
 
 def finished(row: Row, setup: Setup, directory: Path) -> Iterator[tuple[tuple[int, int, bool], tuple[Leg, Record]]]:
-    """The legs that are done, with their results, by seed, point and whether decayed."""
+    """Yield the finished legs and their results by (seed, point, decayed)."""
     seeds = {int(path.name.removeprefix("seed")) for path in directory.glob("*/seed*")}
     for seed in sorted(seeds):
         for leg in curve(row, setup, directory, seed):
@@ -115,7 +113,7 @@ def describe(row: Row, setup: Setup) -> Record:
 
 
 def render(record: Record) -> str:
-    """The Markdown of a record."""
+    """Return a record as Markdown."""
     lines = [f"# Learning curves at equal FLOPs, {record['data']}", ""]
     lines += [f"![bits against characters and FLOPs](curves-{record['data']}.png)", ""]
     for pair in record["pairs"]:
@@ -128,7 +126,7 @@ def render(record: Record) -> str:
 
 
 def pair_table(record: Record, pair: Record) -> str:
-    """A line for each reading of the plain model or a rival."""
+    """Return the readings of the plain model and its rivals as Markdown."""
     names = [pair["plain"], *pair["rivals"]]
     header = ["characters", "rate", "seed", pair["plain"]]
     for rival in pair["rivals"]:
@@ -156,7 +154,7 @@ def show_gap(gap: Reading | None) -> str:
 
 
 def trend_line(record: Record, plain: str, rival: str) -> str:
-    """What happens to the gap, in a sentence for each kind of reading."""
+    """Return the gap's trend, a sentence for each kind of reading."""
     rows = record["rows"]
     ratio = rows[rival]["character_flops"] / rows[plain]["character_flops"]
     text = f"**{rival}** takes {ratio:.3f} times the FLOPs of {plain}."
@@ -173,7 +171,7 @@ def trend_line(record: Record, plain: str, rival: str) -> str:
 
 
 def missing_line(record: Record) -> str:
-    """What the curves have not reached, by row."""
+    """Return the points not reached yet, by row."""
     parts = []
     for name in record["rows"]:
         own = [reading for reading in record["readings"] if reading["row"] == name]

@@ -1,15 +1,13 @@
-"""Learning curves of plain and Hourglass models at equal FLOPs, with a figure for every budget on the way.
+"""Learning curves of plain and Hourglass models at equal FLOPs, with a figure at every budget.
 
-A curve is one training at a constant rate, cut into legs that end at POINTS. From the ends of some, a branch goes off
-in which the rate falls to 0: what a training of that length alone would have reached. Each leg is a run directory that
-starts from the last checkpoint of the one before. A constant rate does not depend on the length of the training, so a
-leg leaves what one uninterrupted run with its settings would leave, but for how two programs round.
+A curve is one training at a constant learning rate, divided into legs that end at POINTS. At BRANCHES, a branch lets
+the rate decay to 0, as a training of that length would. Each leg is a run directory that starts from the last
+checkpoint of the previous leg. So a leg equals one uninterrupted run with its settings, up to rounding.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import shutil
 from collections.abc import Collection, Iterator, Sequence
@@ -22,40 +20,39 @@ from flax import nnx
 
 from experiments.ablations.costs import UTILISATION, step_flops
 from experiments.ablations.rows import (
-    RESULT,
     Job,
-    measured_groups,
+    fit_job,
     row_config,
     row_directory,
+    save_result,
     setup_source,
+    start_job,
     valid_sample,
 )
 from experiments.ablations.scales import Setup
 from experiments.ablations.table import Row, resampling
-from experiments.common import launcher
-from experiments.common.reports import markdown_table, provenance
+from experiments.common.reports import markdown_table
 from experiments.common.sources import ImageSource, TextSource
-from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, UsageError, check_causality, score
+from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, UsageError, score
 from hourglass_jax.costs import count_parameters
 from hourglass_jax.data.pipeline import Batch
-from hourglass_jax.files import write_whole
 from hourglass_jax.ranges import check_choice
 from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore
 from hourglass_jax.training.manifest import write_manifest
 from hourglass_jax.training.metrics import CURVES, matmul_ceiling
 from hourglass_jax.training.run import Run, RunBusy
 from hourglass_jax.training.signals import Signals
-from hourglass_jax.training.trainer import Diverged, fit
+from hourglass_jax.training.trainer import Diverged
 
-LOSSES = "losses.npy"  # nats a prediction of each sequence of the validation data, beside the result
+LOSSES = "losses.npy"  # nats per prediction of each validation sequence
 POINTS = tuple(millions * 10**6 for millions in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100))  # characters
 BRANCHES = tuple(millions * 10**6 for millions in (5, 10, 20, 50, 100))  # of POINTS
-DECAY = 0.1  # steps of a branch, as a share of those before it
+DECAY = 0.1  # steps of a branch, relative to the steps before it
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A plain transformer and Hourglass models whose training steps take as many FLOPs, to 5 %, at `micro`."""
+    """A plain transformer and Hourglass models of the same FLOPs per step at scale micro, within 5 %."""
 
     plain: Row
     rivals: tuple[Row, ...]
@@ -93,7 +90,7 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class Leg:
-    """One run of a curve: to one of POINTS, or `decayed`, the branch from there; `before` is what it goes on from."""
+    """One run of a curve: to one of POINTS, or the decayed branch there; it resumes the job `before`."""
 
     point: int
     decayed: bool
@@ -102,12 +99,12 @@ class Leg:
 
     @property
     def characters(self) -> int:
-        """Seen since the beginning of the curve."""
+        """Characters seen since the start of the curve."""
         return self.job.train.steps * step_characters(self.job.setup)
 
     @property
     def steps(self) -> int:
-        """Its own."""
+        """Steps of this leg alone."""
         return self.job.train.steps - (self.before.train.steps if self.before else 0)
 
 
@@ -116,7 +113,7 @@ def step_characters(setup: Setup) -> int:
 
 
 def curve(row: Row, setup: Setup, directory: Path, seed: int) -> Iterator[Leg]:
-    """The legs of a row in the order of training, each branch after what it branches off from."""
+    """Yield the legs of a row in training order."""
     config = row_config(row, setup)
     place = row_directory(row, config, directory) / f"seed{seed}"
     before = None
@@ -133,17 +130,19 @@ def curve(row: Row, setup: Setup, directory: Path, seed: int) -> Iterator[Leg]:
 def make_job(
     row: Row, config: HourglassConfig, setup: Setup, directory: Path, seed: int, steps: int, decay_steps: int = 0
 ) -> Job:
-    """So many steps at a constant rate, then those in which it falls; evaluated at the end alone."""
+    """Return a job of `steps` at a constant rate and `decay_steps` of decay, evaluated at the end."""
     train = replace(setup.train, steps=steps + decay_steps, eval_interval=steps + decay_steps, seed=seed)
     optimizer = replace(setup.optimizer, schedule="constant", decay_steps=decay_steps)
     return Job(row, "bpc", config, train, replace(setup, optimizer=optimizer), directory)
 
 
 def plan(setup: Setup, directory: Path, n_seeds: int, only: Collection[str] = (), characters: int = 0) -> list[Leg]:
-    """The legs of all pairs, one pair after another, short ones first; of POINTS up to `characters`, if any.
+    """Return the legs of all pairs without repetition, pair by pair, short legs first.
 
-    A row that pairs share is trained once. `only` names the rows to train; none: all. Raises UsageError for a name
-    that no pair has.
+    only: names of the rows to train; empty: all.
+    characters: skip legs beyond this point; 0: none.
+
+    Raises UsageError for an unknown name.
     """
     for name in only:
         check_choice("rows", name, [row.name for pair in PAIRS for row in pair.rows])
@@ -158,7 +157,7 @@ def plan(setup: Setup, directory: Path, n_seeds: int, only: Collection[str] = ()
 
 
 def plan_table(legs: Sequence[Leg]) -> str:
-    """The curves with what they cost, estimated, and what they have reached."""
+    """Return the curves as Markdown, with their progress and estimated cost."""
     by_curve: dict[Path, list[Leg]] = {}
     for leg in legs:
         by_curve.setdefault(leg.job.directory.parent, []).append(leg)
@@ -177,9 +176,9 @@ def plan_table(legs: Sequence[Leg]) -> str:
 
 
 def train(legs: Sequence[Leg], setup: Setup, runtime: RuntimeConfig, signals: Signals) -> None:
-    """Trains what is not done, each time the first leg that can start. Several processes share the work."""
+    """Train the unfinished legs, each time the first one that can start; several processes share them."""
     if jax.process_count() > 1:
-        raise UsageError("a curve is trained by one process; start several without --coordinator, and they share them")
+        raise UsageError("one process trains a curve; use --workers instead of --coordinator")
     source = setup_source(setup, [leg.job for leg in legs])
     validation = valid_sample(source, setup)
     diverged: list[str] = []
@@ -196,13 +195,13 @@ def train(legs: Sequence[Leg], setup: Setup, runtime: RuntimeConfig, signals: Si
         pass
     print(f"{sum(leg.job.result() is not None for leg in legs)} of {len(legs)} legs are done")
     if diverged:
-        raise UsageError(f"{len(diverged)} legs diverged, and none can follow them: {', '.join(diverged)}")
+        raise UsageError(f"{len(diverged)} legs diverged, so the legs after them cannot start: {', '.join(diverged)}")
 
 
 def train_if_ready(
     leg: Leg, source: TextSource | ImageSource, validation: Sequence[Batch], runtime: RuntimeConfig, signals: Signals
 ) -> bool:
-    """Whether it was trained: it is not done, no other process is at it, and the leg before is done."""
+    """Train a leg if it is unfinished, free, and the previous leg is done; return whether it did."""
     if leg.job.result() is not None or (leg.before and leg.before.result() is None):
         return False
     run = Run(leg.job.directory)
@@ -222,49 +221,29 @@ def train_leg(
     runtime: RuntimeConfig,
     signals: Signals,
 ) -> bool:
-    """Trains a leg and leaves what its last parameters reach, on each sequence and in all, in its directory.
+    """Train a leg, and save the result of its last parameters, in total and per sequence.
 
-    Returns whether it did, and another process had not done it since. Raises RunBusy where one is at it.
+    Returns False if another process has finished it meanwhile. Raises RunBusy if another process trains it.
     """
     job = leg.job
-    settings, batches = job.settings() | source.fingerprint, source.batches(job.train.seed)
-    launcher.start_run(run, job.config, source.tokenizer, settings, runtime, batches(0))
-    if job.result() is not None:
+    if start_job(job, run, source, runtime) is not None:
         return False
     print(job.directory, flush=True)
     if leg.before:
         inherit(leg.before.directory, job.directory)
-    model = nnx.jit(lambda rngs: HourglassLM(job.config, rngs=rngs))(nnx.Rngs(job.train.seed))
-    check_causality(model)
-    fit(
-        model,
-        batches,
-        validation[: job.train.eval_batches],
-        run,
-        optimizer_config=job.setup.optimizer,
-        train_config=job.train,
-        runtime_config=runtime,
-        unit=source.unit,
-        signals=signals,
-    )
+    model, _ = fit_job(job, run, source, validation[: job.train.eval_batches], runtime, signals)
     losses = sequence_losses(model, validation, signals)
     np.save(job.directory / LOSSES, losses)
-    result = {
-        "seed": job.train.seed,
-        "figures": {job.metric: float(losses.mean(dtype=np.float64) / math.log(2))},
-        "n_predictions": losses.size * job.setup.data.block_size,
-        **measured_groups(model, validation),
-        "trained": provenance(),
-    }
-    write_whole(job.directory / RESULT, json.dumps(result, indent=1) + "\n")
-    print(f"{leg.characters:,} characters: {job.metric} {result['figures'][job.metric]:.4f}", flush=True)
+    bits = float(losses.mean(dtype=np.float64) / math.log(2))
+    save_result(job, {job.metric: bits}, losses.size * job.setup.data.block_size, model, validation)
+    print(f"{leg.characters:,} characters: {job.metric} {bits:.4f}", flush=True)
     return True
 
 
 def inherit(parent: Path, directory: Path) -> None:
-    """Gives a run that has no checkpoint the last one of `parent`, and its curves, to go on from.
+    """Copy the last checkpoint of `parent` and its curves into a run without checkpoints.
 
-    The copy says nothing of its validation loss, so the best checkpoint of a run is always one of its own.
+    The copy has no validation loss, so that a run's best checkpoint is always its own.
     """
     places = [path / CHECKPOINTS for path in (parent, directory)]
     if places[1].is_dir():
@@ -286,7 +265,7 @@ def sums(model: HourglassLM, tokens: jax.Array, weights: jax.Array) -> jax.Array
 
 
 def sequence_losses(model: HourglassLM, batches: Sequence[Batch], signals: Signals) -> np.ndarray:
-    """The mean loss of each whole sequence in nats a prediction: float32 [N]."""
+    """Return the mean loss of each complete sequence in nats per prediction: float32 [N]."""
     losses = []
     for tokens, weights in batches:
         signals.check()

@@ -1,4 +1,4 @@
-"""The gap between two learning curves: at equal characters, at equal FLOPs, and its trend."""
+"""Gap between two learning curves: at equal characters, at equal FLOPs, and its trend."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import numpy as np
 
 from experiments.ablations.curves import LOSSES, Leg
 
-TREND = 4  # a trend is that of the readings from a fourth of the most characters on
+TREND = 4  # a trend starts at this share of the most characters
 Record = dict[str, Any]
-Reading = dict[str, Any]  # row, seed, point, decayed, characters, and what was read
+Reading = dict[str, Any]  # row, seed, point, decayed, characters, and a figure
 
 
 def paired(plain: Leg, rival: Leg) -> tuple[float, float]:
-    """Bits of the rival less those of the plain model on the same sequences: the mean and its standard error."""
+    """Return the mean of the rival's minus the plain model's bits on the same sequences, and its standard error."""
     losses = [np.load(leg.job.directory / LOSSES).astype(np.float64) / math.log(2) for leg in (plain, rival)]
     difference = losses[1] - losses[0]
     return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
 
 
 def equal_flops(record: Record, plain: str, gap: Reading) -> float | None:
-    """The rival's bits less those of the plain model after as many FLOPs; None where that has fewer than 2 readings.
+    """Return the rival's bits minus the plain model's at the same FLOPs; None if that has fewer than 2 readings.
 
-    They lie on the line through its two nearest readings, in the logarithm of the characters.
+    The plain model's bits are interpolated between its two nearest readings, linearly in log characters.
     """
     ours = [reading for reading in record["readings"] if reading["row"] == plain and alike(reading, gap)]
     if len(ours) < 2:
@@ -40,24 +40,24 @@ def equal_flops(record: Record, plain: str, gap: Reading) -> float | None:
 
 
 def alike(a: Reading, b: Reading) -> bool:
-    """Whether both are of one seed, and both at a constant rate or both after a decay."""
+    """Return whether both have the same seed, and both or neither are decayed."""
     return (a["seed"], a["decayed"]) == (b["seed"], b["decayed"])
 
 
 def find(readings: Sequence[Reading], like: Reading, row: str = "") -> Reading | None:
-    """The reading of a row, or of the same, where `like` was taken."""
+    """Return the reading of a row at the seed and point of `like`."""
     wanted = row or like["row"], like["characters"]
     return next((each for each in readings if alike(each, like) and (each["row"], each["characters"]) == wanted), None)
 
 
 def gaps_of(record: Record, rival: str, decayed: bool) -> list[Reading]:
-    """In the order of the characters."""
+    """Return the gaps of a row, ordered by characters."""
     gaps = [gap for gap in record["gaps"] if gap["row"] == rival and gap["decayed"] == decayed]
     return sorted(gaps, key=lambda gap: gap["characters"])
 
 
 class Trend(NamedTuple):
-    """A line through gaps: bits at `start` characters, and bits that are added when the characters double."""
+    """A line through gaps: bits at `start` characters, and bits added per doubling of the characters."""
 
     start: int
     level: float
@@ -69,7 +69,7 @@ class Trend(NamedTuple):
 
 
 def trend(gaps: Sequence[Reading]) -> Trend | None:
-    """Of the late ones, weighted by their standard errors; None where they are of one number of characters."""
+    """Fit the late gaps, weighted by their standard errors; None if all have the same number of characters."""
     late = [gap for gap in gaps if gap["characters"] >= gaps[-1]["characters"] / TREND]
     if len({gap["characters"] for gap in late}) < 2:
         return None

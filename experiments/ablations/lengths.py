@@ -1,6 +1,6 @@
-"""What a training step of plain and Hourglass models costs at every length, measured and predicted (Figure 6).
+"""Cost of a training step of plain and Hourglass models at each length, measured and predicted (Figure 6).
 
-A step reads the same number of characters at every length, so what a character costs shows what attention adds.
+A step reads the same number of characters at every length, so that the cost per character shows that of attention.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from matplotlib.figure import Figure
 from experiments.ablations.costs import TimedStep
 from experiments.ablations.scales import Setup
 from experiments.ablations.table import TEXT
-from experiments.common.reports import markdown_table, provenance, read_record, report_file, write_report
+from experiments.common.reports import markdown_table, provenance, publish, read_record, report_file
 from hourglass_jax import HourglassConfig, UsageError
 from hourglass_jax.costs import activation_bytes, state_bytes, training_flops
 from hourglass_jax.training.signals import Signals
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
-CHARACTERS = 16_384  # a step
-ROUNDS = 3  # of the models, at each length
+CHARACTERS = 16_384  # per step
+ROUNDS = 3  # timed runs of each model and length
 HOURGLASS, EQUAL_DEPTH = "2@1 8@3 2@1", "12@1"
 COLOURS = {"Hourglass": "tab:green", "equal depth": "tab:orange", "equal FLOPs": "tab:red"}
 Record = dict[str, Any]
 
 
 def models(setup: Setup) -> dict[str, str]:
-    """Hierarchies by their role; the FLOPs are equal, to the nearest depth, at the set-up's own length."""
+    """Return hierarchies by role; FLOPs are equal, to the nearest depth, at the setup's own length."""
     length = setup.data.block_size
     wanted = training_flops(configure(HOURGLASS, setup, length), length)
 
@@ -43,13 +43,13 @@ def models(setup: Setup) -> dict[str, str]:
 
 
 def configure(hierarchy: str, setup: Setup, length: int) -> HourglassConfig:
-    """With all activations kept, as `TimedStep` keeps them."""
+    """Return a configuration that keeps all activations, as `TimedStep` does."""
     options = {**setup.model, **TEXT, "hierarchy": hierarchy, "max_length": length}
     return HourglassConfig(**options | {"remat": "none", "max_unrolled_layers": 100})
 
 
 def predictions(setup: Setup) -> Iterator[Record]:
-    """What each model is predicted to cost at each length: FLOPs and bytes of a step."""
+    """Yield the predicted FLOPs and bytes of a step of each model at each length."""
     roles = models(setup)
     for length in LENGTHS:
         batch = max(CHARACTERS // length, 1)
@@ -66,7 +66,7 @@ def predictions(setup: Setup) -> Iterator[Record]:
 
 
 def plan_table(setup: Setup) -> str:
-    """What would be measured, with what it is predicted to cost."""
+    """Return the predictions as Markdown."""
     rows = [
         (
             point["hierarchy"],
@@ -81,17 +81,19 @@ def plan_table(setup: Setup) -> str:
 
 
 def measure(setup: Setup, scale: str, path: Path, signals: Signals) -> None:
-    """Measures what PATH.json does not hold yet, on an otherwise idle machine, and keeps it there after each length."""
+    """Measure the points that PATH.json lacks, and save it after each length."""
     record, machine = read(setup, scale, path), provenance()["machine"]
     if record["machine"] != machine:
-        raise UsageError(f"{path}.json: was measured on {record['machine']}, this is {machine}; move it away")
+        raise UsageError(
+            f"{path}.json: was measured on {record['machine']}, but this is {machine}; give another --results"
+        )
     for length in LENGTHS:
         waiting = [point for point in record["points"] if point["length"] == length and "seconds" not in point]
         steps = []
         for point in waiting:
             signals.check()
             steps.append(TimedStep(configure(point["hierarchy"], setup, length), point["batch"], length))
-        for _ in range(ROUNDS):  # in turns, so that what else the machine does meets all of them alike
+        for _ in range(ROUNDS):  # in turns, so that other load affects all of them alike
             for step in steps:
                 signals.check()
                 step.run()
@@ -99,33 +101,29 @@ def measure(setup: Setup, scale: str, path: Path, signals: Signals) -> None:
             point |= {"flops": step.flops, "bytes": step.memory_bytes, "seconds": statistics.median(step.seconds)}
             print(f"{point['hierarchy']} at {length:,}: {point['seconds']:.3f} s a step", flush=True)
         if waiting:
-            save(record | provenance(), path)
+            publish(path, record | provenance(), render, draw)
 
 
 def read(setup: Setup, scale: str, path: Path) -> Record:
-    """The record at PATH.json, or a new one of predictions alone; raises UsageError for one of another set-up."""
+    """Return the record at PATH.json, or a new one of predictions. Raises UsageError for another setup's record."""
     model = json.loads(json.dumps(setup.model))
     record, points = read_record(report_file(path, ".json")), list(predictions(setup))
     if record is None:
         return {"scale": scale, "model": model, "points": points, **provenance()}
     if record["model"] != model:
-        raise UsageError(f"{path}.json: was measured with another model of scale {scale!r}; move it away, or remove it")
+        raise UsageError(
+            f"{path}.json: was measured with another model of scale {scale!r}; remove it or give another --results"
+        )
     known = {(point["hierarchy"], point["length"]): point for point in record["points"]}
     return record | {"points": [known.get((point["hierarchy"], point["length"]), {}) | point for point in points]}
 
 
 def report(setup: Setup, scale: str, path: Path) -> str:
-    """Writes PATH.md and PATH.png anew from PATH.json."""
+    """Render PATH.md and PATH.png from PATH.json."""
     record = read(setup, scale, path)
     if not measured(record):
-        raise UsageError(f"{path}.json: holds nothing that was measured at this scale; measure first, without --report")
-    save(record, path)
-    return f"{path}.md"
-
-
-def save(record: Record, path: Path) -> None:
-    write_report(path, record, render(record))
-    draw(record, report_file(path, ".png"))
+        raise UsageError(f"{path}.json: contains no measurement at this scale; measure first, without --report")
+    return publish(path, record, render, draw)
 
 
 def measured(record: Record) -> list[Record]:
@@ -133,7 +131,7 @@ def measured(record: Record) -> list[Record]:
 
 
 def rate(record: Record) -> float:
-    """FLOPs a second that predicted seconds assume: what the points reach in the middle."""
+    """Return the FLOP/s that predicted seconds assume: the median of all points."""
     return statistics.median(point["predicted_flops"] / point["seconds"] for point in measured(record))
 
 
@@ -180,7 +178,7 @@ def points_table(record: Record) -> str:
 
 
 def ratios_table(record: Record) -> str:
-    """The Hourglass's cost in parts of each plain model's, at each length that was measured."""
+    """Return the Hourglass's cost relative to each plain model's at each measured length."""
     costs = {"FLOPs": "predicted_flops", "time": "seconds", "memory": "bytes"}
     at = {(point["role"], point["length"]): point for point in measured(record)}
     others = [role for role in COLOURS if role != "Hourglass"]
@@ -194,7 +192,7 @@ def ratios_table(record: Record) -> str:
 
 
 def draw(record: Record, path: Path) -> None:
-    """A panel for each cost of a character: measured as lines with points, predicted as dashes."""
+    """Draw a panel for each cost per character: measured as lines with points, predicted dashed."""
     panels = {
         "FLOPs a character": ("flops", lambda point: point["predicted_flops"]),
         "seconds a character": ("seconds", lambda point: point["predicted_flops"] / rate(record)),

@@ -1,4 +1,4 @@
-"""Pictures of a table, drawn from its record."""
+"""Figure of a table, drawn from its record."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = {"plain transformer": "tab:orange", "Hourglass": "tab:green"}
-NAME_SIZE = 6.5  # points, as are the two below
-MARKER = 3  # half a point's side
-REACHES = range(MARKER, 80, 4)  # from a point to its name
+NAME_SIZE = 6.5  # points, as the two below
+MARKER = 3  # half the side of a marker
+REACHES = range(MARKER, 80, 4)  # from a marker to its name
 SIDES = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
 Cost = Callable[[dict[str, Any]], float | None]
 Point = tuple[str, float, float]  # hierarchy, cost, figure
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Ours beside what was published; where plain and hierarchical rows differ in cost, against that (Figure 1)."""
+    """Draw our figures against cost if plain and hierarchical rows differ in cost (Figure 1), else by row."""
     trained = [row for row in record["rows"] if row["runs"]]
     comparable = [row for row in trained if record["metric"] in row["runs"][0]["figures"]]
     of_two_kinds = len({kind(row["hierarchy"]) for row in comparable}) == 2
@@ -35,7 +35,7 @@ def kind(hierarchy: str) -> str:
 
 
 def draw_costs(record: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
-    """A panel for each cost that all rows have."""
+    """Draw a panel for each cost that all rows have."""
     costs: dict[str, Cost] = {
         "FLOPs a step": lambda row: row["step_flops"],
         "seconds a step": lambda row: (row["cost"] or {}).get("step_seconds"),
@@ -54,14 +54,14 @@ def draw_costs(record: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
     panels[0].set_ylabel(f"{record['metric'].upper()}, lower is better")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COLOURS), frameon=False)
     figure.suptitle(f"Table {record['table']}, {record['data']}")
-    figure.draw_without_rendering()  # from here on the panels stay where they are
+    figure.draw_without_rendering()  # fixes the layout
     for axes, of_cost in zip(panels, points, strict=True):
         label_points(axes, of_cost)
     return figure
 
 
 def draw_points(axes: Axes, points: Sequence[Point]) -> None:
-    """A line fitted through each kind in the logarithm of the cost."""
+    """Draw points, and a line fitted to each kind in log cost."""
     for label, colour in COLOURS.items():
         of_kind = sorted((point for point in points if kind(point[0]) == label), key=lambda point: point[1])
         if of_kind:
@@ -75,10 +75,7 @@ def draw_points(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def label_points(axes: Axes, points: Sequence[Point]) -> None:
-    """Names beside their points, each at the nearest place that no other name and no point has taken.
-
-    The axes must be where they will stay.
-    """
+    """Write names beside their points, each at the nearest free place; requires a final layout."""
     pixel = 72 / axes.figure.dpi  # in points
     at = {point: axes.transData.transform(point[1:]) * pixel for point in points}
     frame = axes.get_window_extent()
@@ -100,7 +97,7 @@ def label_points(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def name_size(axes: Axes, name: str, pixel: float) -> tuple[float, float]:
-    """Width and height of a drawn name, in points."""
+    """Return width and height of a name in points."""
     text = axes.text(0, 0, name, size=NAME_SIZE)
     extent = text.get_window_extent()
     text.remove()
@@ -108,12 +105,12 @@ def name_size(axes: Axes, name: str, pixel: float) -> tuple[float, float]:
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Of two boxes (left, bottom, right, top)."""
+    """Return the overlap of two boxes (left, bottom, right, top)."""
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def draw_rows(record: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
-    """A line for each row: every seed of ours on the left, published figures on the right."""
+    """Draw a line for each row: every seed of ours on the left, published figures on the right."""
     names = [row["name"] for row in rows]
     metrics = list(dict.fromkeys(name for row in rows for run in row["runs"] for name in run["figures"]))
     figure = Figure(figsize=(8, 1.4 + 0.4 * len(rows)), layout="constrained")

@@ -1,4 +1,4 @@
-"""A table's report: a JSON record of what was trained, and Markdown and a picture drawn from the record alone."""
+"""Report of a table: a JSON record of its runs, and Markdown and a figure rendered from the record."""
 
 from __future__ import annotations
 
@@ -19,38 +19,36 @@ from scipy.stats import spearmanr
 
 from experiments.ablations.costs import read_cost, step_flops
 from experiments.ablations.pictures import Cost, draw
-from experiments.ablations.rows import RESULT, make_job
+from experiments.ablations.rows import RESULT, make_job, same_setup
 from experiments.ablations.scales import Setup, for_table
 from experiments.ablations.table import UNITS, Row, Table
-from experiments.common.reports import markdown_table, provenance, read_record, report_file, write_report
+from experiments.common.reports import markdown_table, provenance, publish, read_record, report_file
 from hourglass_jax import DataConfig, Hierarchy, UsageError
 from hourglass_jax.costs import count_parameters
 from hourglass_jax.data.corpora import map_bytes, split_tokens
 
-N_WORST = 6  # pairs of rows against the paper's order that a report lists
+N_WORST = 6  # listed pairs of rows that contradict the paper's order
 
 
 def report(table: Table, setup: Setup, directory: Path, path: Path, comment: str | None) -> str:
-    """Brings PATH.json up to date with the runs in `directory`, if any, and writes PATH.md and PATH.png from it."""
+    """Update PATH.json from the runs in `directory`, render PATH.md and PATH.png, and return the path of PATH.md."""
     json_path = report_file(path, ".json")
     record = read_record(json_path)
     if any(directory.glob(f"*/*/{RESULT}")):
         record = collect(table, for_table(setup, table), directory, path.parent)
     if record is None or not any(row["runs"] for row in record["rows"]):
         raise UsageError(
-            f"{directory}: holds no finished row of table {table.number}; train it first, without --report"
+            f"{directory}: contains no finished row of table {table.number}; train one first, without --report"
         )
     if comment is not None:
         record["comment"] = comment
-    write_report(path, record, render(record))
-    draw(record, report_file(path, ".png"))
-    return f"{path}.md"
+    return publish(path, record, render, draw)
 
 
 def collect(table: Table, setup: Setup, directory: Path, results: Path) -> dict[str, Any]:
-    """The record of a table, from the runs in `directory` and those stored in `results` with the same set-up.
+    """Return the record of a table from the runs in `directory` and the records in `results` of the same setup.
 
-    Stored runs stay where they are gone from `directory`; those of a row that tables share are in all of them.
+    Stored runs are kept after they are gone from `directory`, also those that another table's record shares.
     """
     common = {
         "model": setup.model,
@@ -61,7 +59,9 @@ def collect(table: Table, setup: Setup, directory: Path, results: Path) -> dict[
     }
     common = json.loads(json.dumps(common))
     records = [read_record(path) for path in sorted(results.glob("table*.json"))]
-    records = [record for record in records if (record.get("data"), record.get("setup")) == (directory.name, common)]
+    records = [
+        record for record in records if record.get("data") == directory.name and same_setup(record.get("setup"), common)
+    ]
     own = next((record for record in records if record["table"] == table.number), {"rows": []})
     costs = {row["directory"]: row["cost"] for row in own["rows"] if row.get("cost")}
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -93,7 +93,7 @@ def collect_row(
     stored: Mapping[str, list[dict[str, Any]]],
     costs: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """A row with its finished runs and what they cost, of those `stored`, by run directory, and of `directory`."""
+    """Return a row with its finished runs and their cost, from `directory` and from `stored`, by run directory."""
     found = {"name": row.name, "paper": dict(row.paper), "runs": []}
     if row.options is None:
         return found
@@ -119,7 +119,7 @@ def collect_row(
 
 @functools.cache
 def anchors(data: DataConfig) -> dict[str, float] | None:
-    """Bits per character of general compressors on the validation text; None where there is no text, or it is gone."""
+    """Return bits per character of general compressors on the validation text; None without a text."""
     if data.dataset != "text" or not Path(data.path).is_file():
         return None
     text = split_tokens(map_bytes(data.path), data).valid.tobytes()
@@ -128,18 +128,18 @@ def anchors(data: DataConfig) -> dict[str, float] | None:
 
 
 def figures(row: dict[str, Any], name: str) -> list[float]:
-    """Of each seed."""
+    """Return the figure of each seed."""
     return [run["figures"][name] for run in row["runs"]]
 
 
 def metrics(record: dict[str, Any]) -> list[str]:
-    """The figures that the rows have: one, or one for each shorten factor."""
+    """Return the names of the rows' figures: one, or one for each shorten factor."""
     found = [name for row in record["rows"] for run in row["runs"] for name in run["figures"]]
     return list(dict.fromkeys(found))
 
 
 def render(record: dict[str, Any]) -> str:
-    """The Markdown of a record."""
+    """Return a record as Markdown."""
     lines = [f"# Table {record['table']}: {record['title']}, {record['data']}", ""]
     lines += [f"![the table as a picture](table{record['table']}-{record['data']}.png)", ""]
     lines += [results_table(record), ""]
@@ -194,7 +194,7 @@ def results_table(record: dict[str, Any]) -> str:
 
 
 def group_cells(row: dict[str, Any]) -> list[str]:
-    """Tokens a group and the share of events that waited, means over the seeds; of a fixed factor, that."""
+    """Return tokens per group and the share of suppressed boundaries, averaged over seeds."""
     counts = [run["groups"] for run in row["runs"] if "groups" in run]
     if counts:
         length, suppressed = (statistics.mean(count[name] for count in counts) for name in ("length", "suppressed"))
@@ -204,12 +204,12 @@ def group_cells(row: dict[str, Any]) -> list[str]:
 
 
 def published(record: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Columns of other papers, where the table has such."""
+    """Return the columns of other papers; older records have none."""
     return record.get("published", {})
 
 
 def published_table(record: dict[str, Any]) -> str:
-    """A line for each row of ours, then for those that are theirs alone."""
+    """Return the figures of other papers as Markdown, our rows first."""
     columns = published(record)
     ours = [row["name"] for row in record["rows"]]
     names = dict.fromkeys([*ours, *(name for known in columns.values() for name in known)])
@@ -222,7 +222,7 @@ def number(value: float | None) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """The mean, with half the range where there are several."""
+    """Return the mean, and half the range of several values."""
     if len(values) < 2:
         return number(values[0] if values else None)
     return f"{statistics.mean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
@@ -241,13 +241,13 @@ def is_plain(row: dict[str, Any]) -> bool:
 
 
 def plain_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The trained plain transformers, where there are enough of them to draw a line through."""
+    """Return the trained plain transformers if there are at least two."""
     plain = [row for row in record["rows"] if is_plain(row) and record["metric"] in row["runs"][0]["figures"]]
     return plain if len(plain) > 1 else []
 
 
 def equal_cost(row: dict[str, Any], plain: list[dict[str, Any]], cost: Cost, metric: str) -> float | None:
-    """What a plain transformer of the same cost would reach: between the two depths around it, in log cost."""
+    """Return the figure of a plain transformer of the same cost, interpolated linearly in log cost."""
     if not row["runs"] or is_plain(row) or any(cost(each) is None for each in (row, *plain)):
         return None
     costs, reached = zip(*sorted((cost(each), mean_figure(each, metric)) for each in plain), strict=True)
@@ -263,7 +263,7 @@ def mean_figure(row: dict[str, Any], name: str) -> float:
 def agreement(
     record: dict[str, Any], name: str, known: Mapping[str, float] | None = None, source: str = "the paper"
 ) -> str:
-    """How far the order of the rows is the paper's, or that of another `source` with the figures `known` by row."""
+    """Compare the order of the rows with the paper's, or with that of `source`, whose figures are `known`."""
     if known is None:
         known = {row["name"]: row["paper"][name] for row in record["rows"] if name in row["paper"]}
     pairs = [

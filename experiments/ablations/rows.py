@@ -1,4 +1,4 @@
-"""Rows of the tables as runs: each one a run directory that `hourglass_jax.load` reads, with its result beside."""
+"""Training of a table's rows: each a run directory that `hourglass_jax.load` reads, and its result."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from experiments.common import launcher
 from experiments.common.reports import provenance, read_record
 from experiments.common.sources import ImageSource, TextSource
 from hourglass_jax import (
+    Evaluation,
     HourglassConfig,
     HourglassLM,
     RuntimeConfig,
@@ -41,7 +42,7 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One training: a row with a seed. Tables share the jobs of equal configurations, which share a directory."""
+    """One training: a row and a seed. Tables share jobs of equal configurations."""
 
     row: Row
     metric: str
@@ -55,7 +56,7 @@ class Job:
         return {name: dataclasses.asdict(part) for name, part in parts.items()}
 
     def result(self) -> dict[str, Any] | None:
-        """What it reached, None where it is not done; raises UsageError where that was with other settings."""
+        """Return the result, or None. Raises UsageError if the run used other settings."""
         result = read_record(self.directory / RESULT)
         if result is None:
             return None
@@ -63,10 +64,15 @@ class Job:
         different = differences(identity({name: found.get(name) for name in asked}), identity(asked))
         if different:
             raise UsageError(
-                f"{self.directory}: was trained with other settings ({described(different)}); remove it, or choose "
+                f"{self.directory}: was trained with other settings ({described(different)}); remove it or choose "
                 "another --out"
             )
         return result
+
+
+def same_setup(stored: dict[str, Any] | None, setup: dict[str, Any]) -> bool:
+    """Return whether a record's set-up is this one; options that the record is older than have their defaults."""
+    return stored is not None and identity(stored) == identity(setup)
 
 
 def row_config(row: Row, setup: Setup) -> HourglassConfig:
@@ -75,7 +81,7 @@ def row_config(row: Row, setup: Setup) -> HourglassConfig:
 
 
 def row_directory(row: Row, config: HourglassConfig, directory: Path) -> Path:
-    """Named by what the row chooses; a plain transformer has no resampling to name."""
+    """Return a directory named after the row's options, without resampling for a plain transformer."""
     resampling = ("shortening", "upsampling")
     parts = [config.hierarchy.replace(" ", "_")]
     if config.parsed_hierarchy.total_factor > 1:
@@ -100,10 +106,12 @@ def plan(
     only: Collection[str] = (),
     first_seed: int = 0,
 ) -> list[Job]:
-    """What the tables need: each row with its table's seeds, the baseline's with at least `n_seeds`; nothing twice.
+    """Return the tables' jobs without repetition: each row with its table's seeds, the baseline with >= `n_seeds`.
 
-    `only` names the rows to train; none: all. Seeds before `first_seed` are left out. Raises UsageError for a name that
-    no table has, and where no row has so many seeds.
+    only: names of the rows to train; empty: all.
+    first_seed: skip the seeds before this one.
+
+    Raises UsageError for an unknown name, and if no row has a seed >= `first_seed`.
     """
     names = [row.name for table in tables for row in table.rows if row.options is not None]
     for name in only:
@@ -112,17 +120,17 @@ def plan(
     for table in tables:
         rows = [row for row in table.rows if row.options is not None and (not only or row.name in only)]
         n_of_row = [max(table.seeds, n_seeds if row.name == table.baseline else 1) for row in rows]
-        for seed in range(first_seed, max(n_of_row, default=0)):  # all rows with one seed before any with the next
+        for seed in range(first_seed, max(n_of_row, default=0)):  # each seed of all rows before the next seed
             for row in (row for row, n in zip(rows, n_of_row, strict=True) if seed < n):
                 job = make_job(table, row, for_table(setup, table), directory, seed)
                 jobs.setdefault(job.directory, job)
     if first_seed and not jobs:
-        raise UsageError(f"first_seed={first_seed}: no row has so many seeds, which count from 0; give a smaller one")
+        raise UsageError(f"first_seed={first_seed}: no row has that many seeds, which count from 0; give a smaller one")
     return list(jobs.values())
 
 
 class LetterSource:
-    """The L#L task, as sources.py has texts and images."""
+    """The L#L task, with the interface of a text's source."""
 
     unit = "bits"
     tokenizer = letters.TOKENIZER
@@ -142,7 +150,7 @@ Source = TextSource | ImageSource | LetterSource
 
 
 def setup_source(setup: Setup, jobs: Iterable[Job]) -> Source:
-    """What the rows of `setup` learn from; raises UsageError where a finished one of `jobs` learned from other data."""
+    """Return the data of a setup. Raises UsageError if a finished job of `jobs` was trained on other data."""
     if setup.letters:
         return LetterSource(setup)
     source = TextSource(setup.data, BYTES) if setup.data.dataset == "text" else ImageSource(setup.data)
@@ -152,23 +160,20 @@ def setup_source(setup: Setup, jobs: Iterable[Job]) -> Source:
         settings = Run(job.directory).read().settings
         if any(settings.get(name) != value for name, value in source.fingerprint.items()):
             raise UsageError(
-                f"{job.directory}: was trained on other data than {setup.data.path}; remove it, or choose another "
+                f"{job.directory}: was trained on other data than {setup.data.path}; remove it or choose another "
                 "--data_name or --out"
             )
     return source
 
 
 def valid_sample(source: Source, setup: Setup) -> Sequence[Batch]:
-    """The validation data of the final evaluations: about `n_valid` sequences in whole batches."""
+    """Return the batches of the final evaluations: about `n_valid` sequences."""
     batches = source.validation()
     return evenly_spaced(batches, setup.n_valid // len(batches[0][0])) if setup.n_valid else batches
 
 
 def train(jobs: Sequence[Job], setup: Setup, runtime: RuntimeConfig, signals: Signals) -> None:
-    """Trains what is not done; a job that was interrupted goes on.
-
-    Raises UsageError, after the other jobs, where one diverged.
-    """
+    """Train the unfinished jobs, and resume interrupted ones. Raises UsageError at the end if a job diverged."""
     source = setup_source(setup, jobs)
     waiting = [job for job in jobs if job.result() is None]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} rows are done")
@@ -198,16 +203,35 @@ def train(jobs: Sequence[Job], setup: Setup, runtime: RuntimeConfig, signals: Si
 def train_row(
     job: Job, run: Run, source: Source, validation: Sequence[Batch], runtime: RuntimeConfig, signals: Signals
 ) -> dict[str, Any]:
-    """Trains a row in `run`, leaves its figures there and returns them; raises RunBusy where another process does."""
-    settings, batches = job.settings() | source.fingerprint, source.batches(job.train.seed)
-    launcher.start_run(run, job.config, source.tokenizer, settings, runtime, batches(0))
-    if (result := job.result()) is not None:  # another process has trained it since
+    """Train a row in `run`; save and return its result. Raises RunBusy if another process trains it."""
+    if (result := start_job(job, run, source, runtime)) is not None:
         return result
+    model, evaluation = fit_job(job, run, source, validation, runtime, signals)
+    if job.metric == "accuracy":
+        figures = {"accuracy": accuracy(model, validation)}
+    elif job.train.shorten_factors:
+        at_each = {k: evaluate_batches(at_shorten_factor(model, k), validation) for k in job.train.shorten_factors}
+        figures = {f"{job.metric} at k={k}": at_k.bits_per_character for k, at_k in at_each.items()}
+    else:
+        figures = {job.metric: evaluation.bits_per_character}
+    return save_result(job, figures, evaluation.n_characters, model, validation)
+
+
+def start_job(job: Job, run: Run, source: Source, runtime: RuntimeConfig) -> dict[str, Any] | None:
+    """Claim and start `run`; return the result if another process has finished the job meanwhile."""
+    settings, first = job.settings() | source.fingerprint, source.batches(job.train.seed)(0)
+    launcher.start_run(run, job.config, source.tokenizer, settings, runtime, first)
+    return job.result()
+
+
+def fit_job(
+    job: Job, run: Run, source: Source, validation: Sequence[Batch], runtime: RuntimeConfig, signals: Signals
+) -> tuple[HourglassLM, Evaluation]:
     model = nnx.jit(lambda rngs: HourglassLM(job.config, rngs=rngs))(nnx.Rngs(job.train.seed))
     launcher.causality(model)
     evaluation = fit(
         model,
-        batches,
+        source.batches(job.train.seed),
         validation,
         run,
         optimizer_config=job.setup.optimizer,
@@ -216,17 +240,16 @@ def train_row(
         unit=source.unit,
         signals=signals,
     )
-    if job.metric == "accuracy":
-        figures = {"accuracy": accuracy(model, validation)}
-    elif job.train.shorten_factors:
-        at_each = {k: evaluate_batches(at_shorten_factor(model, k), validation) for k in job.train.shorten_factors}
-        figures = {f"{job.metric} at k={k}": at_k.bits_per_character for k, at_k in at_each.items()}
-    else:
-        figures = {job.metric: evaluation.bits_per_character}
+    return model, evaluation
+
+
+def save_result(
+    job: Job, figures: dict[str, float], n_predictions: int, model: HourglassLM, validation: Sequence[Batch]
+) -> dict[str, Any]:
     result = {
         "seed": job.train.seed,
         "figures": figures,
-        "n_predictions": evaluation.n_characters,
+        "n_predictions": n_predictions,
         **measured_groups(model, validation),
         "trained": provenance(),
     }
@@ -235,7 +258,7 @@ def train_row(
 
 
 def measured_groups(model: HourglassLM, batches: Sequence[Batch]) -> dict[str, Any]:
-    """Where groups have no length in common: how long they are, and the share of events that found no room."""
+    """Return the mean group length and the share of suppressed boundaries, for groups of varying length."""
     if not model.config.event_levels:
         return {}
     counts = [count_groups(model, tokens[:, :-1]) for tokens, weights in batches if weights.all()]

@@ -1,4 +1,4 @@
-"""Set-ups of the ablations: the paper's own (section 3), and smaller ones that keep what a table varies."""
+"""Setups of the ablations: the paper's (section 3), and smaller ones."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SCALES = ("paper", "small", "tiny", "micro")
 
 @dataclass(frozen=True)
 class Setup:
-    """What all rows of a table have in common.
+    """The configuration that all rows of a table share.
 
-    model: options of HourglassConfig, under those of a row.
-    hierarchies: what stands for a hierarchy that is too deep for the scale.
+    model: options of HourglassConfig, which a row may override.
+    hierarchies: replacements of hierarchies that are too deep for the scale.
     n_valid: sequences of the final evaluation, evenly spaced over the validation data; 0: all of it.
-    scaled: what differs from the paper, in words, the paper's values to be filled in by `for_table`; empty: nothing.
+    scaled: the differences from the paper, a template for `for_table`; empty: none.
     """
 
     model: Mapping[str, Any]
@@ -34,14 +34,14 @@ class Setup:
     hierarchies: Mapping[str, str] = field(default_factory=dict)
     n_valid: int = 0
     scaled: str = ""
-    letters: bool = False  # the L#L task, which is drawn and not read
+    letters: bool = False  # the L#L task, which is generated
 
 
 def widths(d_model: int, n_heads: int) -> dict[str, int]:
     return {"d_model": d_model, "n_heads": n_heads, "d_ff": 4 * d_model}
 
 
-BYTES = ByteTokenizer(256)  # the paper's: 256 bytes and nothing else, since no text here has a beginning or an end
+BYTES = ByteTokenizer(256)  # the paper's vocabulary: no BOS and EOS
 TEXT = DataConfig(path="enwik8", tokenizer="byte", split="enwik8", block_size=2048, batch_size=8)
 IMAGES = DataConfig(dataset="cifar10", batch_size=8)
 
@@ -71,7 +71,7 @@ SETUPS = {
         scaled="d_model 128 for {d_model}, sequences of 256 for 2,048 (4 for 8 a step), 2,000 steps for {steps:,}, "
         "peak learning rate 2e-3 for 4e-4, no dropout for 0.15, Xavier initialisation",
     ),
-    ("text", "micro"): Setup(  # narrow: on two CPU cores, 20 million characters are 60 a parameter
+    ("text", "micro"): Setup(  # narrow: two CPU cores reach 60 characters per parameter
         widths(64, 2) | {"initialization": "xavier", "max_length": 256, "max_unrolled_layers": 16},
         replace(TEXT, block_size=256),
         OptimizerConfig(learning_rate=3e-3, warmup_steps=200),
@@ -116,7 +116,7 @@ SETUPS = {
         "initialisation",
     ),
 }
-IMAGENET = {  # images a step, warm-up, steps; section 3 leaves ImageNet64's images a step open
+IMAGENET = {  # batch size (for ImageNet64 our choice), warm-up steps, steps
     ("imagenet32", "paper"): (64, 8000, 470_000),
     ("imagenet64", "paper"): (8, 8000, 300_000),
 }
@@ -130,7 +130,7 @@ LETTERS = Setup(
 
 
 def find_setup(dataset: str, scale: str, path: str = "") -> Setup:
-    """The set-up for `dataset`, its files at `path`; raises UsageError for unknown names."""
+    """Return the setup for `dataset` with its files at `path`. Raises UsageError for unknown names."""
     check_choice("dataset", dataset, DATASETS)
     check_choice("scale", scale, SCALES)
     if dataset == "letters":
@@ -154,7 +154,7 @@ def find_setup(dataset: str, scale: str, path: str = "") -> Setup:
 
 
 def for_table(setup: Setup, table: Table) -> Setup:
-    """`setup` for the rows of one table: what the table has of its own holds at the paper's scale."""
+    """Return `setup` for the rows of a table, whose overrides apply at the paper's scale."""
     if setup.letters:
         return setup
     paper = find_setup("enwik8" if setup.data.dataset == "text" else setup.data.dataset, "paper", setup.data.path)

@@ -1,4 +1,4 @@
-"""What a table of an ablation is: rows of configurations, with the published figures beside them."""
+"""A table of an ablation: rows of configurations with the published figures."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ UNITS = {"bpc": "bits per character", "bpd": "bits/dim", "accuracy": "accuracy"}
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table.
+    """One row of a table.
 
-    name: the value of what the table varies.
-    options: of HourglassConfig, over those of the data set's set-up; None for models of other papers.
-    paper: the paper's figures by name; 'bpc', 'bpd' or 'accuracy' first, where there is one.
-    factors: shorten factors to draw from in training (section 4.1); there is a figure at each, 'bpc at k=2'.
+    name: the value of the varied option.
+    options: of HourglassConfig, which override those of the setup; None for models of other papers.
+    paper: the paper's figures by name; 'bpc', 'bpd' or 'accuracy' first, if any.
+    factors: shorten factors drawn in training (section 4.1), each with a figure, e.g. 'bpc at k=2'.
     """
 
     name: str
@@ -27,13 +27,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """One table, or one data set's column of it.
+    """One table, or its column for one data set.
 
     metric: a key of UNITS.
-    baseline: the name of the row that is trained with several seeds.
-    model, warmup_steps, steps: of the paper's set-up, where this table has another than the others of its data set.
-    seeds: of every row; the baseline has at least those that are asked for.
-    published: of other papers, by column: figures by row, of rows that are theirs alone too.
+    baseline: name of the row that is trained with several seeds.
+    model, warmup_steps, steps: overrides of the paper's setup for this table.
+    seeds: minimum number of seeds of every row.
+    published: figures of other papers by column, then by row; rows may be theirs alone.
     """
 
     number: str
@@ -56,4 +56,4 @@ def resampling(shortening: str = "attention_average", upsampling: str = "attenti
 
 
 TEXT = resampling()  # Table 1's parameter counts fit these two
-IMAGE = resampling(upsampling="attention_linear")  # the row that Tables 6, 7 and 8 share on CIFAR-10 (3.012)
+IMAGE = resampling(upsampling="attention_linear")  # the row shared by Tables 6, 7 and 8 on CIFAR-10 (3.012)

@@ -1,6 +1,6 @@
-"""The paper's tables as data: each row a configuration and the published figures.
+"""The paper's tables: each row a configuration and the published figures.
 
-What the paper leaves open is decided here and said in the table's note.
+A table's note states our choices where the paper leaves them open.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from hourglass_jax.ranges import check_choice
 from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 
 BUILT_IN = frozenset(SHORTENINGS) | frozenset(UPSAMPLINGS)
-LSH = {"token_attention": "lsh", "positions": "rotary", "lsh_chunk": 128, "lsh_hashes": 2}  # as the paper has it
+LSH = {"token_attention": "lsh", "positions": "rotary", "lsh_chunk": 128, "lsh_hashes": 2}  # as in the paper
 
 
 def table_1() -> Table:
-    """Validation BPC, training memory in GB, training steps a second, parameters in millions."""
+    """Return Table 1: validation BPC, training memory in GB, steps per second, parameters in millions."""
     figures = {
         "6@1": (1.182, 4.53, 0.95, 21),
         "2@1 1@3 2@1": (1.163, 4.41, 1.11, 24),
@@ -42,7 +42,7 @@ def table_1() -> Table:
         Row(hierarchy, TEXT | {"hierarchy": hierarchy}, dict(zip(names, values, strict=True)))
         for hierarchy, values in figures.items()
     ]
-    # Ours: a plain one that costs less than the Hourglass rows, and between these more of few shortened layers.
+    # Ours: a plain model cheaper than the Hourglass rows, and two with few shortened layers.
     rows += [Row(hierarchy, TEXT | {"hierarchy": hierarchy}) for hierarchy in ("4@1", "3@1 4@3 3@1", "4@1 4@3 4@1")]
     return Table(
         "1",
@@ -119,7 +119,7 @@ def table_3(dataset: str) -> Table:
 
 
 def table_4() -> Table:
-    figures = {  # trained at {2, 3}: the figure at k=2 and at k=3; at 2; at 3
+    figures = {  # trained with k in {2, 3}: figures at k=2 and k=3; with k=2; with k=3
         "2@1 8@{k} 2@1": (1.104, 1.116, 1.116, 1.124),
         "4@1 12@{k} 4@1": (1.086, 1.094, 1.098, 1.101),
         "5@1 10@{k} 5@1": (1.082, 1.087, 1.096, 1.095),
@@ -200,7 +200,7 @@ def table_8(dataset: str) -> Table:
 
 
 def table_a1() -> Table:
-    """Appendix A.1: the best accuracy is 2/3; without vanilla layers the repeated letter can only be guessed."""
+    """Return appendix A.1: the best accuracy is 2/3; without vanilla layers the repeated letter is a guess."""
     rows = tuple(
         Row(
             f"({pre},{post})",
@@ -255,9 +255,9 @@ TABLE_1 = TABLES["1", "enwik8"]
 
 
 def find_table(number: str, dataset: str) -> Table:
-    """Table 7 has a row more for each upsampling that a plugin registered, Table 8 for each shortening.
+    """Return a table by its number; text8 has enwik8's. Plugins add rows: upsamplings to Table 7, shortenings to 8.
 
-    Raises UsageError for a table that the paper has not, or has not for this data set; text8 reads enwik8's.
+    Raises UsageError for an unknown number or data set.
     """
     check_choice("table", number, sorted({number for number, _ in TABLES}))
     column = "enwik8" if dataset == "text8" else dataset

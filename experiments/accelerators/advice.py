@@ -1,62 +1,56 @@
-"""What would make a step fit: changes of remat, accumulate and fsdp, each compiled, the fastest first."""
+"""Changes of accumulate, fsdp and remat that make a training step fit, the cheapest first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from experiments.accelerators.step import Compiled, Pretraining
+from experiments.accelerators.targets import Target
 
-WANTED = 2
-FLAGS = {"remat": "--model.remat", "accumulate": "--runtime.accumulate", "fsdp": "--runtime.fsdp"}
+N_CHANGES = 2
+FLAGS = {"accumulate": "--runtime.accumulate", "fsdp": "--runtime.fsdp", "remat": "--model.remat"}
 
 
 class Change(NamedTuple):
-    """Options to give instead, with the peak of a chip in bytes and the seconds a step that they would lead to."""
+    """Options that make the step fit, and its peak memory with them in bytes per chip."""
 
     options: dict[str, Any]
     peak: float
-    seconds: float
 
     @property
     def flags(self) -> str:
         return " ".join(f"{FLAGS[name]}={value}" for name, value in self.options.items())
 
 
-def families(run: Pretraining, chips: int) -> Iterator[list[dict[str, Any]]]:
-    """Changes of one kind each, the mildest first; then all kinds together."""
+def kinds_of_change(run: Pretraining, chips: int) -> list[list[dict[str, Any]]]:
+    """Return the options of each kind of change, mildest first, and last all kinds combined.
+
+    The kinds are ordered by cost: accumulate adds no FLOPs, fsdp adds communication, remat adds up to a third of the
+    FLOPs.
+    """
     rows = run.data.batch_size // chips
-    remat = {"dots": ["full"], "full": []}.get(run.model.remat, ["dots", "full"])
     accumulate = [n for n in range(run.runtime.accumulate + 1, rows + 1) if rows % n == 0 and not n & (n - 1)]
     fsdp = [n for n in range(run.runtime.fsdp + 1, chips + 1) if chips % n == 0] if run.runtime.data == -1 else []
+    remat = {"dots": ["full"], "full": []}.get(run.model.remat, ["dots", "full"])
     kinds = [
-        [{"remat": policy} for policy in remat],
-        [{"accumulate": parts} for parts in accumulate],
-        [{"fsdp": n} for n in fsdp],
+        [{name: value} for value in values]
+        for name, values in (("accumulate", accumulate), ("fsdp", fsdp), ("remat", remat))
     ]
-    yield from kinds
-    together = {name: value for kind in kinds if kind for name, value in kind[-1].items()}
-    yield [together] if len(together) > 1 else []
+    combined = {name: value for kind in kinds if kind for name, value in kind[-1].items()}
+    return [*kinds, [combined] if len(combined) > 1 else []]
 
 
-def cheapest_changes(
-    run: Pretraining,
-    chips: int,
-    fits: Callable[[Compiled], bool],
-    attempt: Callable[[Pretraining], tuple[Compiled, float]],
-) -> list[Change]:
-    """At most two, by the time a step would take. `attempt` compiles a run and estimates its seconds.
-
-    Of each kind the mildest that fits; all kinds together only where fewer than two alone are enough.
-    """
+def cheapest_changes(run: Pretraining, target: Target, compile_run: Callable[[Pretraining], Compiled]) -> list[Change]:
+    """Return at most two changes with which the step fits: the mildest of each kind, or all kinds combined."""
     found: list[Change] = []
-    *alone, together = families(run, chips)
-    for kind in (*alone, together):
-        if kind is together and len(found) >= WANTED:
+    *single, combined = kinds_of_change(run, target.chips)
+    for kind in (*single, combined):
+        if len(found) == N_CHANGES:
             break
         for options in kind:
-            compiled, seconds = attempt(run.changed(**options))
-            if fits(compiled) and compiled.peak is not None:
-                found.append(Change(options, compiled.peak, seconds))
+            compiled = compile_run(run.changed(**options))
+            if compiled.fits(target) and compiled.peak is not None:
+                found.append(Change(options, compiled.peak))
                 break
-    return sorted(found, key=lambda change: change.seconds)[:WANTED]
+    return found

@@ -1,1 +1,1 @@
-"""The suites of experiments/benchmark.py: what each measures, as rows, and the rows as Markdown."""
+"""The suites of experiments/benchmark.py, and the commands soak.py and score_haiku.py."""

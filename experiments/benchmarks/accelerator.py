@@ -1,6 +1,6 @@
-"""For the day an accelerator is lent: kernels against the oracle, then measured beside estimated, then decoding.
+"""An accelerator's suite: kernels against plain attention, then training steps, then decoding.
 
-A part after another, within a slice of time; each leaves its row in the record, so the same command goes on.
+Each part adds its row to the record, and the same command resumes with the first part that has none.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,30 +16,29 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.accelerators.roofline import Roofline, total
-from experiments.accelerators.targets import target_of
-from experiments.benchmarks import timing
+from experiments.benchmarks import models
 from experiments.benchmarks.training import Step, synthetic
 from experiments.common.reports import markdown_table
-from experiments.common.slices import Part, Row
-from hourglass_jax import HourglassConfig, HourglassLM, generate
+from hourglass_jax import HourglassConfig, HourglassLM, UsageError, generate
 from hourglass_jax.costs import training_flops
 from hourglass_jax.evaluation import score
 from hourglass_jax.nn.attention.choice import IMPLEMENTATIONS
 from hourglass_jax.training.metrics import matmul_ceiling
 
+Row = dict[str, Any]
+Part = Callable[[], Row]
 ORACLE = "plain"
 POSITIONS = ("relative", "rotary", "learned")
 WINDOWS = (0, 64)
-TIMES, ROUNDING = 2.0, 1e-5  # how far from the oracle a kernel may be: so many times as plain attention, and this
+TIMES, ROUNDING = 2.0, 1e-5  # a kernel's largest error: that many times plain attention's, plus rounding
 
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
     """Sizes of the suite; the defaults are the paper's enwik8 model at length 4096.
 
-    check_length, check_d_model: of what kernels are compared with the oracle on; two heads, no multiple of any block.
-    decode_length, decode_batches: tokens that are generated, and texts at a time.
+    check_length, check_d_model: size of the models that check kernels; two heads, a length that no block divides.
+    decode_length, decode_batches: tokens generated, and rows generated at once.
     """
 
     hierarchy: str = "4@1 8@3 4@1"
@@ -59,7 +58,7 @@ class Accelerator:
         return HourglassConfig(hierarchy=hierarchy or self.hierarchy, **(sizes | options))
 
     def trained(self) -> dict[str, HourglassConfig]:
-        """Every attention with relative and rotary positions; plain models of the same depth and of the same FLOPs."""
+        """Return models with every attention, and plain models of the same depth and of the same FLOPs."""
         configs = {
             f"{self.hierarchy}, {positions}, {attention}": self.config(positions=positions, attention=attention)
             for positions in POSITIONS[:2]
@@ -76,7 +75,7 @@ class Accelerator:
 
 
 def parts(sizes: Accelerator, repeats: int) -> dict[str, Part]:
-    """In the order in which they are wanted."""
+    """Return the parts by name, in the order in which they run."""
     checked = [(a, p) for a in IMPLEMENTATIONS if a != ORACLE for p in POSITIONS]
     found: dict[str, Part] = {f"check {a} {p}": partial(check, sizes, a, p) for a, p in checked}
     found |= {f"train {name}": partial(train, sizes, config, repeats) for name, config in sizes.trained().items()}
@@ -88,10 +87,20 @@ def parts(sizes: Accelerator, repeats: int) -> dict[str, Part]:
     return found
 
 
-def check(sizes: Accelerator, attention: str, positions: str) -> Row:
-    """Logits and gradients of a small model, compared with plain attention's in float32 on the host.
+def run_parts(parts: Mapping[str, Part], rows: dict[str, Row]) -> Iterator[str]:
+    """Run the parts that `rows` lacks, and yield the name of each when its row is there; an error becomes a row."""
+    for name in [name for name in parts if name not in rows]:
+        try:
+            rows[name] = parts[name]()
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError, UsageError) as error:
+            rows[name] = {"kind": "failed", "reason": " ".join(str(error).split())[:300]}
+        yield name
 
-    A kernel passes where it is at most `TIMES` as far off as plain attention of the same type on the same device.
+
+def check(sizes: Accelerator, attention: str, positions: str) -> Row:
+    """Compare logits and gradients of a small model with those of plain attention in float32 on the host.
+
+    A kernel passes if its error is at most `TIMES` that of plain attention of the same dtype on the same device.
     """
     size = {"d_ff": 128, "d_model": sizes.check_d_model, "n_heads": 2, "max_length": sizes.check_length}
     comparisons, cpu = [], jax.local_devices(backend="cpu")[0]
@@ -117,7 +126,7 @@ def is_near(comparison: Mapping[str, Any]) -> bool:
 
 
 def logits_and_gradients(config: HourglassConfig, params: nnx.State, length: int) -> Any:
-    """Of two sequences, on the device in use, with products as exact as it has them."""
+    """Return logits and gradients of two sequences, with matrix products at the device's highest precision."""
     graph = nnx.split(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))[0]
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, length + 1)).astype(np.int32)
 
@@ -131,27 +140,24 @@ def logits_and_gradients(config: HourglassConfig, params: nnx.State, length: int
 
 
 def distance(found: Any, expected: Any) -> float:
-    """The largest difference, relative to the largest number of the same array."""
+    """Return the largest difference relative to the largest number of the same array."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
     return max(float(np.abs(a - b).max() / (np.abs(b).max() + 1e-12)) for a, b in pairs)
 
 
 def train(sizes: Accelerator, config: HourglassConfig, repeats: int) -> Row:
-    """A training step, measured beside the estimate of the very program that ran."""
+    """Time a training step."""
     batches = synthetic(sizes.batch, sizes.length)
     started = time.perf_counter()
     step = Step(config, batches)
     program = step.step.lower(step.state, *next(batches)).compile()
     compile_seconds = time.perf_counter() - started
     memory = program.memory_analysis()
-    [seconds] = timing.in_turn({"step": step}, repeats).values()
+    [seconds] = models.in_turn({"step": step}, repeats).values()
     median, flops = statistics.median(seconds), sizes.batch * training_flops(config, sizes.length)
-    target = target_of(jax.devices()[0].device_kind)
-    estimated = total(Roofline(program.as_text(), target).kernels).seconds if target else None
     return {
         "kind": "train",
         "seconds": seconds,
-        "estimated_seconds": estimated,
         "compile_seconds": compile_seconds,
         "characters_per_second": sizes.batch * sizes.length / median,
         "ceiling_share": flops / median / matmul_ceiling(sizes.dtype),
@@ -160,23 +166,23 @@ def train(sizes: Accelerator, config: HourglassConfig, repeats: int) -> Row:
 
 
 def decode(sizes: Accelerator, positions: str, batch: int, repeats: int) -> Row:
-    """Characters a second of generation, from prompts of one character."""
+    """Time generation from prompts of one character."""
     model = HourglassLM(sizes.config(positions=positions), rngs=nnx.Rngs(0))
     prompts = [[i % 256] for i in range(batch)]
     run = partial(generate, model, prompts, max_tokens=sizes.decode_length, key=jax.random.key(0))
-    [seconds] = timing.in_turn({"decode": run}, repeats).values()
+    [seconds] = models.in_turn({"decode": run}, repeats).values()
     rate = batch * sizes.decode_length / statistics.median(seconds)
     return {"kind": "decode", "seconds": seconds, "characters_per_second": rate}
 
 
 def describe(record: Mapping[str, Any], sizes: Accelerator, n_parts: int) -> str:
-    """What is done so far, as Markdown."""
+    """Return the finished parts as Markdown."""
     rows = record["rows"]
     text = [
         "# On an accelerator",
         f"{len(rows)} of {n_parts} parts are done. Training: d_model {sizes.d_model}, {sizes.n_heads} heads, length "
-        f"{sizes.length:,}, batch {sizes.batch}, {sizes.dtype}, AdamW, without dropout. Times are medians, compilation "
-        "left out; estimates are those of experiments/accelerators/roofline.py for the program that ran.",
+        f"{sizes.length:,}, batch {sizes.batch}, {sizes.dtype}, AdamW, without dropout. Times are medians without "
+        "compilation.",
     ]
     of_kind = {kind: {n: row for n, row in rows.items() if row["kind"] == kind} for kind in (*TABLES, "failed")}
     for kind, (heading, header, cells) in TABLES.items():
@@ -204,13 +210,10 @@ def check_cells(name: str, row: Row) -> list[list[str]]:
 
 
 def train_cells(name: str, row: Row) -> list[list[str]]:
-    measured, estimated = statistics.median(row["seconds"]), row["estimated_seconds"]
     return [
         [
             name.partition(" ")[2],
-            f"{measured * 1e3:,.1f}",
-            f"{estimated * 1e3:,.1f}" if estimated else "",
-            f"{measured / estimated:.2f}" if estimated else "",
+            f"{statistics.median(row['seconds']) * 1e3:,.1f}",
             f"{row['characters_per_second']:,.0f}",
             f"{row['ceiling_share']:.0%}",
             f"{row['memory_bytes'] / 2**30:.2f}",
@@ -232,7 +235,7 @@ TABLES: dict[str, tuple[str, list[str], Callable[[str, Row], list[list[str]]]]] 
     ),
     "train": (
         "## A training step",
-        ["model", "ms, measured", "ms, estimate", "ratio", "characters/s", "of the matmul ceiling", "GiB", "compile s"],
+        ["model", "ms a step", "characters/s", "of the matmul ceiling", "GiB", "compile s"],
         train_cells,
     ),
     "decode": ("## Generation", ["positions", "batch", "characters/s"], decode_cells),

@@ -1,4 +1,4 @@
-"""Groups that end where the text says beside groups of a fixed length: characters a second of training and decoding."""
+"""Characters per second of training and decoding with data-dependent groups, beside fixed ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from experiments.benchmarks import models, timing
+from experiments.benchmarks import models
 from experiments.benchmarks.training import BATCH, LENGTH, Step, real
 from experiments.common.reports import markdown_table
 from hourglass_jax import HourglassConfig, HourglassLM, generate
@@ -17,9 +17,11 @@ from hourglass_jax.costs import training_flops
 
 HIERARCHY = "2@1 4@6 2@1"
 FIXED, WHITESPACE, TOKENS = "fixed", "whitespace", "tokens"
-LISTED = tuple(range(models.SIZES["vocab_size"] // 6))  # at which groups end, of a model that draws all tokens alike
+LISTED = tuple(
+    range(models.SIZES["vocab_size"] // 6)
+)  # boundary tokens: a sixth of the vocabulary, which the model samples uniformly
 BATCHES = (1, 4, 16)
-NEW = 512  # tokens of each row
+NEW = 512  # new tokens per row
 
 
 def config(boundaries: str) -> HourglassConfig:
@@ -34,9 +36,9 @@ def config(boundaries: str) -> HourglassConfig:
 
 
 def measure(repeats: int) -> list[dict[str, Any]]:
-    """A row for each kind of boundaries in training, and for each batch in decoding."""
+    """Return a row for each kind of boundaries in training, and for each batch in decoding."""
     steps = {name: Step(config(name), real()) for name in (FIXED, WHITESPACE)}
-    trained = timing.in_turn(steps, repeats)
+    trained = models.in_turn(steps, repeats)
     rows = [
         {
             "task": "training",
@@ -54,7 +56,7 @@ def measure(repeats: int) -> list[dict[str, Any]]:
         for batch in BATCHES:
             prompts = [[i % 256] for i in range(batch)]
             runs[name, batch] = partial(generate, model, prompts, max_tokens=NEW, key=jax.random.key(0))
-    decoded = timing.in_turn(runs, repeats)
+    decoded = models.in_turn(runs, repeats)
     return rows + [
         {
             "task": "decoding",
@@ -68,7 +70,7 @@ def measure(repeats: int) -> list[dict[str, Any]]:
 
 
 def times_fixed(rows: list[dict[str, Any]], row: dict[str, Any]) -> float:
-    """How many times as fast as fixed groups: the median over rounds of the ratio."""
+    """Return the speed relative to fixed groups: the median of the ratio over rounds."""
     [fixed] = (r for r in rows if (r["task"], r["batch"], r["boundaries"]) == (row["task"], row["batch"], FIXED))
     return statistics.median(a / b for a, b in zip(fixed["seconds"], row["seconds"], strict=True))
 

@@ -1,4 +1,4 @@
-"""Characters a second of generation, beside a peer that runs the whole model for every character."""
+"""Characters per second of generation, beside a peer that runs the whole model for every character."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.benchmarks import models, timing
+from experiments.benchmarks import models
 from experiments.common.reports import markdown_table
 from hourglass_jax import HourglassLM, generate
 
-PEER_LENGTHS = (1, 64, 256, 512, 1024, 2048, 4096)  # where the peer's cost is measured; linear in between
+PEER_LENGTHS = (1, 64, 256, 512, 1024, 2048, 4096)  # at which the peer is timed; its cost is interpolated between them
 
 
 def peer_step(model: Any, n: int) -> None:
-    """The next character's logits after n characters."""
+    """Compute the next character's logits after n characters."""
     import torch
 
     with torch.no_grad():
@@ -27,7 +27,7 @@ def peer_step(model: Any, n: int) -> None:
 
 
 def measure(lengths: list[int], batches: list[int], repeats: int, *, peer: bool) -> list[dict[str, Any]]:
-    """One row for each model, batch and length; the peer only with a batch of one."""
+    """Return a row for each model, batch and length; the peer only with batch 1."""
     runs: dict[tuple[str, int, int], Any] = {}
     for name in models.METHODS:
         model = HourglassLM(models.config(name, max_length=max(lengths) + 1), rngs=nnx.Rngs(0))
@@ -41,7 +41,7 @@ def measure(lengths: list[int], batches: list[int], repeats: int, *, peer: bool)
     if peer:
         peer_model = models.make_peer(max(lengths)).eval()
         runs |= {("peer", 0, n): partial(peer_step, peer_model, n) for n in peer_lengths}
-    seconds = timing.in_turn(runs, repeats)
+    seconds = models.in_turn(runs, repeats)
     rows = [
         {"model": name, "batch": batch, "length": length, "seconds": taken}
         for (name, batch, length), taken in seconds.items()
@@ -58,7 +58,7 @@ def measure(lengths: list[int], batches: list[int], repeats: int, *, peer: bool)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, with the ratios to the peer and to one text at a time, at the same length."""
+    """Return the rows as Markdown, with the ratios to the peer and to batch 1 at the same length."""
     speeds = {(row["model"], row["batch"], row["length"]): row["characters_per_second"] for row in rows}
 
     def ratio(row: dict[str, Any], other: tuple[str, int, int]) -> str:

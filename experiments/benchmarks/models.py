@@ -1,14 +1,18 @@
-"""The model that all suites on a CPU time, here and in the PyPI package hourglass-transformer-pytorch."""
+"""The model that the CPU suites time, also in the PyPI package hourglass-transformer-pytorch, and the timer."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+import sys
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 from hourglass_jax import HourglassConfig, UsageError
 
+Name = TypeVar("Name", bound=Hashable)
 SIZES = {"vocab_size": 256, "hierarchy": "2@1 4@4 2@1", "d_model": 256, "n_heads": 8, "d_ff": 1024}
-# The peer's resampling with learned positions is the same architecture; `relative` is this library's default.
+# `learned` is the peer's architecture; `relative` is this library's default.
 METHODS = {
     "learned": {"shortening": "attention_average", "upsampling": "attention_repeat", "positions": "learned"},
     "relative": {"shortening": "attention_average", "upsampling": "attention_linear", "positions": "relative"},
@@ -21,17 +25,17 @@ def config(name: str, **options: Any) -> HourglassConfig:
 
 
 def find_peer() -> Any:
-    """The peer's module; raises UsageError where it is not installed."""
+    """Return the peer's module. Raises UsageError if it is not installed."""
     try:
         import hourglass_transformer_pytorch.hourglass_transformer_pytorch as peer
     except ImportError as error:
         raise UsageError(f"{error}; pip install -e '.[bench]', or give --nopeer") from None
-    peer.math = math  # which it uses without importing it, at lengths that are no multiple of its factor
+    peer.math = math  # the peer uses math without importing it
     return peer
 
 
 def make_peer(max_length: int) -> Any:
-    """The peer's language model at the same sizes, a torch module."""
+    """Return the peer's language model at the same sizes, a torch module."""
     return find_peer().HourglassTransformerLM(
         num_tokens=256,
         dim=256,
@@ -41,3 +45,22 @@ def make_peer(max_length: int) -> Any:
         heads=8,
         dim_head=32,
     )
+
+
+def in_turn(runs: Mapping[Name, Callable[[], Any]], repeats: int, *, warm: bool = False) -> dict[Name, list[float]]:
+    """Return the seconds of `repeats` calls of each run; the runs take turns, since machines drift.
+
+    An additional first round is not counted.
+    warm: each call follows one that is not counted, so that it finds its own data in the caches.
+    """
+    seconds: dict[Name, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            if warm:
+                run()
+            started = time.perf_counter()
+            run()
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+        print(f"round {repeat} of {repeats} done", file=sys.stderr, flush=True)
+    return seconds

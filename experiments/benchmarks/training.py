@@ -1,4 +1,4 @@
-"""Characters a second of training, beside a peer; the share of the machine's matrix products; the cost of input."""
+"""Characters per second of training, beside a peer; the share of the matrix-product ceiling; the cost of input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.benchmarks import models, timing
+from experiments.benchmarks import models
 from experiments.common.reports import markdown_table
 from hourglass_jax import HourglassConfig, HourglassLM, OptimizerConfig
 from hourglass_jax.costs import training_flops
@@ -28,11 +28,11 @@ from hourglass_jax.training.step import TrainState, make_train_step
 
 LENGTH, BATCH = 512, 8
 DROPOUTS = (0.0, 0.1)
-SERIES = 3  # steps at a time, as training does them one after another
+SERIES = 3  # consecutive steps per measurement
 
 
 class Case(NamedTuple):
-    """What is timed. memory: kept by the process (`keep_memory`, as our launchers have it), or given back."""
+    """A timed case. memory: kept by the process (`keep_memory`, as our launchers do), or given back."""
 
     model: str
     dropout: float = 0.0
@@ -44,7 +44,7 @@ PEER = Case("peer", memory="given back")  # as its users run it
 
 
 class Step:
-    """One training step after another, each on the next of `batches`; a call returns when it is done."""
+    """A training step; each call runs on the next of `batches` and blocks until it is done."""
 
     def __init__(self, config: HourglassConfig, batches: Iterator[Batch]):
         model = HourglassLM(config, rngs=nnx.Rngs(0))
@@ -60,20 +60,20 @@ class Step:
 
 
 def synthetic(batch: int, length: int) -> Iterator[Batch]:
-    """The same random batch again and again."""
+    """Yield the same random batch forever."""
     tokens = np.random.default_rng(0).integers(0, 256, (batch, length + 1)).astype(np.int32)
     while True:
         yield tokens, np.ones((batch, length), np.float32)
 
 
 def real() -> Iterator[Batch]:
-    """Windows of the built-in text, through the input pipeline."""
+    """Return windows of the built-in text, through the input pipeline."""
     tokens = ByteTokenizer().encode(builtin_text()).astype(np.uint8)
     return stream(random_windows(tokens, LENGTH, BATCH, seed=0), 0, 10_000)
 
 
 def peer_step() -> Callable[[], None]:
-    """A training step of the peer: forward, backward, AdamW, eagerly. It offers no dropout."""
+    """Return a training step of the peer: eager, AdamW, without dropout, which it does not support."""
     import torch
 
     model = models.make_peer(LENGTH).train()
@@ -90,14 +90,14 @@ def peer_step() -> Callable[[], None]:
 
 
 def make_step(case: Case) -> Callable[[], None]:
-    """The step of a case, ours on `synthetic` or `real` input."""
+    """Return the step of a case."""
     if case.model == PEER.model:
         return peer_step()
     batches = real() if case.input == "real" else synthetic(BATCH, LENGTH)
     return Step(models.config(case.model, dropout=case.dropout, max_length=LENGTH), batches)
 
 
-_steps: list[Callable[[], None]] = []  # the one of a process that does nothing else
+_steps: list[Callable[[], None]] = []  # holds the step of a worker process
 
 
 def _begin(case: Case) -> None:
@@ -112,19 +112,19 @@ def _go_on() -> None:
 
 
 def apart(case: Case) -> Callable[[], None]:
-    """Its steps in a process of their own, so that no model's memory is in another's way."""
+    """Return a function that runs the case's steps in a process of its own, with its own memory."""
     process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=partial(_begin, case))
     return lambda: process.submit(_go_on).result()
 
 
 def measure(repeats: int, *, peer: bool) -> list[dict[str, Any]]:
-    """One row for each case."""
+    """Return a row for each case."""
     cases = [Case(name, dropout) for name in models.METHODS for dropout in DROPOUTS]
     cases += [Case("learned", input="real"), *(Case(name, memory="given back") for name in models.METHODS)]
     if peer:
-        models.find_peer()  # or say so here
+        models.find_peer()  # raises if it is missing
         cases += [PEER, PEER._replace(memory="kept")]
-    seconds = timing.in_turn({case: apart(case) for case in cases}, repeats, warm=True)
+    seconds = models.in_turn({case: apart(case) for case in cases}, repeats, warm=True)
     ceiling = matmul_ceiling("float32")
     rows = []
     for case, of_series in seconds.items():
@@ -144,7 +144,7 @@ def case_of(row: dict[str, Any]) -> Case:
 
 
 def paired(rows: list[dict[str, Any]], one: Case, other: Case) -> float | None:
-    """How many times as fast `one` is as `other`: the median over rounds of their ratio."""
+    """Return the speed of `one` relative to `other`: the median of the ratio over rounds."""
     seconds = {case_of(row): row["seconds"] for row in rows}
     if other not in seconds:
         return None

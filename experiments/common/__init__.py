@@ -1,1 +1,1 @@
-"""What the launchers share: flags, run directories, sources of data, pictures, reports."""
+"""Shared code of the commands: flags, run directories, data sources, pictures, reports."""

@@ -1,4 +1,4 @@
-"""Where a model ends its groups over a text: as a file, in words, and whether that can be."""
+"""Where a model's groups end in a text: a file of them, their mean length, and checks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from experiments.common.surprise import token_names
+from experiments.common.characters import token_names
 from hourglass_jax import HourglassLM, UsageError
 from hourglass_jax.cuts import boundaries_of_rows, count_groups
 from hourglass_jax.data.pipeline import Batch
@@ -21,13 +21,15 @@ HEADER = "position\tcharacter\tlevels\n"
 
 
 def write_boundaries(path: Path, model: HourglassLM, batches: Sequence[Batch], tokenizer: TextTokenizer) -> None:
-    """A line for each character that the predictions in `batches` are made at, tab-separated.
+    """Write a tab-separated line for each input character of `batches`: position from 0, character, levels.
 
-    Positions count from 0; levels: how many shortenings, outermost first, end a group there. A window begins anew, so
-    its first character ends one of each. Raises UsageError for a model that shortens nowhere.
+    levels: the number of shortenings, outermost first, that end a group there; all of them at a window's start.
+    Raises UsageError for a model without shortening.
     """
     if model.config.parsed_hierarchy.total_factor == 1:
-        raise UsageError(f"--boundaries: hierarchy='{model.config.hierarchy}' shortens nowhere; leave it out")
+        raise UsageError(
+            f"--boundaries: hierarchy='{model.config.hierarchy}' has no shortening; leave --boundaries out"
+        )
     names, position = token_names(tokenizer), 0
     with whole_file(path) as file:
         file.write(HEADER.encode())
@@ -39,7 +41,7 @@ def write_boundaries(path: Path, model: HourglassLM, batches: Sequence[Batch], t
 
 
 def describe_groups(model: HourglassLM, tokens: np.ndarray, weights: np.ndarray) -> str:
-    """How long the groups are that a batch's whole rows make, where events end them; empty otherwise."""
+    """Return the mean group length over a batch's complete rows; empty for fixed groups."""
     rows = tokens[weights.all(axis=1), :-1]
     if not model.config.event_levels or not len(rows):
         return ""
@@ -47,23 +49,23 @@ def describe_groups(model: HourglassLM, tokens: np.ndarray, weights: np.ndarray)
 
 
 def check_groups(model: HourglassLM, tokens: np.ndarray, weights: np.ndarray) -> None:
-    """Warns where more than one event in a hundred has to wait; raises UsageError where the text has none.
+    """Warn if more than MOST_SUPPRESSED of the boundaries are suppressed. Raises UsageError if the text has none.
 
-    Of learned boundaries training has yet to decide: `fit` warns.
+    Learned boundaries are skipped: `fit` warns during training.
     """
     config, rows = model.config, tokens[weights.all(axis=1), :-1]
     if not config.event_levels or not len(rows) or isinstance(model.hourglass.boundaries, LearnedBoundaries):
         return
     counts = count_groups(model, rows)
-    if counts.groups <= len(rows):  # the first token of each row always ends one
+    if counts.groups <= len(rows):  # the first token of each row always ends a group
         raise UsageError(
-            f"boundaries={config.boundaries!r} end no group in {counts.tokens} tokens of the text; choose others, or "
-            "fixed"
+            f"boundaries={config.boundaries!r} end no group in {counts.tokens} tokens of the text; choose other "
+            "boundaries, or 'fixed'"
         )
     if counts.suppressed > MOST_SUPPRESSED:
         logging.warning(
-            "%.1f %% of the groups' ends find no room and wait for the next; groups have %.1f tokens, so choose a "
-            "smaller factor than that of hierarchy='%s', or a larger boundary_slack",
+            "%.1f %% of the boundaries are suppressed for lack of room; groups have %.1f tokens, so choose a smaller "
+            "factor than that of hierarchy='%s', or a larger boundary_slack",
             100 * counts.suppressed,
             counts.length,
             config.hierarchy,

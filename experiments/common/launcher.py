@@ -1,4 +1,4 @@
-"""What the launchers share: configurations as flags, run directories, samples, one-line errors."""
+"""Shared code of the commands: configurations as flags, run directories, samples, one-line errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
+from experiments.common.pipes import quiet_pipes
 from hourglass_jax import (
     CausalityError,
     HourglassConfig,
@@ -49,10 +50,11 @@ PLUGIN = flags.DEFINE_multi_string(
     "plugin", [], "A Python file or module to import first, e.g. one that registers a shortening; may be repeated."
 )
 _aliases: dict[str, tuple[str, Callable[[str], Any]]] = {}
+_started: list[Run] = []
 
 
 def define_config(name: str, defaults: Any, *, without: tuple[str, ...] = ()) -> None:
-    """Flags --name.field=value for every field of a dataclass."""
+    """Define flags --name.field=value for every field of a dataclass."""
     fields = {k: v for k, v in dataclasses.asdict(defaults).items() if k not in without}
     help_text = f"{type(defaults).__name__} fields, as --{name}.FIELD"
     try:
@@ -65,18 +67,18 @@ def define_config(name: str, defaults: Any, *, without: tuple[str, ...] = ()) ->
 
 
 def define_alias(alias: str, target: str, parse: Callable[[str], Any]) -> None:
-    """Flag --alias=value for --target=parse(value); `target` is config.field, several separated by commas."""
+    """Define a flag --alias=value for --target=parse(value). target: config.field, or several separated by commas."""
     _aliases[alias] = (target, parse)
     flags.DEFINE_string(alias, None, "short for " + " and ".join(f"--{t}" for t in target.split(",")))
 
 
 def define_seed(help_text: str) -> flags.FlagHolder[int]:
-    """Flag --seed=N, of the numbers that a key of JAX can be made of."""
+    """Define a flag --seed=N with the range of JAX's seeds."""
     return flags.DEFINE_integer("seed", 0, help_text, lower_bound=0, upper_bound=MAX_SEED)
 
 
 def given_fields(name: str) -> dict[str, list[str]]:
-    """The fields of a config that the command line gives, with the flags that do."""
+    """Return the fields of a config that the command line gives, each with its flags."""
     targets = [(f"{name}.{field}", f"{name}.{field}") for field in FLAGS[name].value]
     targets += [(alias, target) for alias, (several, _) in _aliases.items() for target in several.split(",")]
     found: dict[str, list[str]] = {}
@@ -88,13 +90,15 @@ def given_fields(name: str) -> dict[str, list[str]]:
 
 
 def read_config(name: str, cls: type[Config], **given: Any) -> Config:
-    """The dataclass from its flags and aliases; raises UsageError as its constructor does, and where flags differ."""
+    """Return the dataclass of the flags and aliases. Raises UsageError for bad or contradicting values."""
     values = FLAGS[name].value.to_dict()
     for field, names in given_fields(name).items():
         found = [values[field]] * (f"{name}.{field}" in names)
         found += [parse_flag(flag, FLAGS[flag].value, _aliases[flag][1]) for flag in names if flag in _aliases]
         if any(value != found[0] for value in found[1:]):
-            raise UsageError(f"--{' and --'.join(names)} differ about {name}.{field}; leave out all but one")
+            raise UsageError(
+                f"--{' and --'.join(names)} give different values of {name}.{field}; leave out all but one"
+            )
         values[field] = found[0]
     return cls(**(values | given))
 
@@ -109,9 +113,9 @@ def parse_flag(flag: str, text: str, parse: Callable[[str], Any]) -> Any:
 
 
 def check_taken(taken_by: dict[str, tuple[str, ...]], mode: str, given: Collection[str] = ()) -> None:
-    """Raises UsageError for an option that is given, by name or as one of `given`, but not for this mode.
+    """Raise UsageError for a flag, or an option in `given`, that does not apply to `mode`.
 
-    taken_by: of each option that only some modes take, these, as they are written: '--suite=decoding'.
+    taken_by: the modes of each option that only some modes support, as written, e.g. '--suite=decoding'.
     """
     for option, modes in sorted(taken_by.items()):
         if (option in given or (option in FLAGS and FLAGS[option].present)) and mode not in modes:
@@ -119,7 +123,7 @@ def check_taken(taken_by: dict[str, tuple[str, ...]], mode: str, given: Collecti
 
 
 def import_plugin(plugin: str) -> None:
-    """A file by its path, or a module by its name; raises UsageError where there is none."""
+    """Import a file by its path or a module by its name. Raises UsageError if it does not exist."""
     path = Path(plugin)
     if path.suffix != ".py":
         missing = f"--plugin={plugin}: no such module; give a module's name or the path of a .py file"
@@ -128,7 +132,7 @@ def import_plugin(plugin: str) -> None:
         try:
             importlib.import_module(plugin)
         except ModuleNotFoundError as error:
-            if not f"{plugin}.".startswith(f"{error.name}."):  # but one that the plugin imports
+            if not f"{plugin}.".startswith(f"{error.name}."):  # a module that the plugin imports
                 raise
             raise UsageError(missing) from error
         return
@@ -140,13 +144,13 @@ def import_plugin(plugin: str) -> None:
 
 
 def next_command(script: str, *options: str) -> str:
-    """The line that tells what to run after this, with the same plugins."""
+    """Return the line that suggests the next command, with the same plugins."""
     plugins = [f"--plugin={plugin}" for plugin in PLUGIN.value]
     return f"next: {shlex.join(['python', f'experiments/{script}.py', *options, *plugins])}"
 
 
 class PathParser(flags.ArgumentParser):
-    """A path, `~` for the home directory."""
+    """A path; expands `~`."""
 
     syntactic_help = "a path"
 
@@ -155,26 +159,26 @@ class PathParser(flags.ArgumentParser):
 
 
 def define_path(name: str, default: str | None, help_text: str) -> flags.FlagHolder:
-    """A flag for a file or directory; `~/x` lies in the home directory, which a shell leaves as it is after `=`."""
+    """Define a flag for a path; expands `~/x`, which a shell does not do after `=`."""
     return flags.DEFINE(PathParser(), name, default, help_text, serializer=flags.ArgumentSerializer())
 
 
 def check_directory_of(path: str) -> None:
-    """Raises UsageError where no file can be written: before what it is to hold is computed."""
+    """Raise UsageError if the directory of `path` does not exist."""
     if not (directory := Path(path).parent).is_dir():
-        raise UsageError(f"{path}: there is no directory {directory}; make it, or give another path")
+        raise UsageError(f"{path}: the directory {directory} does not exist; create it or give another path")
 
 
 class ModelFlags:
-    """The flags --load_model_path, of a run directory, and --pretrained, of a model that comes with the package."""
+    """The flags --load_model_path (a run directory) and --pretrained (a shipped model)."""
 
     def __init__(self, default: str, help_text: str):
         self._path = define_path("load_model_path", default, help_text)
-        self._name = flags.DEFINE_string("pretrained", None, "Name of a model that comes with the package, instead.")
+        self._name = flags.DEFINE_string("pretrained", None, "Name of a shipped model, instead of a directory.")
 
     @property
     def value(self) -> str:
-        """The model's directory, which `Run` reads. Raises UsageError for both flags or an unknown name."""
+        """The model's run directory. Raises UsageError for both flags or an unknown name."""
         if self._name.value is None:
             return self._path.value
         if self._path.present:
@@ -183,32 +187,32 @@ class ModelFlags:
 
     @property
     def given(self) -> str:
-        """The directory or the name, as a record of what was done says it."""
+        """The directory or the name, for records."""
         return self._name.value or self.value
 
     def load(self) -> tuple[HourglassLM, Any, HourglassConfig]:
-        """(model, tokenizer, config)."""
+        """Return (model, tokenizer, config)."""
         directory = self.value
         return load_run(directory) if self._name.value is None else load_pretrained(self._name.value)
 
 
 def load_run(directory: str) -> tuple[HourglassLM, Any, HourglassConfig]:
-    """`load`; raises UsageError where the run is one of bare tokens."""
+    """Return (model, tokenizer, config) of a run. Raises UsageError if it has no tokenizer."""
     model, tokenizer, config = load(directory)
     if tokenizer is None:
-        raise UsageError(f"{directory}: a run of bare tokens, without a tokenizer; use it from Python, with hg.load")
+        raise UsageError(f"{directory}: the run has no tokenizer; use it from Python, with hg.load")
     return model, tokenizer, config
 
 
 def load_origin(origin: str) -> tuple[HourglassLM, Any, dict[str, Any]]:
-    """(model, tokenizer, settings) of a run directory or, where there is none, of a model of the package."""
+    """Return (model, tokenizer, settings) of a run directory, or of a shipped model if there is none."""
     shipped = origin in pretrained_names() and not Path(origin).exists()
     model, tokenizer, _ = load_pretrained(origin) if shipped else load_run(origin)
     return model, tokenizer, Run(pretrained_path(origin) if shipped else origin).read().settings
 
 
 def causality(model: HourglassLM) -> str:
-    """Whether the model is causal, in words; raises CausalityError where it leaks."""
+    """Return whether the model is causal, in words. Raises CausalityError if it leaks."""
     if not model.config.causal:
         return "no, it sees both sides"
     try:
@@ -224,27 +228,33 @@ def checkpoints_to_keep(value: str) -> int:
 
 
 def define_runtime() -> None:
-    """Flags of a run's devices and of going on with it."""
+    """Define the flags of devices, checkpoints and resuming."""
     define_config("runtime", RuntimeConfig())
     for name in ("fsdp", "accumulate", "checkpoint_interval", "sample_interval"):
         define_alias(name, f"runtime.{name}", int)
     define_alias("keep_checkpoints", "runtime.keep_checkpoints", checkpoints_to_keep)
     for name in ("profile_steps", "log"):
         define_alias(name, f"runtime.{name}", str)
-    flags.DEFINE_enum("resume", "auto", ["auto", "never"], "Go on with a run of the same settings, or refuse to.")
+    flags.DEFINE_enum(
+        "resume", "auto", ["auto", "never"], "auto: resume a run of the same settings; never: raise an error."
+    )
     flags.DEFINE_boolean("overwrite", False, "Remove another run found in the output directory.")
-    flags.DEFINE_string("coordinator", None, "host:port of the first of several processes; give all three.")
-    flags.DEFINE_integer("num_processes", None, "Of how many processes this is one.", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "Which one, from 0; the first prints and writes.", lower_bound=0)
+    flags.DEFINE_string(
+        "coordinator", None, "host:port of the first process; for several processes, with the next two flags."
+    )
+    flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+    flags.DEFINE_integer(
+        "process_id", None, "Index of this process, from 0; process 0 prints and writes.", lower_bound=0
+    )
 
 
 def define_allow_unknown() -> None:
-    """The flag of those who read a text in a vocabulary that was not made of it."""
-    flags.DEFINE_boolean("allow_unknown", False, "Take a text of which more than a tenth is not in the vocabulary.")
+    """Define the flag --allow_unknown."""
+    flags.DEFINE_boolean("allow_unknown", False, "Accept a text with more than 10 % unknown characters.")
 
 
 def read_runtime() -> RuntimeConfig:
-    """The runtime's flags; joins the other processes where there are any, so call it before any computation."""
+    """Return the runtime's flags, and join the other processes, if any; call it before any computation."""
     runtime = read_config("runtime", RuntimeConfig)
     processes = [FLAGS[name].value for name in ("coordinator", "num_processes", "process_id")]
     if processes != [None] * 3:
@@ -266,15 +276,16 @@ def start_run(
     runtime: RuntimeConfig,
     batch: Batch,
 ) -> None:
-    """Starts `run`, or finds it to be this one, of which `batch` is the first.
+    """Start or resume `run`, whose first batch is `batch`.
 
-    Raises UsageError where it must not or cannot go on, and leaves it as it was: what `fit` would refuse is among it.
+    Raises UsageError if it cannot be started or resumed, and then leaves it unchanged.
     """
     tokens, _ = batch
     check_batch(make_mesh(runtime), len(tokens), runtime.accumulate)
     if jax.process_index() == 0:
         settings = {**settings, **of_first_batch(tokens)}
         run.start(config, tokenizer, settings, overwrite=FLAGS.overwrite, resume=FLAGS.resume == "auto")
+        _started.append(run)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the run directory is ready")
 
@@ -282,7 +293,7 @@ def start_run(
 def make_sampler(
     tokenizer: Tokenizer, prompt: np.ndarray, max_tokens: int, seed: int, signals: Signals, *, ends: bool = False
 ) -> Callable[[HourglassLM], str]:
-    """What a model makes of `prompt`, up to <EOS> if it `ends` by itself; a signal interrupts it."""
+    """Return a function that samples text after `prompt`, up to <EOS> if `ends`; a signal interrupts it."""
     special = (tokenizer.unk_id, tokenizer.bos_id, None if ends else tokenizer.eos_id)
 
     def sample(model: HourglassLM) -> str:
@@ -302,7 +313,7 @@ def make_sampler(
 
 
 def where_it_decodes(sample: Callable[[HourglassLM], str]) -> Callable[[HourglassLM], str]:
-    """`sample`; of a model without decoding, in its place why there is none."""
+    """Return `sample`, which for a model without decoding returns the reason instead."""
 
     def sample_or_reason(model: HourglassLM) -> str:
         try:
@@ -315,20 +326,20 @@ def where_it_decodes(sample: Callable[[HourglassLM], str]) -> Callable[[Hourglas
 
 
 def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
-    """absl's app.run. Bad input is one line on stderr and exit code 2; 0 where a signal ends a run that is saved,
-    where it ends anything else 128 and its number.
+    """Run `main` as absl's app.run does.
 
-    `positional`: main takes arguments beside the flags.
+    Bad input prints one line on stderr and exits with 2. A signal exits with 0 if the run is saved, else with 128 plus
+    its number. A closed pipe exits with 141, without an error. positional: main accepts arguments besides flags.
     """
 
     def parse(argv: list[str]) -> list[str]:
         try:
             return FLAGS(argv)
-        except (flags.Error, TypeError, ValueError) as error:  # ml_collections lets Python's own through
+        except (flags.Error, TypeError, ValueError) as error:  # ml_collections raises the last two
             fail(argv[0], str(error))
 
     def guarded(argv: list[str]) -> None:
-        for stream in (sys.stdout, sys.stderr):  # no text that a terminal cannot show may end a run
+        for stream in (sys.stdout, sys.stderr):  # or a text that the terminal cannot show ends a run
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         python_logging.getLogger("orbax").setLevel(python_logging.ERROR)
@@ -343,20 +354,24 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
         except Interrupted as interruption:
             print(f"\n{interruption}")
         except KeyboardInterrupt:
-            complain(argv[0], "interrupted")
-            sys.stdout.flush()
-            os._exit(130)  # as a shell reports it; at once, since Python's own end crashes where XLA is at work
+            with suppress(OSError):
+                complain(argv[0], "interrupted")
+                print(end="", flush=True)
+            os._exit(130)  # a shell's code; at once, since a regular exit crashes while XLA computes
+        except BrokenPipeError:  # for quiet_pipes
+            raise
         except (UsageError, CausalityError, OSError) as error:
             fail(argv[0], str(error))
 
     for flag in FLAGS.get_key_flags_for_module(__name__):
-        FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # so that --help shows what is defined here too
-    app.run(guarded, flags_parser=parse)
+        FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # so that --help lists the flags defined here
+    with quiet_pipes(_started):
+        app.run(guarded, flags_parser=parse)
 
 
 @contextmanager
 def stopping() -> Iterator[Signals]:
-    """Signals for what leaves nothing to go on with: one line on stderr, and an exit code that is not 0."""
+    """Yield Signals for a command that cannot resume: a signal prints one line and exits with 128 plus its number."""
     with Signals() as signals:
         try:
             yield signals

@@ -1,4 +1,4 @@
-"""Images drawn by a model, and a PNG of them."""
+"""Images that a model samples, and a PNG grid of them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from PIL import Image
 from hourglass_jax import HourglassLM, ImageTokenizer, generate
 from hourglass_jax.files import whole_file
 
-COLUMNS = 8  # of a grid
-GAP = 2  # white pixels between its images
-SIDE = 64  # pixels; smaller images are enlarged by the largest whole factor that keeps to it
-BATCH = 32  # images drawn at once, so that memory does not grow with their number
+COLUMNS = 8  # of the grid
+GAP = 2  # white pixels between images
+SIDE = 64  # pixels; smaller images are enlarged by an integer factor up to this size
+BATCH = 32  # images sampled at once, which bounds the memory
 
 
 def draw_images(
@@ -28,9 +28,10 @@ def draw_images(
     check: Callable[[], None] = lambda: None,
     **sampling: Any,
 ) -> np.ndarray:
-    """Images uint8 [N, H, W, C] whose first intensities are `given`, int [N, G]; with G = 0 they are all the model's.
+    """Sample images, uint8 [N, H, W, C], that start with the intensities `given`, int [N, G].
 
-    `check` is called all the time and may raise; `sampling` are options of `generate`.
+    check: called after each token; may raise.
+    sampling: options of `generate`.
     """
     prompts = np.pad(given, [(0, 0), (1, 0)], constant_values=tokenizer.bos_id)
     drawn: list[np.ndarray] = []
@@ -49,18 +50,18 @@ def draw_images(
 
 
 def top_halves(tokenizer: ImageTokenizer, images: np.ndarray) -> np.ndarray:
-    """uint8 [N, H, W, C] -> the intensities of the upper H // 2 rows, int32 [N, H // 2 * W * C]."""
+    """Return the intensities of the upper H // 2 rows of uint8 [N, H, W, C]: int32 [N, H // 2 * W * C]."""
     height, width, channels = tokenizer.shape
     return tokenizer.encode(images)[:, : height // 2 * width * channels]
 
 
 def nothing(n_images: int) -> np.ndarray:
-    """Of which whole images are drawn: int32 [N, 0]."""
+    """Return empty prompts, int32 [N, 0], to sample whole images."""
     return np.zeros((n_images, 0), np.int32)
 
 
 def save_grid(path: Path, *groups: np.ndarray) -> None:
-    """Writes a PNG of groups of images, uint8 [N, H, W, 3] each: rows of `COLUMNS` images, from each group in turn."""
+    """Write a PNG of groups of images, uint8 [N, H, W, 3] each, in rows of `COLUMNS`, alternating between groups."""
     n_images, height, width, _ = groups[0].shape
     scale = max(1, SIDE // max(height, width))
     rows = [group[start : start + COLUMNS] for start in range(0, n_images, COLUMNS) for group in groups]

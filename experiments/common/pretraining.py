@@ -1,4 +1,4 @@
-"""Options of a pretraining run: its configurations and their short names, for whatever starts or plans one."""
+"""Flags of a pretraining run: its configurations and their short names."""
 
 from __future__ import annotations
 
@@ -32,16 +32,15 @@ DATA = DataConfig(block_size=128, batch_size=8)
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
 TRAIN = TrainConfig(steps=600, eval_interval=100)
 
-OUT = launcher.define_path("out", "runs/pretrain", "Directory for checkpoints, curves and plots.")
+OUT = launcher.define_path("out", "runs/pretrain", "Directory of checkpoints, curves and plots.")
 INIT_FROM = launcher.define_path(
     "init_from",
     "",
-    "Start from the parameters of this run, or of a model that comes with the package, by its name; its model and "
-    "vocabulary are the defaults.",
+    "Start from the parameters of this run or shipped model; its model options and vocabulary are the defaults.",
 )
 VOCAB_PATH = launcher.define_path("vocab_path", "", "Use this vocabulary (JSON) instead of the text's own.")
 EPOCHS = flags.DEFINE_integer("epochs", None, "With --iter: train for epochs * iter steps.", lower_bound=1)
-ITER = flags.DEFINE_integer("iter", None, "Steps an epoch; an evaluation follows each.", lower_bound=1)
+ITER = flags.DEFINE_integer("iter", None, "Steps per epoch; an evaluation follows each.", lower_bound=1)
 flags.DEFINE_alias("model_save_path", "out")
 
 launcher.define_config("model", MODEL, without=("vocab_size",))
@@ -88,9 +87,9 @@ BETAS = flags.DEFINE_string("betas", None, "Short for --optimizer.beta1 and --op
 
 
 def read_model(tokenizer: Tokenizer, base: HourglassConfig | None = None) -> HourglassConfig:
-    """From its flags; where there is a `base`, that one with the options that are given.
+    """Return the configuration from its flags, or `base` with the flags that are given.
 
-    Boundaries that the text decides are told the tokenizer's characters, unless they are given tokens of their own.
+    boundary_tokens default to those of the tokenizer for the chosen boundaries.
     """
     options, given = launcher.read_config("model", dict), launcher.given_fields("model")
     if base:
@@ -98,12 +97,12 @@ def read_model(tokenizer: Tokenizer, base: HourglassConfig | None = None) -> Hou
     if "boundaries" in given and "boundary_tokens" not in given:
         options["boundary_tokens"] = ()
     options["boundary_tokens"] = options["boundary_tokens"] or boundary_tokens(tokenizer, options["boundaries"])
-    options["vocab_size"] = tokenizer.vocab_size + (not options["causal"])  # with a mask
+    options["vocab_size"] = tokenizer.vocab_size + (not options["causal"])  # and a mask token
     return HourglassConfig(**options)
 
 
 def in_tokens_of(tokenizer: Tokenizer, data: DataConfig) -> DataConfig:
-    """`data` as `tokenizer` reads it; raises UsageError where a flag asks for something else."""
+    """Return `data` with the tokenizer's own options. Raises UsageError if a flag contradicts them."""
     if data.dataset != "text":
         return data
     own = {"tokenizer": tokenizer.kind, "clean": getattr(tokenizer, "clean", False)}
@@ -120,13 +119,13 @@ def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:
         betas = {"beta1": beta1, "beta2": beta2}
     schedule: dict[str, int] = {}
     if (EPOCHS.value is None) != (ITER.value is None):
-        raise UsageError("--epochs and --iter go together: epochs * iter steps; or give --steps alone")
+        raise UsageError("--epochs and --iter require each other: epochs * iter steps; or give --steps alone")
     if EPOCHS.value is not None:
         schedule = {"steps": EPOCHS.value * ITER.value, "eval_interval": ITER.value}
     for name, fields, options in (("optimizer", betas, "--betas"), ("train", schedule, "--epochs and --iter")):
         for field, names in launcher.given_fields(name).items():
             if field in fields:
-                raise UsageError(f"{options} and --{names[0]} both give {name}.{field}; leave out one of them")
+                raise UsageError(f"{options} and --{names[0]} both set {name}.{field}; leave out one of them")
     return (
         launcher.read_config("data", DataConfig),
         launcher.read_config("optimizer", OptimizerConfig, **betas),

@@ -1,4 +1,4 @@
-"""Committed results: a JSON record that says what made it, and Markdown for readers."""
+"""Reports: a JSON record with its provenance, and Markdown; and the model cards of shipped weights."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from hourglass_jax import UsageError
+from hourglass_jax import HourglassLM, UsageError
 from hourglass_jax.files import write_whole
+from hourglass_jax.model import n_parameters
+from hourglass_jax.training.run import Record
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
+SECTIONS = ("## Data", "## Licence", "## Training", "## Not good for")  # of a description
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def provenance(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """The command as it was given, but for a comment, the kind of machine, and versions."""
+    """Return the command without --comment, the kind of machine, and package versions."""
     device = jax.devices()[0]
     kind = device.device_kind if device.platform != "cpu" else f"{platform.machine()} CPU"
     script = Path(sys.argv[0]).absolute()
@@ -36,11 +39,11 @@ def provenance(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> Any:
-    """What is in a JSON file, None where there is no file; raises UsageError where it is damaged."""
+    """Return the content of a JSON file, or None if it does not exist. Raises UsageError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except ValueError as error:
-        raise UsageError(f"{path}: not JSON ({error}); remove it to have it made anew") from error
+        raise UsageError(f"{path}: not JSON ({error}); remove it, and run the command again") from error
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -49,14 +52,55 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def report_file(path: Path, ending: str) -> Path:
-    """PATH.json, PATH.md or PATH.png of a report; a dot in its name, as of `table1-book.txt-micro`, ends nothing."""
+    """Return PATH.json, PATH.md or PATH.png; PATH may contain dots, as in `table1-book.txt-micro`."""
     return path.with_name(path.name + ending)
 
 
 def write_report(path: Path, record: dict[str, Any], text: str) -> None:
-    """PATH.json and PATH.md; the Markdown ends with where its figures come from."""
+    """Write PATH.json and PATH.md, which ends with the provenance."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(report_file(path, ".json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     source = f"Command: `{record['command']}`  \nMachine: {record['machine']}  \nVersions: {versions}"
     write_whole(report_file(path, ".md"), f"{text.rstrip()}\n\n{source}\n")
+
+
+def publish(path: Path, record: dict[str, Any], render: Callable[[Any], str], draw: Callable[[Any, Path], None]) -> str:
+    """Write PATH.json, and PATH.md and PATH.png from the record; return the path of PATH.md."""
+    write_report(path, record, render(record))
+    draw(record, report_file(path, ".png"))
+    return f"{path}.md"
+
+
+def model_card(name: str, model: HourglassLM, record: Record, about: Path, evaluations: Sequence[Path]) -> str:
+    """Return a model card: the description in `about`, and the summaries of the evaluations' records.
+
+    Raises UsageError if a section or a record is missing.
+    """
+    description = about.read_text(encoding="utf-8").strip()
+    if missing := [section for section in SECTIONS if section not in description.splitlines()]:
+        raise UsageError(f"{about}: has no section {missing[0]!r}; a model card requires {', '.join(SECTIONS)}")
+    if not evaluations:
+        raise UsageError("a model card requires figures; give records of evaluate.py --report as --evaluations")
+    figures = []
+    for path in evaluations:
+        measured = read_record(path)
+        if not isinstance(measured, dict) or not {"summary", "command"} <= measured.keys():
+            raise UsageError(f"{path}: not a record of evaluate.py --report or score_haiku.py --report")
+        figures.append(f"- {measured['summary']}  \n  `{measured['command']}`")
+    config, size = model.config, n_parameters(model)
+    tokens = {"byte": "bytes", "char": "characters"}.get(record.tokenizer.kind, record.tokenizer.kind)
+    return f"""# {name}
+
+{description}
+
+## Figures
+
+{chr(10).join(figures)}
+
+## Model
+
+`{config.hierarchy}`, d_model {config.d_model}, {config.n_heads} heads, d_ff {config.d_ff}, positions
+{config.positions}, {config.shortening} and {config.upsampling}; {size:,} parameters, stored in bfloat16; a
+vocabulary of {config.vocab_size} ({tokens}). All settings are in config.json.
+"""

@@ -1,4 +1,4 @@
-"""What the launchers learn from, a text, haiku or images: batches, size, and how a model's samples are shown."""
+"""Data sources of the commands (text, haiku, images): batches, size, and samples of a model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 
 from experiments.common import launcher
-from experiments.common.filling import make_filler
+from experiments.common.characters import check_characters
 from experiments.common.pictures import COLUMNS, draw_images, nothing, save_grid, top_halves
-from experiments.common.vocabulary import check_characters
 from hourglass_jax import CharTokenizer, DataConfig, HourglassConfig, HourglassLM, ImageTokenizer, UsageError
 from hourglass_jax.data.corpora import load_splits, load_text, load_tokens
 from hourglass_jax.data.folder import load_folder
@@ -25,34 +25,39 @@ from hourglass_jax.data.pipeline import (
     shuffled_examples,
     training_batches,
 )
+from hourglass_jax.files import optional_output
+from hourglass_jax.masking import corrupt
 from hourglass_jax.run_config import FOLDER, IMAGE_SIZES
 from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, Tokenizer
 from hourglass_jax.training.identity import fingerprint
 from hourglass_jax.training.signals import Signals
 
+GAP = "_"  # in a shown text, a token to fill in
 UNITS = {"char": "BPC", "byte": "bits/byte"}
 Sampler = Callable[[HourglassLM], str]
 
 
 def unit_of(unit: str, config: HourglassConfig) -> str:
-    """What bits a prediction are called, where it may be of masked tokens."""
+    """Return the unit of bits per prediction, which may be of masked tokens."""
     return unit if config.causal else f"masked {unit}"
 
 
 class TextSource:
-    """A text in windows, in its own characters or those of `tokenizer`."""
+    """Windows of a text, in its own vocabulary or that of `tokenizer`."""
 
     next_command: tuple[str, ...] = ("finetune",)
 
     def __init__(self, config: DataConfig, tokenizer: TextTokenizer | None = None, *, allow_unknown: bool = False):
         tokens, (self.train, self.valid, _), self.tokenizer = load_splits(config, tokenizer)
-        for path in [config.path] * (tokenizer is not None) + [config.valid_path] * bool(config.valid_path):
+        texts = [(config.path, config.valid_path)] * (tokenizer is not None)
+        for path, held_out in texts + [(config.valid_path, "")] * bool(config.valid_path):
             if self.tokenizer.kind == "char":
-                check_characters(load_text(path), self.tokenizer, text_name(path), allow_unknown=allow_unknown)
+                text = load_text(path, held_out)
+                check_characters(text, self.tokenizer, text_name(path), allow_unknown=allow_unknown)
         self.unit = UNITS[self.tokenizer.kind]
         self.config = config
         self.n_positions = config.block_size
-        self.n_examples = (len(self.train) - 1) // config.block_size  # an epoch
+        self.n_examples = (len(self.train) - 1) // config.block_size  # per epoch
         self.fingerprint = {"text_fingerprint": fingerprint(tokens)}
         if config.valid_path:
             self.fingerprint["valid_fingerprint"] = fingerprint(self.valid)
@@ -65,16 +70,16 @@ class TextSource:
         return consecutive_windows(self.valid, self.config.block_size, self.config.batch_size)
 
     def sampler(self, config: HourglassConfig, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
-        """A heading of the samples, and the function that makes one."""
+        """Return a heading and a function that samples text."""
         if not config.causal:
-            return make_filler(self.tokenizer, self.valid[: self.n_positions], seed)
-        prompt = self.valid[: int(min(32, config.position_limit / 2))]
+            return make_filler(self.tokenizer, np.array(self.valid[: self.n_positions]), seed)
+        prompt = np.array(self.valid[: int(min(32, config.position_limit / 2))])
         sample = launcher.make_sampler(self.tokenizer, prompt, 200, seed, signals)
         return f"{self.tokenizer.decode(prompt)!r} goes on:\n", sample
 
 
 class HaikuSource:
-    """Haiku, each an example of its own; with form 'prompt' the first line is given and carries no loss."""
+    """Haiku, one per example; with form 'prompt' the first line carries no loss."""
 
     def __init__(
         self,
@@ -88,8 +93,8 @@ class HaikuSource:
     ):
         if tokenizer.unknown("\n"):
             raise UsageError(
-                "the model's vocabulary has no line end, so it can write no haiku of three lines; pretrain on a text "
-                "with lines, or pass --extend_vocabulary"
+                "the model's vocabulary has no newline, which haiku require; pretrain on a text "
+                "with newlines, or pass --extend_vocabulary"
             )
         check_characters("\n".join(train + valid), tokenizer, "the haiku", allow_unknown=allow_unknown)
         self.train, self.valid = (make_examples(part, tokenizer, form) for part in (train, valid))
@@ -112,7 +117,7 @@ class HaikuSource:
         return all_examples(self.valid, self.batch_size)
 
     def sampler(self, config: HourglassConfig, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
-        """As of a text; a sample ends by itself, and begins with the first line where that is given."""
+        """Return a heading and a function that samples a haiku, up to <EOS>."""
         given = f"{self.first_line}\n" if self.first_line else ""
         prompt = np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(given)])
         sample = launcher.make_sampler(self.tokenizer, prompt, 250, seed, signals, ends=True)
@@ -120,7 +125,7 @@ class HaikuSource:
 
 
 class ImageSource:
-    """Images, each a sequence of its own."""
+    """Images, one per sequence."""
 
     unit = "bits/dim"
     next_command = ("generate", "--gen_mode=complete", f"--num_samples={COLUMNS}")
@@ -129,7 +134,7 @@ class ImageSource:
         self.train, self.valid = read_images(config)
         self.config = config
         self.tokenizer = ImageTokenizer(self.train.shape[1:])
-        self.n_positions = self.tokenizer.n_tokens + 1  # BOS too, and `generate` counts the last new token
+        self.n_positions = self.tokenizer.n_tokens + 1  # BOS too
         self.fingerprint = {"image_fingerprints": [fingerprint(part) for part in (self.train, self.valid)]}
         self.size = f"{len(self.train):,} images to train on, {len(self.valid):,} for validation"
 
@@ -140,7 +145,7 @@ class ImageSource:
         return image_validation(self.valid, self.config.batch_size)
 
     def sampler(self, config: HourglassConfig, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
-        """As of a text; a sample is a picture in `directory`: images, their completions, and new images."""
+        """Return a heading and a function that writes samples.png: images, their completions, and new images."""
         images, path = self.valid[:COLUMNS], directory / "samples.png"
 
         def sample(model: HourglassLM) -> str:
@@ -148,7 +153,8 @@ class ImageSource:
                 draw_images(model, self.tokenizer, given, jax.random.key(seed), check=signals.check)
                 for given in (top_halves(self.tokenizer, images), nothing(len(images)))
             )
-            save_grid(path, images, completed, new)
+            with optional_output(path):
+                save_grid(path, images, completed, new)
             return f"{path} (images, the same completed from their top halves, new ones)"
 
         return "", launcher.where_it_decodes(sample)
@@ -157,9 +163,9 @@ class ImageSource:
 def open_source(
     config: DataConfig, vocab_path: str = "", tokenizer: Tokenizer | None = None, *, allow_unknown: bool = False
 ) -> TextSource | ImageSource:
-    """What `config` asks for; a text in the tokens of `tokenizer`, of the vocabulary at `vocab_path`, or in its own.
+    """Return the source of `config`; a text in the vocabulary of `tokenizer`, at `vocab_path`, or its own.
 
-    Raises UsageError where both are given and differ.
+    Raises UsageError if the first two differ.
     """
     kind = tokenizer.kind if tokenizer else config.tokenizer
     if vocab_path and (config.dataset != "text" or kind == "byte"):
@@ -176,7 +182,7 @@ def open_source(
 
 
 def read_tokenizer(data: DataConfig, vocab_path: str) -> Tokenizer:
-    """Of what `data` asks for; only characters' own vocabulary and a folder need the data itself."""
+    """Return the tokenizer of `data`, which is read only for its own characters and for a folder."""
     if data.dataset == FOLDER:
         return ImageTokenizer(read_images(data)[0].shape[1:])
     if data.dataset != "text":
@@ -192,7 +198,22 @@ def text_name(path: str) -> str:
 
 
 def read_images(config: DataConfig) -> ImageSplits:
-    """The images that `config` names."""
+    """Return the images of `config`."""
     if config.dataset == FOLDER:
-        return load_folder(config.path, config.image_size, config.train_fraction)
+        return load_folder(config.path, config.image_size, config.train_fraction, config.background)
     return load_images(config.path, config.dataset, config.image_size)
+
+
+def make_filler(tokenizer: TextTokenizer, text: np.ndarray, seed: int) -> tuple[str, Callable[[HourglassLM], str]]:
+    """Return a heading with gaps in `text`, int [L], and a function by which a bidirectional model fills them."""
+    mask_token = tokenizer.vocab_size
+    [chosen] = np.asarray(corrupt(text[None], jax.random.key(seed), mask_token)[1])
+    read = np.where(chosen, mask_token, text)[None]
+
+    def fill(model: HourglassLM) -> str:
+        [logits] = np.asarray(nnx.jit(lambda model, tokens: model(tokens))(model, read))
+        return tokenizer.decode(np.where(chosen, logits[:, :mask_token].argmax(-1), text))
+
+    first, *others = np.split(text, np.flatnonzero(chosen))  # each of the others starts with a gap
+    gapped = GAP.join([tokenizer.decode(first), *(tokenizer.decode(piece[1:]) for piece in others)])
+    return f"{gapped!r} is filled in:\n", fill

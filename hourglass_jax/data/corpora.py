@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hourglass_jax.data.listing import each_once, files_below
+from hourglass_jax.data.listing import each_once, files_of_kind
+from hourglass_jax.data.mapped import MappedBytes
+from hourglass_jax.data.overlap import warn_of_repeats, without_copies
 from hourglass_jax.errors import UsageError
 from hourglass_jax.run_config import DataConfig
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, TextTokenizer
@@ -58,11 +60,19 @@ def builtin_text() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
-def text_files(path: str | Path) -> list[Path]:
+def text_files(path: str | Path, held_out: str = "") -> list[Path]:
     """The files that `path` names, as `DataConfig.path` says, sorted, each once whatever links lead to it.
 
-    Raises UsageError where a part names none.
+    held_out: a path whose files, and copies of them, are left out; empty: none.
+
+    Raises UsageError where a part names none, or none is left.
     """
+    files = named_files(path)
+    return without_copies(files, named_files(held_out), path) if held_out else files
+
+
+def named_files(path: str | Path) -> list[Path]:
+    """As `text_files`."""
     path = os.path.expanduser(path)
     if os.path.isfile(path):  # whatever its name
         return [Path(path)]
@@ -83,13 +93,13 @@ def text_files(path: str | Path) -> list[Path]:
 def named_by(part: str) -> list[Path]:
     """What a directory, a file whatever its name, or a pattern names."""
     if os.path.isdir(part):
-        return [file for file in files_below(part) if file.suffix == ".txt"]
+        return files_of_kind(part, (".txt",))
     return [Path(name) for name in ([part] if os.path.isfile(part) else glob.glob(part, recursive=True))]
 
 
-def load_text(path: str) -> str:
-    """The files that `path` names, a line end between them, or the built-in corpus where it is empty."""
-    return "\n".join(map(read_text, text_files(path))) if path else builtin_text()
+def load_text(path: str, held_out: str = "") -> str:
+    """The text of `text_files`, a line end between files, or the built-in corpus where `path` is empty."""
+    return "\n".join(map(read_text, text_files(path, held_out))) if path else builtin_text()
 
 
 def make_tokenizer(text: str, config: DataConfig) -> TextTokenizer:
@@ -98,19 +108,22 @@ def make_tokenizer(text: str, config: DataConfig) -> TextTokenizer:
     return CharTokenizer.from_text(text, clean=config.clean)
 
 
-def map_bytes(path: str | Path) -> np.memmap:
-    """A file's bytes as uint8 [N], untouched and left on disk. Raises UsageError where it is missing or empty."""
+def map_bytes(path: str | Path) -> MappedBytes:
+    """A file's bytes as uint8 [N], untouched and left on disk. Raises UsageError where it is missing or empty.
+
+    The file may be replaced by rename; changed in place, it can no longer be read: see `MappedBytes`.
+    """
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give the path of a file to read as bytes")
     if not path.stat().st_size:
         raise UsageError(f"{path}: the file is empty; give a file with text")
-    return np.memmap(path, np.uint8, mode="r")
+    return MappedBytes(path)
 
 
-def load_bytes(path: str | Path) -> np.ndarray:
-    """The bytes of the files that `path` names, a line end between them: left on disk where it is one file."""
-    first, *others = map(map_bytes, text_files(path))
+def load_bytes(path: str | Path, held_out: str = "") -> np.ndarray:
+    """The bytes of `text_files`, a line end between files: left on disk where it is one file."""
+    first, *others = map(map_bytes, text_files(path, held_out))
     line_end = np.frombuffer(b"\n", np.uint8)
     return np.concatenate([first, *(part for other in others for part in (line_end, other))]) if others else first
 
@@ -118,14 +131,15 @@ def load_bytes(path: str | Path) -> np.ndarray:
 def load_tokens(config: DataConfig, tokenizer: TextTokenizer | None = None) -> tuple[np.ndarray, TextTokenizer]:
     """The text of `config` as tokens [N], and its tokenizer: the one given, or the one that `config` asks for.
 
+    Files for validation at `config.valid_path`, and copies of them, are left out.
     A file read as bytes is memory-mapped: it starts at once whatever its size, and line ends stay as they are.
     Other tokens come in the smallest of uint8, uint16 and int32 that holds the vocabulary. Raises UsageError where
     cleaning leaves nothing.
     """
     kind = config.tokenizer if tokenizer is None else tokenizer.kind
     if config.path and kind == "byte":
-        return load_bytes(config.path), tokenizer or ByteTokenizer()
-    text = load_text(config.path)
+        return load_bytes(config.path, config.valid_path), tokenizer or ByteTokenizer()
+    text = load_text(config.path, config.valid_path)
     if tokenizer is None:
         tokenizer = make_tokenizer(text, config)
     tokens = tokenizer.encode(text)
@@ -140,14 +154,19 @@ def load_tokens(config: DataConfig, tokenizer: TextTokenizer | None = None) -> t
 
 
 def load_splits(config: DataConfig, tokenizer: TextTokenizer | None = None) -> tuple[np.ndarray, Splits, TextTokenizer]:
-    """The text at `config.path`, its parts, as tokens each, and the tokenizer; see `load_tokens`."""
+    """The text at `config.path`, its parts, as tokens each, and the tokenizer; see `load_tokens`.
+
+    Logs a warning where the validation text repeats the training text.
+    """
     tokens, tokenizer = load_tokens(config, tokenizer)
-    if not config.valid_path:
-        return tokens, split_tokens(tokens, config), tokenizer
-    valid, _ = load_tokens(dataclasses.replace(config, path=config.valid_path, valid_path=""), tokenizer)
-    splits = Splits(tokens, valid, tokens[:0])
-    if problem := shortage(splits, config):
-        raise UsageError(f"of the texts' tokens {problem}; {LONGER}")
+    if config.valid_path:
+        valid, _ = load_tokens(dataclasses.replace(config, path=config.valid_path, valid_path=""), tokenizer)
+        splits = Splits(tokens, valid, tokens[:0])
+        if problem := shortage(splits, config):
+            raise UsageError(f"of the texts' tokens {problem}; {LONGER}")
+    else:
+        splits = split_tokens(tokens, config)
+    warn_of_repeats(splits.train, splits.valid, config.valid_path or config.path or "the built-in text")
     return tokens, splits, tokenizer
 
 

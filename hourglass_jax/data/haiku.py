@@ -9,6 +9,7 @@ import numpy as np
 from absl import logging
 
 from hourglass_jax.data.corpora import read_text
+from hourglass_jax.data.listing import warn_once
 from hourglass_jax.data.pipeline import Batch, pack_examples
 from hourglass_jax.errors import UsageError
 from hourglass_jax.tokenizers import TextTokenizer
@@ -51,6 +52,17 @@ def usable_haiku(haiku: list[str], tokenizer: TextTokenizer, block_size: int) ->
     ]
     if len(kept) < len(haiku):
         logging.warning("%d of %d haiku left out: too long, or with an empty line", len(haiku) - len(kept), len(haiku))
+    return kept
+
+
+def without_held_out(train: list[str], valid: list[str]) -> list[str]:
+    """Return the training haiku that are not for validation, too. Raises UsageError if that leaves none of them."""
+    held_out = set(valid)
+    kept = [poem for poem in train if poem not in held_out]
+    if train and not kept:
+        raise UsageError("every haiku for training is also one for validation; give others for one of the two")
+    if len(kept) < len(train):
+        warn_once(f"{len(train) - len(kept)} of {len(train)} haiku left out of training: also used for validation")
     return kept
 
 

@@ -114,8 +114,11 @@ class CheckpointStore:
     def set_valid_loss(self, step: int, valid_loss: float) -> None:
         """Adds to the checkpoint of `step` what its evaluation found, once that is sealed."""
         if jax.process_index() == 0:
-            seal = self.directory / str(step)
-            self._sealing.append(self._sealer.submit(add_facts, seal, **{METRIC: valid_loss}))
+            self._sealing.append(self._sealer.submit(self._add_facts, step, {METRIC: valid_loss}))
+
+    def _add_facts(self, step: int, metrics: dict[str, float]) -> None:
+        with _explained(step):
+            add_facts(self.directory / str(step), **metrics)
 
     def _seal(self, step: int, metrics: dict[str, float]) -> None:
         with _explained(step):

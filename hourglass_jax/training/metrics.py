@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import json
-import resource
+import socket
 import statistics
+import struct
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
 
-from hourglass_jax.files import whole_file, write_whole
+from hourglass_jax.files import optional_output, whole_file, write_whole
 from hourglass_jax.nn.platform import platform
 
 CURVES = "metrics.jsonl"
@@ -22,41 +24,80 @@ RATE = "boundary_rate"  # the name of a curve, with the number of the shortening
 
 
 def read_curves(directory: Path) -> list[dict[str, Any]]:
-    """The records of a run, oldest first; a half-written last line is left out."""
+    """The records of a run, oldest first; half-written lines are left out."""
     path = Path(directory) / CURVES
     lines = path.read_text().splitlines() if path.exists() else []
     records = []
     for line in lines:
-        try:
+        with suppress(ValueError):
             records.append(json.loads(line))
-        except ValueError:
-            break
     return records
 
 
 class CurveWriter:
-    """Appends records to the run's JSON lines and TensorBoard files; drops what lies beyond `start_step`."""
+    """Appends records to the run's JSON lines and TensorBoard files; drops what lies beyond `start_step`.
+
+    A file that cannot be written is one warning, and written again once it can be.
+    """
 
     def __init__(self, directory: Path, start_step: int = 0):
-        kept = [record for record in read_curves(directory) if record["step"] <= start_step]
-        write_whole(directory / CURVES, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = (directory / CURVES).open("a", buffering=1)
-        from tensorboardX import SummaryWriter  # with PyTorch installed it imports that, which takes seconds
-
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
+        path, board = directory / CURVES, directory / "tensorboard"
+        with optional_output(path):
+            kept = [record for record in read_curves(directory) if record["step"] <= start_step]
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
+        with optional_output(board):
+            board.mkdir(exist_ok=True)
+        self._lines = _Growing(path)
+        self._events = _Growing(board / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}")
+        self._events.append(tf_record(0, file_version="brain.Event:2"))
+        self._events.append(tf_record(start_step + 1, session_log={"status": "START"}))  # TensorBoard drops the rest
 
     def write(self, step: int, **values: float) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._lines.append(json.dumps({"step": step, **values}).encode() + b"\n")
+        scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
+        self._events.append(tf_record(step, summary={"value": scalars}))
 
     def write_text(self, step: int, sample: str) -> None:
-        self._file.write(json.dumps({"step": step, "sample": sample}) + "\n")
-        self._board.add_text("sample", sample, step)
+        self._lines.append(json.dumps({"step": step, "sample": sample}).encode() + b"\n")
+        text = {"dtype": "DT_STRING", "string_val": [sample.encode()], "tensor_shape": {"dim": [{"size": 1}]}}
+        value = {"tag": "sample/text_summary", "metadata": {"plugin_data": {"plugin_name": "text"}}, "tensor": text}
+        self._events.append(tf_record(step, summary={"value": [value]}))
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        self._lines.close()
+        self._events.close()
+
+
+class _Growing:
+    """A file that grows by whole records. The buffer keeps those that a full disk does not take, for the next try."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: IO[bytes] | None = None
+
+    def append(self, record: bytes) -> None:
+        with optional_output(self._path):
+            self._file = self._file or self._path.open("ab")
+            self._file.write(record)
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file:
+            with optional_output(self._path):
+                self._file.close()
+
+
+def tf_record(step: int, **fields: Any) -> bytes:
+    """A TensorBoard event, framed by its length and checksums.
+
+    tensorboardX's own writer has a thread that a full disk ends; the next events would then wait for ever.
+    """
+    from tensorboardX.proto.event_pb2 import Event  # with PyTorch installed it imports that, which takes seconds
+    from tensorboardX.record_writer import masked_crc32c
+
+    event = Event(step=step, wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(event))
+    return b"".join((length, struct.pack("<I", masked_crc32c(length)), event, struct.pack("<I", masked_crc32c(event))))
 
 
 def plot_curves(directory: Path) -> Path:
@@ -77,7 +118,7 @@ def plot_curves(directory: Path) -> Path:
     for axes in below:
         plot_rates(axes, rates)
     path = Path(directory) / "loss.png"
-    with whole_file(path) as file:
+    with optional_output(path), whole_file(path) as file:
         figure.savefig(file, dpi=120)
     return path
 
@@ -112,7 +153,11 @@ def matmul_ceiling(dtype: str) -> float:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory a device of this process has held so far; on a CPU, the process."""
+    """The most memory a device of this process has held so far; on a CPU, the process, or 0 on Windows."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    try:
+        import resource
+    except ImportError:
+        return max(peaks)
     unit = 1 if sys.platform == "darwin" else 1024
     return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -11,7 +11,6 @@ and the curves, metrics.jsonl, tensorboard/ and loss.png, a profile/, samples.pn
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -26,12 +25,13 @@ from flax import nnx
 
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
-from hourglass_jax.files import is_temporary, write_whole
+from hourglass_jax.files import is_temporary, optional_output, write_whole
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.run_config import OptimizerConfig
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, ImageTokenizer, Tokenizer
 from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore
 from hourglass_jax.training.identity import described, differences, identity
+from hourglass_jax.training.locks import try_lock
 from hourglass_jax.training.metrics import CURVES, read_curves
 from hourglass_jax.training.optimizer import schedule_in_words
 from hourglass_jax.training.sharding import on_one_device
@@ -216,6 +216,8 @@ class Run:
     def claim(self) -> None:
         """Until `release` or the end of this process, however that ends, no other process can; it may be repeated.
 
+        Where the file system or the platform has no locks, that is only a warning.
+
         Raises RunBusy, a UsageError, where another one has, and UsageError where there is something else than a run.
         """
         here = self.directory
@@ -233,23 +235,22 @@ class Run:
             )
         here.mkdir(parents=True, exist_ok=True)
         lock = (here / LOCK).open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(lock):
             lock.seek(0)
             who = lock.read() or "its name is not written yet"
             lock.close()
-            raise RunBusy(f"{self}: another process trains here ({who}); wait for it, or stop it") from None
-        lock.truncate(0)
-        lock.write(f"{socket.gethostname()}, process {os.getpid()}")
-        lock.flush()
+            raise RunBusy(f"{self}: another process trains here ({who}); wait for it, or stop it")
+        with optional_output(here / LOCK):
+            lock.truncate(0)
+            lock.write(f"{socket.gethostname()}, process {os.getpid()}")
+            lock.flush()
         _locks[self._key] = lock
 
     def release(self) -> None:
         """Lets other processes claim it."""
         if lock := _locks.pop(self._key, None):
-            lock.truncate(0)
-            lock.close()
+            with optional_output(Path(lock.name)), lock:
+                lock.truncate(0)
 
     @contextmanager
     def training(self) -> Iterator[None]:

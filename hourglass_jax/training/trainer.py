@@ -18,10 +18,12 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from hourglass_jax.costs import training_flops
+from hourglass_jax.data.mapped import FileChanged
 from hourglass_jax.data.pipeline import Batch, BatchAt, evenly_spaced, stream
 from hourglass_jax.errors import UsageError
 from hourglass_jax.evaluation import Evaluation, evaluate_batches
 from hourglass_jax.factors import at_shorten_factor, drawn_factor
+from hourglass_jax.files import optional_output
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.run_config import OptimizerConfig, RuntimeConfig, TrainConfig
 from hourglass_jax.training import sharding
@@ -66,8 +68,9 @@ def fit(
     of them and its loss their mean.
 
     Raises Interrupted, after a checkpoint, where `signals` noted one; UsageError for a run of other settings, another
-    process in it, an empty validation, a loss that is not finite (Diverged), a checkpoint that cannot be written, or
-    devices that the batch cannot be divided among.
+    process in it, an empty validation, a loss that is not finite (Diverged), a text on disk that is changed in place
+    (FileChanged, after a checkpoint), a checkpoint that cannot be written, or devices that the batch cannot be divided
+    among.
     """
     runtime_config = runtime_config or RuntimeConfig()
     if not len(validation):
@@ -192,6 +195,11 @@ class _Training:
             raise Interrupted(
                 f"{interruption} after step {self.step}, which is saved in {self.run}; the same command goes on"
             ) from None
+        except FileChanged as problem:  # after the last batch: what was read until then is what was there
+            if self.saved_step != self.step and jax.process_count() == 1:
+                self.save()
+            saved = "no step is saved" if self.saved_step is None else f"step {self.saved_step} is saved in {self.run}"
+            raise FileChanged(f"{problem}; {saved}") from None
         finally:
             self.end_profile()
             self.progress.close()
@@ -229,7 +237,8 @@ class _Training:
         """Writes it, if there is one: a run may end before the last step to profile, and go on after the first."""
         if self.profiling:
             jax.block_until_ready(self.state)
-            jax.profiler.stop_trace()
+            with optional_output(self.run.directory / "profile", RuntimeError):
+                jax.profiler.stop_trace()
             self.profiling = False
 
     def due(self, interval: int) -> bool:
@@ -341,10 +350,11 @@ class _Training:
     def write_sample(self, sample: Callable[[HourglassLM], str]) -> None:
         model = nnx.merge(self.graph, sharding.gather(self.state.params))
         model.eval()
-        text = sample(model) if jax.process_index() == 0 else ""
-        if self.curves:
-            self.curves.write_text(self.step, text)
-        self.progress.write(f"step {self.step}: {text}")
+        with optional_output(self.run.directory):  # a sample may be a picture
+            text = sample(model) if jax.process_index() == 0 else ""
+            if self.curves:
+                self.curves.write_text(self.step, text)
+            self.progress.write(f"step {self.step}: {text}")
         self.start_clock()
 
     def save(self) -> None:

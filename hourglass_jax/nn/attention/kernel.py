@@ -181,7 +181,6 @@ def call(
             interpret=plan.platform == "cpu",
             name=kernel.__name__,
             cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved),
-            metadata={"flops": str(flops)},  # of which a GPU's program keeps this alone
         )(*flat)[: len(shapes)]
 
     return (divided_by_rows(run, flat, shapes) if n_devices() > 1 else run)(*flat)

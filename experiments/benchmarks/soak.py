@@ -1,7 +1,7 @@
-"""Does kill -9 at any moment lose nothing? A run killed again and again must end as one left alone, bit for bit.
+"""Kill a run with SIGKILL many times; it must end bit-identical to an uninterrupted run.
 
-python experiments/checks/soak.py
-python experiments/checks/soak.py --kills=50 --report=experiments/results/reliability/soak
+python experiments/benchmarks/soak.py
+python experiments/benchmarks/soak.py --kills=50 --report=experiments/results/reliability/soak
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before any other package named experiments
+
 import jax
 import numpy as np
 from absl import flags
@@ -33,24 +35,25 @@ from hourglass_jax.training.optimizer import make_optimizer
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.sharding import on_one_device
 
-KILLS = flags.DEFINE_integer("kills", 50, "How often the run is killed.", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 1000, "Steps of the run: enough that all the kills come before its end.")
-SEED = launcher.define_seed("Seed of the moments.")
+KILLS = flags.DEFINE_integer("kills", 50, "Number of kills.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 1000, "Steps of the run; all kills must come before its end.")
+SEED = launcher.define_seed("Seed of the times of the kills.")
 REPORT = launcher.define_path("report", "", "Write PATH.json and PATH.md.")
-WORKDIR = launcher.define_path("workdir", "", "Keep the runs here; by default they are removed.")
+WORKDIR = launcher.define_path("workdir", "", "Keep the runs in this directory; default: remove them.")
 
-# Small, saved all the time, and with dropout: a key drawn twice or left out would show in every later parameter.
+# With dropout: a key used twice or skipped changes every later parameter.
 RUN = ["--data_path=text.txt", "--hierarchy=0@1 1@2 0@1", "--d_model=32", "--n_heads=2", "--d_ff=64", "--dropout=0.1"]
 RUN += ["--block_size=32", "--batch_size=4", "--optimizer.warmup_steps=5", "--train.eval_interval=10", "--eval_iter=2"]
-INTERVAL = 2  # steps between saves of the run that is killed; the other saves as it evaluates
+INTERVAL = 2  # steps between checkpoints of the killed run; the other run saves at evaluations
 WORDS = "the quick brown fox jumps over a lazy dog while five wizards mix jugs of quartz pink vow"
 WORDS_DRAWN = 4000
-LEARNED = ("train_loss", "gradient_norm", "parameter_norm", "learning_rate", "valid_loss")  # the others tell the time
-PATIENCE = 1200  # seconds after which a process hangs
+# Curves that do not depend on time.
+LEARNED = ("train_loss", "gradient_norm", "parameter_norm", "learning_rate", "valid_loss")
+PATIENCE = 1200  # seconds after which a process counts as hanging
 
 
 class Watched:
-    """One process of pretrain.py, watched from outside."""
+    """A process of pretrain.py, observed through its checkpoint directory."""
 
     def __init__(self, workdir: Path, out: str, *options: str):
         self.checkpoints = workdir / out / CHECKPOINTS
@@ -67,25 +70,25 @@ class Watched:
             )
 
     def unwritten(self) -> set[str]:
-        """Checkpoints that orbax has begun and not yet given their names."""
+        """Return the checkpoints that orbax is still writing."""
         return {path.name for path in self.checkpoints.glob("*.orbax-checkpoint-tmp*")}
 
     def watch(self, *, changes: int = 0, seconds: float = 0.0) -> None:
-        """Until so many times a write has begun or ended and then so many seconds have passed, or it all is over."""
+        """Wait until writes have started or ended `changes` times, then `seconds`; or until the process ends."""
         met = None
         while self.process.poll() is None and (met is None or time.monotonic() < met + seconds):
             present = self.unwritten()
             began, ended = present - self.present, self.present - present
-            self.changes += bool(began) + bool(ended and self.changes)  # not: the removal of what a kill has left
+            self.changes += bool(began) + bool(ended and self.changes)  # not counted: removal of leftovers of a kill
             self.present = present
             if met is None and self.changes >= changes:
                 met = time.monotonic()
             if time.monotonic() > self.started + PATIENCE:
-                raise UsageError(f"pretrain.py takes more than {PATIENCE} s to get to a save; see {self.log}")
+                raise UsageError(f"pretrain.py takes more than {PATIENCE} s to write a checkpoint; see {self.log}")
             time.sleep(0.001)
 
     def kill(self) -> str:
-        """SIGKILL; what the run was doing with its checkpoints, told by what it has left."""
+        """Send SIGKILL, and return what it interrupted, judged by the checkpoint directory."""
         self.process.kill()
         self.process.wait()
         if not self.changes:
@@ -96,7 +99,7 @@ class Watched:
         return "sealing or removing" if unsealed else "training"
 
     def finish(self) -> None:
-        """Raises UsageError unless the process ends by itself, and well."""
+        """Wait for the process. Raises UsageError if it fails or hangs."""
         try:
             failed = self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
@@ -117,7 +120,7 @@ def start(workdir: Path, out: str, *options: str) -> Iterator[Watched]:
 
 
 def final_state(directory: Path) -> tuple[int | None, dict[str, Any]]:
-    """The newest whole step, its parameters and optimiser state."""
+    """Return the newest intact step, its parameters and optimizer state."""
     config, _, settings, _ = Run(directory).read()
     optimizer = make_optimizer(OptimizerConfig(**settings["optimizer"]), settings["train"]["steps"])
 
@@ -133,7 +136,7 @@ def final_state(directory: Path) -> tuple[int | None, dict[str, Any]]:
 
 
 def compare(first: Path, second: Path) -> dict[str, bool]:
-    """Which parts of what two runs have come to are the same, bit for bit."""
+    """Return which parts of two runs' final states are bit-identical."""
     (step, state), (other_step, other_state) = map(final_state, (first, second))
     same = {"step": step == other_step}
     for name, tree in state.items():
@@ -147,11 +150,10 @@ def compare(first: Path, second: Path) -> dict[str, bool]:
 
 
 def soak(workdir: Path, *, kills: int, steps: int, seed: int = 0) -> dict[str, Any]:
-    """Trains twice in `workdir`, once in peace and once with `kills` kills, and says how the ends compare.
+    """Train twice in `workdir`, without and with `kills` kills, and return a record that compares the results.
 
-    Every other kill is aimed at a save: it comes up to 30 ms after a write has begun or ended. The others come at any
-    moment from a process's start until a second after it has trained and saved. The record's "failure" says where a
-    restart failed by itself, or the run ended before all the kills.
+    Every other kill comes up to 30 ms after a checkpoint write starts or ends; the others at any time, up to a second
+    later than the first write. The record's "failure" is set if a restart failed, or the run ended early.
     """
     rng, started = random.Random(seed), time.perf_counter()
     record: dict[str, Any] = {"kills": [], "starts": 0, "passed_over": 0, "failure": "", "same": {}}
@@ -159,7 +161,7 @@ def soak(workdir: Path, *, kills: int, steps: int, seed: int = 0) -> dict[str, A
     with start(workdir, "whole", f"--steps={steps}") as run:
         run.finish()
     record["seconds_whole"] = time.perf_counter() - started
-    life = 0.0  # of the last process that was killed in a save: how long a process takes to get there
+    life = 0.0  # seconds until the last process that was killed in a write got there
     try:
         for number in range(kills + 1):
             with start(workdir, "killed", f"--steps={steps}", f"--checkpoint_interval={INTERVAL}") as run:
@@ -176,7 +178,7 @@ def soak(workdir: Path, *, kills: int, steps: int, seed: int = 0) -> dict[str, A
                     record["kills"].append({"aimed": aimed, "moment": moment, "saves_begun": (run.changes + 1) // 2})
                 elif number < kills:
                     run.finish()
-                    raise UsageError(f"the run has ended after {number} of {kills} kills; raise --steps")
+                    raise UsageError(f"the run ended after {number} of {kills} kills; increase --steps")
                 record["passed_over"] += run.log.read_text(errors="replace").count("is passed over")
         record["same"] = compare(workdir / "whole", workdir / "killed")
     except UsageError as failure:
@@ -192,7 +194,7 @@ def soak(workdir: Path, *, kills: int, steps: int, seed: int = 0) -> dict[str, A
 
 
 def describe(record: dict[str, Any]) -> str:
-    """The record as Markdown."""
+    """Return the record as Markdown."""
     moments = [kill["moment"] for kill in record["kills"]]
     table = markdown_table(
         ["what the kill interrupted", "kills"],
@@ -233,7 +235,7 @@ def main(_: list[str]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         for name in ("whole", "killed"):
             if (workdir / name).exists():
-                raise UsageError(f"{workdir / name}: is of another soak; remove it, or give another --workdir")
+                raise UsageError(f"{workdir / name}: exists; remove it or give another --workdir")
         record = soak(workdir, kills=KILLS.value, steps=STEPS.value, seed=SEED.value)
     print(f"{record['summary']} ({record['seconds']:.0f} s)")
     if REPORT.value:

@@ -1,9 +1,14 @@
-"""Draws how a hierarchy lets a sequence pass: what is pooled into which group, and whom the group serves.
+"""Draw a hierarchy: which positions are pooled into each group, and which positions it serves.
 
-python experiments/checks/draw_hourglass.py --text="an old silent pond" --hierarchy="2@1 4@3 2@1" --out=hourglass.png
+python experiments/figures/hourglass.py --text="an old silent pond" --hierarchy="2@1 4@3 2@1" --out=hourglass.png
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before any other package named experiments
 
 from absl import flags
 from matplotlib.axes import Axes
@@ -13,9 +18,9 @@ from matplotlib.patches import FancyBboxPatch
 from experiments.common import launcher
 from hourglass_jax import Hierarchy, UsageError
 
-TEXT = flags.DEFINE_string("text", "an old silent pond", "A short text, one box a character.")
-HIERARCHY = flags.DEFINE_string("hierarchy", "2@1 4@3 2@1", "With one shortening.")
-OUT = launcher.define_path("out", "hourglass.png", "The picture.")
+TEXT = flags.DEFINE_string("text", "an old silent pond", "A short text; each character is a box.")
+HIERARCHY = flags.DEFINE_string("hierarchy", "2@1 4@3 2@1", "A hierarchy with one shortening.")
+OUT = launcher.define_path("out", "hourglass.png", "Path of the picture.")
 COLOURS = ("tab:blue", "tab:green", "tab:orange", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
 
 
@@ -33,9 +38,9 @@ def line(axes: Axes, start: tuple[float, float], end: tuple[float, float], colou
 
 
 def draw(text: str, hierarchy: Hierarchy) -> Figure:
-    """From the bottom up: characters, the first stack, groups, the short stack, the last stack, predictions."""
+    """Draw from the bottom up: characters, pre stack, groups, inner stack, post stack, predictions."""
     if len(hierarchy.stages) != 3:
-        raise UsageError(f"hierarchy '{hierarchy}': the picture is of one shortening, e.g. '2@1 4@3 2@1'")
+        raise UsageError(f"hierarchy '{hierarchy}': the picture supports one shortening; give e.g. '2@1 4@3 2@1'")
     (pre, _), (inner, k), (post, _) = hierarchy.stages
     length, depth = len(text), len(text) - 1
     figure = Figure(figsize=(0.62 * length + 2.6, 5.2), layout="constrained")

@@ -1,16 +1,19 @@
-"""Draws where a model ends its groups in a text, beside groups of a fixed length and groups that end at whitespace.
+"""Draw where a model's groups end in a text, beside fixed groups and groups that end at whitespace.
 
 python experiments/pretrain.py --boundaries=router --hierarchy="1@1 2@6 1@1" --shortening=select --upsampling=smooth \
   --model.boundary_weight=5 --d_model=96 --n_heads=4 --d_ff=384 --positions=rotary --learning_rate=3e-3 \
   --optimizer.warmup_steps=40 --steps=1200 --out=runs/router
-python experiments/checks/draw_cuts.py --load_model_path=runs/router --out=experiments/results/cuts
+python experiments/figures/cuts.py --load_model_path=runs/router --out=experiments/results/cuts
 """
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before any other package named experiments
 
 import numpy as np
 from absl import flags
@@ -20,9 +23,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from experiments.common import launcher
+from experiments.common.characters import token_names
 from experiments.common.reports import provenance, report_file, write_report
 from experiments.common.sources import text_name
-from experiments.common.surprise import token_names
 from hourglass_jax import HourglassConfig, HourglassLM, UsageError, boundaries
 from hourglass_jax.pretrained import without_places
 from hourglass_jax.tokenizers import Tokenizer, boundary_tokens
@@ -33,18 +36,18 @@ TEXT = flags.DEFINE_string(
     "text",
     "The names of a function's parameters are bound to its arguments when it is called.  Its default values are "
     "evaluated only once.",
-    "What is cut, best a text that the model was not trained on.",
+    "The text, preferably one that the model was not trained on.",
 )
-OUT = launcher.define_path("out", "cuts", "PATH.png, and what made it as PATH.json and PATH.md.")
-COLUMNS = 64  # tokens a line
+OUT = launcher.define_path("out", "cuts", "Write PATH.png, PATH.json and PATH.md.")
+COLUMNS = 64  # tokens per line
 COLOURS = ("tab:blue", "tab:orange")
 
 
 def ends_of_groups(model: HourglassLM, tokenizer: Tokenizer, text: str) -> dict[str, list[int]]:
-    """Where the groups of the first shortening end, by two rules that need no training and by the model's own."""
+    """Return the group ends of the first shortening, by two fixed rules and by the model's own."""
     tokens, own = tokenizer.encode(text), model.config
     if own.parsed_hierarchy.total_factor == 1:
-        raise UsageError(f"hierarchy '{own.hierarchy}': shortens nowhere, so there are no groups to draw")
+        raise UsageError(f"hierarchy '{own.hierarchy}': has no shortening, so there are no groups; give another model")
 
     def untrained(rule: str) -> HourglassLM:
         config = HourglassConfig(
@@ -64,7 +67,7 @@ def ends_of_groups(model: HourglassLM, tokenizer: Tokenizer, text: str) -> dict[
 
 
 def draw_groups(axes: Axes, y: int, ends: list[int], length: int) -> None:
-    """A box for each group; after the last end there is one in progress."""
+    """Draw a box for each group, the last of which may be incomplete."""
     bounds = [0, *(end + 1 for end in ends), length]
     for g, (start, stop) in enumerate(pairwise(bounds)):
         if start < stop:
@@ -81,7 +84,7 @@ def draw_groups(axes: Axes, y: int, ends: list[int], length: int) -> None:
 
 
 def draw(names: list[str], ends: dict[str, list[int]]) -> Figure:
-    """The text in lines, and of each line a row for each rule."""
+    """Draw the text in lines, each with a row for each rule."""
     lines = range(0, len(names), COLUMNS)
     figure = Figure(figsize=(12, 0.35 * (len(ends) + 0.7) * len(lines)), layout="constrained")
     for start, axes in zip(lines, figure.subplots(len(lines), squeeze=False)[:, 0], strict=True):
@@ -97,10 +100,10 @@ def draw(names: list[str], ends: dict[str, list[int]]) -> Figure:
 
 
 def describe(record: dict[str, Any], model: HourglassConfig, picture: str) -> str:
-    """The record as Markdown, with the picture of that name."""
+    """Return the record as Markdown."""
     lengths = ", ".join(f"{name} {record['tokens'] / len(ends):.1f}" for name, ends in record["ends"].items())
     settings, training = record["settings"], ""
-    if {"data", "train"} <= settings.keys():  # not where it was fine-tuned or converted
+    if {"data", "train"} <= settings.keys():  # absent after fine-tuning and conversion
         data, train = settings["data"], settings["train"]
         windows = f"{data['batch_size']} x {data['block_size']}"
         training = f"; {train['steps']} steps of {windows} tokens of {text_name(data['path'])}, seed {train['seed']}"

@@ -1,14 +1,17 @@
-"""Of a fine-tuned model's samples, how many are well-formed haiku that end by themselves?
+"""Count the well-formed haiku among a fine-tuned model's samples.
 
-python experiments/checks/score_haiku.py --load_model_path=runs/finetune
-python experiments/checks/score_haiku.py --load_model_path=runs/prompt --report=experiments/results/foundation/prompt
+python experiments/benchmarks/score_haiku.py --load_model_path=runs/finetune
+python experiments/benchmarks/score_haiku.py --load_model_path=runs/prompt --report=runs/prompt/samples
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before any other package named experiments
 
 import jax
 import numpy as np
@@ -22,16 +25,18 @@ from hourglass_jax.data.haiku import encode_haiku, is_haiku
 from hourglass_jax.tokenizers import Tokenizer
 from hourglass_jax.training.run import Run
 
-LOAD = launcher.ModelFlags("runs/finetune", "Directory of a model that finetune.py wrote.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 200, "Samples to count.", lower_bound=1)
-MAX_TOKENS = flags.DEFINE_integer("max_tokens", 250, "A sample must end before this many characters.", lower_bound=2)
+LOAD = launcher.ModelFlags("runs/finetune", "Run directory of finetune.py.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 200, "Number of samples.", lower_bound=1)
+MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 250, "Maximum characters of a sample, within which it must end.", lower_bound=2
+)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0.0)
 SEED = launcher.define_seed("Seed of the sampling.")
 REPORT = launcher.define_path("report", "", "Write PATH.json and PATH.md.")
 
 
 def read_prompts(form: str, settings: dict[str, Any], tokenizer: Tokenizer) -> list[np.ndarray]:
-    """What each sample goes on from: BOS, followed by a held-back first line if the model completes those."""
+    """Return the prompt of each sample: BOS, and a held-back first line for format=prompt."""
     if form != "prompt":
         return [np.array([tokenizer.bos_id])] * NUM_SAMPLES.value
     encoded = [encode_haiku(poem, tokenizer, form) for poem in haiku_parts(settings, tokenizer)[1]]
@@ -39,7 +44,7 @@ def read_prompts(form: str, settings: dict[str, Any], tokenizer: Tokenizer) -> l
 
 
 def describe(record: dict[str, Any]) -> str:
-    """The record as Markdown."""
+    """Return the record as Markdown."""
     examples = "\n\n".join(record["samples"][:8])
     odd = "\n\n".join(record["malformed"]) or "(none)"
     return f"""# {record["summary"]}
@@ -62,7 +67,7 @@ The malformed ones:
 
 
 def describe_training(pretraining: dict[str, Any], finetuning: dict[str, Any]) -> str:
-    """What the settings of the two runs say of it; a model that was converted records neither."""
+    """Return the settings of both trainings as Markdown; empty for a converted model."""
     text = ""
     if {"model", "data", "train"} <= pretraining.keys():
         model, data = pretraining["model"], pretraining["data"]
@@ -84,7 +89,7 @@ def main(_: list[str]) -> None:
     settings = Run(LOAD.value).read().settings
     form = settings.get("format", "text")
     if form == "text":
-        raise UsageError(f"{LOAD.value}: a model of text; give the directory of one that was fine-tuned on haiku")
+        raise UsageError(f"{LOAD.value}: was not fine-tuned on haiku; give a model that was")
     prompts = read_prompts(form, settings, tokenizer)
     started = time.perf_counter()
     samples = generate(

@@ -1,1 +1,0 @@
-"""Commands that show that the library holds what it promises, and that draw its pictures."""
