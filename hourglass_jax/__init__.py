@@ -8,7 +8,7 @@ Models      HourglassConfig, HourglassLM, Hourglass, Hierarchy, summary, check_c
             at_shorten_factor, boundaries
 Sequences   CharTokenizer, ByteTokenizer, ImageTokenizer, generate, init_cache
 Figures     evaluate, evaluate_sliding, score, Evaluation
-Runs        load, load_pretrained, Run, DataConfig, OptimizerConfig, TrainConfig, RuntimeConfig, keep_memory
+Runs        load, load_pretrained, Run, DataConfig, OptimizerConfig, TrainConfig, RuntimeConfig
 Errors      UsageError, CausalityError
 Modules     costs (FLOPs and memory of a configuration), registry (add a resampling method), nn (the layers),
             data (corpora and batches), training (loop, checkpoints, devices), interop (weights of other projects)
@@ -24,7 +24,6 @@ from hourglass_jax.errors import UsageError
 from hourglass_jax.evaluation import Evaluation, evaluate, evaluate_sliding, score
 from hourglass_jax.factors import at_shorten_factor
 from hourglass_jax.hierarchy import Hierarchy
-from hourglass_jax.memory import keep_memory
 from hourglass_jax.model import Hourglass, HourglassLM
 from hourglass_jax.pretrained import load_pretrained
 from hourglass_jax.run_config import DataConfig, OptimizerConfig, RuntimeConfig, TrainConfig
@@ -58,7 +57,6 @@ __all__ = [
     "generate",
     "influence",
     "init_cache",
-    "keep_memory",
     "load",
     "load_pretrained",
     "score",

@@ -32,7 +32,6 @@ NAMES = [
         "generate",
         "influence",
         "init_cache",
-        "keep_memory",
         "load",
         "load_pretrained",
         "score",
