@@ -96,16 +96,18 @@ class Segment(NamedTuple):
 
 
 def with_columns(inputs: Inputs) -> Inputs:
-    """k and v as [B, H, K, G S], r as [B, H, P, K, N S].
+    """k and v as [B, H, K, G S], r as [H, P, K, N S].
 
     So no product of the backward pass transposes a block's weights, nor one for the whole batch its scores by lag: on a
     CPU that takes longer than the product.
     """
     k, v, r = inputs.k.swapaxes(2, 3), inputs.v.swapaxes(2, 3), inputs.r
-    if r is not None:
-        r = r.transpose(1, 0, 3, 2)
-        r = jnp.broadcast_to(r, (k.shape[0], *r.shape))
-    return inputs._replace(k=k, v=v, r=r)
+    return inputs._replace(k=k, v=v, r=None if r is None else r.transpose(1, 0, 3, 2))
+
+
+def with_relative_keys(inputs: Inputs, r: jax.Array | None) -> Inputs:
+    """`inputs` with r [H, P, K, N S] for each of their rows."""
+    return inputs._replace(r=None if r is None else jnp.broadcast_to(r, (inputs.q.shape[0], *r.shape)))
 
 
 def pad_columns(x: jax.Array, before: int, after: int) -> jax.Array:
@@ -170,28 +172,68 @@ def blocked_attention(
 ) -> jax.Array:
     """-> [B, H, G P, K]. For `padding` see `Pattern`; `key` turns dropout on.
 
-    On one CPU it takes a few rows of the batch at a time, whose scores fit into its cache.
+    One CPU computes a few rows of the batch at a time, whose scores fit into its cache.
     """
     batch, heads = inputs.q.shape[:2]
-    inputs = with_columns(inputs)
     rows = max(1, HEADS_IN_CACHE // heads)
-    if not isinstance(batch, int) or not on_one_cpu() or batch <= rows or batch % rows:
-        return _attention(pattern, inputs, padding, None if key is None else (key, 0))
-
-    def some_rows(part: Any) -> jax.Array:
-        rows_before, inputs, padding = part
-        return _attention(pattern, inputs, padding, None if key is None else (key, rows_before))
-
-    parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), (inputs, padding))
-    return lax.map(some_rows, (jnp.arange(0, batch, rows), *parts)).reshape(inputs.q.shape)
+    divided = isinstance(batch, int) and on_one_cpu() and batch % rows == 0
+    return _attention(pattern, batch // rows if divided else 1, with_columns(inputs), padding, key)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(pattern: Pattern, inputs: Inputs, padding: jax.Array | None, key: DropoutKey) -> jax.Array:
-    return _forward(pattern, inputs, padding, key)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(
+    pattern: Pattern, n_parts: int, inputs: Inputs, padding: jax.Array | None, key: jax.Array | None
+) -> jax.Array:
+    return _forward(pattern, n_parts, inputs, padding, key)[0]
 
 
-def _forward(pattern: Pattern, inputs: Inputs, padding: Any, key: DropoutKey) -> tuple[jax.Array, tuple[Any, ...]]:
+def in_parts(n: int, tree: Any) -> Any:
+    """Reshape each array, [B, ...] -> [n, B / n, ...]."""
+    return jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), tree)
+
+
+def _forward(
+    pattern: Pattern, n_parts: int, inputs: Inputs, padding: Any, key: jax.Array | None
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    rows, r = inputs.q.shape[0] // n_parts, inputs.r
+
+    def one_part(part: Any) -> tuple[jax.Array, jax.Array]:
+        i, inputs, padding = part
+        return _forward_rows(pattern, with_relative_keys(inputs, r), padding, key if key is None else (key, i * rows))
+
+    parts = jnp.arange(n_parts), *in_parts(n_parts, (inputs._replace(r=None), padding))
+    out, log_total = (x.reshape(inputs.q.shape[0], *x.shape[2:]) for x in lax.map(one_part, parts))
+    return out, (inputs, padding, key, out, log_total)
+
+
+def _backward(
+    pattern: Pattern, n_parts: int, residuals: tuple[Any, ...], d_out: jax.Array
+) -> tuple[Inputs, None, None]:
+    inputs, padding, key, out, log_total = residuals
+    rows, r = inputs.q.shape[0] // n_parts, inputs.r
+    parts = in_parts(n_parts, (padding, out, log_total, d_out))
+
+    def one_part(i: Any, carry: Any) -> Any:
+        inputs, d_r = carry  # the gradients of a part take the place of its inputs, so they need no memory
+        part, (padding, *results) = jax.tree.map(lambda x: x[i], (inputs, parts))
+        dropout_key = key if key is None else (key, i * rows)
+        gradients = _backward_rows(pattern, with_relative_keys(part, r), padding, dropout_key, *results)
+        if gradients.r is not None:
+            d_r += gradients.r.sum(axis=0)
+        gradients = gradients._replace(r=None)
+        return jax.tree.map(lambda x, d_x: x.at[i].set(d_x), inputs, gradients), d_r
+
+    carry = in_parts(n_parts, inputs._replace(r=None)), jax.tree.map(jnp.zeros_like, r)
+    gradients, d_r = lax.fori_loop(0, n_parts, one_part, carry)
+    gradients = jax.tree.map(lambda x: x.reshape(inputs.q.shape[0], *x.shape[2:]), gradients)
+    return gradients._replace(r=d_r), None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _forward_rows(pattern: Pattern, inputs: Inputs, padding: Any, key: DropoutKey) -> tuple[jax.Array, jax.Array]:
+    """-> the result [B, H, G P, K], and the log-sum-exp of each query's scores [B, H, G P, 1]."""
     parts = []
     for segment in segments(pattern, inputs.q.shape[2] // pattern.query_slots):
         k, v, r = segment.seen(inputs, pattern.key_slots)
@@ -211,11 +253,19 @@ def _forward(pattern: Pattern, inputs: Inputs, padding: Any, key: DropoutKey) ->
         _, results = segment.loop(one_block, None, blocks)
         parts.append([segment.rows_of(x, pattern.query_slots) for x in results])
     out, log_total = (jnp.concatenate(part, axis=2) for part in zip(*parts, strict=True))
-    return out, (inputs, padding, key, out, log_total)
+    return out, log_total
 
 
-def _backward(pattern: Pattern, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[Inputs, None, None]:
-    inputs, padding, key, out, log_total = residuals
+def _backward_rows(
+    pattern: Pattern,
+    inputs: Inputs,
+    padding: Any,
+    key: DropoutKey,
+    out: jax.Array,
+    log_total: jax.Array,
+    d_out: jax.Array,
+) -> Inputs:
+    """The gradients of the inputs."""
     correction = (d_out * out).astype(log_total.dtype).sum(-1, keepdims=True)  # probabilities times their gradients
     d_queries: list[Any] = []
     d_seen: Any = None
@@ -245,7 +295,4 @@ def _backward(pattern: Pattern, residuals: tuple[Any, ...], d_out: jax.Array) ->
         [d_inputs] = unsee(totals)
         d_seen = d_inputs if d_seen is None else jax.tree.map(jnp.add, d_seen, d_inputs)
     d_q, d_q_position = (None if x[0] is None else jnp.concatenate(x, axis=2) for x in zip(*d_queries, strict=True))
-    return d_seen._replace(q=d_q, q_position=d_q_position), None, None
-
-
-_attention.defvjp(_forward, _backward)
+    return d_seen._replace(q=d_q, q_position=d_q_position)
