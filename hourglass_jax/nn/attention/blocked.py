@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hourglass_jax.nn.attention.pattern import Inputs, Pattern, float32_at_least
+from hourglass_jax.nn import cpu
+from hourglass_jax.nn.attention.pattern import Inputs, Pattern, upcast
 from hourglass_jax.nn.layers import dropped
-from hourglass_jax.nn.platform import on_one_cpu, platform
+from hourglass_jax.nn.platform import platform
 from hourglass_jax.nn.positions import relative_shift_padded
 
 QUERY_ROWS = 64  # of a block on a CPU; on accelerators eight times as many
-HEADS_IN_CACHE = 16  # of a few rows of the batch together, on a CPU
 SEGMENTS = 8  # into which a sequence is cut at most; the blocks of a segment are one loop, and all see its last key
 
 
@@ -146,7 +146,7 @@ def block_scores(
         by_key = relative_shift_padded(by_lag.reshape(*by_lag.shape[:-1], groups, slots))[..., : segment.met, :]
         by_key = by_key.reshape(*by_key.shape[:-2], -1)
         scores += by_key.swapaxes(2, 3).reshape(scores.shape)
-    return float32_at_least(scores)
+    return upcast(scores)
 
 
 def block_visible(pattern: Pattern, segment: Segment, i: jax.Array, padding: jax.Array | None) -> jax.Array:
@@ -174,8 +174,8 @@ def blocked_attention(
     """
     batch, heads = inputs.q.shape[:2]
     inputs = with_columns(inputs)
-    rows = max(1, HEADS_IN_CACHE // heads)
-    if not isinstance(batch, int) or not on_one_cpu() or batch <= rows or batch % rows:
+    rows = cpu.rows_at_a_time(batch, heads)
+    if rows == batch:
         return _attention(pattern, inputs, padding, None if key is None else (key, 0))
 
     def some_rows(part: Any) -> jax.Array:
