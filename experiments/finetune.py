@@ -116,7 +116,7 @@ def finetune(signals: Signals) -> None:
         unit=unit,
         signals=signals,
     )
-    print(f"validation: {result.summary(unit)} (curves in {plot_curves(Path(OUT.value))})")
+    print(f"validation: {result.summary(unit)} ({launcher.peak_memory()}, curves in {plot_curves(Path(OUT.value))})")
     print(f"sample: {heading}{sample(model)}")
     script, *options = ("generate",) if FORMAT.value == "text" else source.next_command
     script = script if model.config.decodes else "evaluate"

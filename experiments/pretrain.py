@@ -90,7 +90,7 @@ def pretrain(signals: Signals) -> None:
     plot = plot_curves(Path(pretraining.OUT.value))
     groups = describe_groups(model, *batch)
     seconds = time.perf_counter() - started
-    print(f"validation: {result.summary(unit)} ({seconds:.0f} s, curves in {plot}{groups})")
+    print(f"validation: {result.summary(unit)} ({seconds:.0f} s, {launcher.peak_memory()}, curves in {plot}{groups})")
     print(f"sample: {heading}{sample(model)}")
     script, *options = source.next_command if config.decodes else ("evaluate",)
     print("\n" + launcher.next_command(script, f"--load_model_path={run}", *options))

@@ -26,7 +26,7 @@ ON = "on"
 # The plain code that each trick replaces.
 PLAIN: dict[str, Callable[..., Any]] = {
     "on_matrix": lambda function, x: function(x),
-    "rows_at_a_time": lambda batch, heads: batch,
+    "batch_parts": lambda batch, heads: 1,
     "in_own_branch": lambda function, always, x, *rest: function(x, *rest),
     "take_rows": lambda x, rows: x[rows],
 }
@@ -76,7 +76,7 @@ def decode_events() -> Callable[[], None]:
 
 
 TASKS = {
-    "training step": (training_step, ("on_matrix", "rows_at_a_time")),
+    "training step": (training_step, ("on_matrix", "batch_parts")),
     "decoding, 1 row": (decode, ("in_own_branch",)),
     f"decoding, {ROWS} rows with boundary tokens": (decode_events, ("take_rows", "in_own_branch")),
 }
@@ -126,8 +126,8 @@ def describe(rows: list[dict[str, Any]], repeats: int) -> str:
 Each row compares a task with all tricks of `hourglass_jax/nn/cpu.py` and without one of them, in one process:
 {repeats} runs of each in turn, compilation left out. Times are medians; `times as fast` is the median of the ratio over
 rounds. Model: {HIERARCHY}, d_model {sizes["d_model"]}, {sizes["n_heads"]} heads, relative positions, float32. Training:
-one AdamW step on {BATCH} rows of {LENGTH} tokens. Decoding: {NEW} tokens a row, with a cache for {CONTEXT}. With boundary
-tokens, the groups of each row end at their own times.
+one AdamW step on {BATCH} rows of {LENGTH} tokens. Decoding: {NEW} tokens a row, with a cache for {CONTEXT}. With
+boundary tokens, the groups of each row end at their own times.
 
 {markdown_table(header, cells)}
 """

@@ -20,7 +20,6 @@ from hourglass_jax import HourglassConfig, HourglassLM, OptimizerConfig
 from hourglass_jax.costs import training_flops
 from hourglass_jax.data.corpora import builtin_text
 from hourglass_jax.data.pipeline import Batch, random_windows, stream
-from hourglass_jax.memory import keep_memory
 from hourglass_jax.tokenizers import ByteTokenizer
 from hourglass_jax.training.metrics import matmul_ceiling
 from hourglass_jax.training.optimizer import make_optimizer
@@ -32,15 +31,14 @@ SERIES = 3  # consecutive steps per measurement
 
 
 class Case(NamedTuple):
-    """A timed case. memory: kept by the process (`keep_memory`, as our launchers do), or given back."""
+    """A timed case."""
 
     model: str
     dropout: float = 0.0
     input: str = "synthetic"
-    memory: str = "kept"
 
 
-PEER = Case("peer", memory="given back")  # as its users run it
+PEER = Case("peer")
 
 
 class Step:
@@ -101,8 +99,6 @@ _steps: list[Callable[[], None]] = []  # holds the step of a worker process
 
 
 def _begin(case: Case) -> None:
-    if case.memory == "kept":
-        keep_memory()
     _steps.append(make_step(case))
 
 
@@ -120,10 +116,10 @@ def apart(case: Case) -> Callable[[], None]:
 def measure(repeats: int, *, peer: bool) -> list[dict[str, Any]]:
     """Return a row for each case."""
     cases = [Case(name, dropout) for name in models.METHODS for dropout in DROPOUTS]
-    cases += [Case("learned", input="real"), *(Case(name, memory="given back") for name in models.METHODS)]
+    cases.append(Case("learned", input="real"))
     if peer:
         models.find_peer()  # raises if it is missing
-        cases += [PEER, PEER._replace(memory="kept")]
+        cases.append(PEER)
     seconds = models.in_turn({case: apart(case) for case in cases}, repeats, warm=True)
     ceiling = matmul_ceiling("float32")
     rows = []
@@ -169,12 +165,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 def describe(rows: list[dict[str, Any]], repeats: int) -> str:
     dropout_costs = [f"{name} {paired(rows, Case(name), Case(name, 0.1)) - 1:+.0%}" for name in models.METHODS]
     input_cost = paired(rows, Case("learned"), Case("learned", input="real")) - 1
-    gains = [f"{name} {paired(rows, Case(name), Case(name, memory='given back')):.2f}" for name in models.METHODS]
     ceiling = rows[0]["matmul_ceiling"] / 1e9
     peer = (
         f"""
-The peer is {models.PEER}, eager, without dropout, and `learned` its architecture;
-`times the peer` is beside the one that gives memory back, as its users have it.
+The peer is {models.PEER}, eager, without dropout, and `learned` its architecture.
 """
         if any(case_of(row) == PEER for row in rows)
         else ""
@@ -183,13 +177,11 @@ The peer is {models.PEER}, eager, without dropout, and `learned` its architectur
 
 {models.SIZES["hierarchy"]}, d_model {models.SIZES["d_model"]}, {models.SIZES["n_heads"]} heads, vocabulary 256, length
 {LENGTH}, batch {BATCH}, AdamW, float32; {repeats} times {2 * SERIES} steps of each in turn, the last {SERIES} count.
-Each has a process of its own, which keeps the memory that it frees (`keep_memory`, as our launchers have it), or gives
-it back, as a user's own process does. Ratios are medians over rounds, times are medians. `relative` is our default.
+Each runs in its own process. Ratios are medians over rounds, times are medians. `relative` is our default.
 {peer}
 
 {table(rows)}
 
-- Keeping memory makes a step faster: {", ".join(gains)} times.
 - Dropout 0.1 costs: {", ".join(dropout_costs)}.
 - Windows of a real text through the input pipeline instead of one batch in memory cost: {input_cost:+.1%}.
 - A square matrix product reached {ceiling:,.0f} GFLOP/s in the same run; the last column is the model's own

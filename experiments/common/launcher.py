@@ -35,11 +35,11 @@ from hourglass_jax import (
 from hourglass_jax.causality import NotStrictlyCausal
 from hourglass_jax.checks import check_decodes
 from hourglass_jax.data.pipeline import Batch
-from hourglass_jax.memory import keep_memory
 from hourglass_jax.pretrained import pretrained_names, pretrained_path
 from hourglass_jax.run_config import MAX_SEED
 from hourglass_jax.tokenizers import Tokenizer
 from hourglass_jax.training.identity import of_first_batch
+from hourglass_jax.training.metrics import peak_memory_bytes
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.sharding import check_batch, make_mesh
 from hourglass_jax.training.signals import Interrupted, Signals
@@ -223,6 +223,10 @@ def causality(model: HourglassLM) -> str:
     return "yes"
 
 
+def peak_memory() -> str:
+    return f"peak memory {peak_memory_bytes() / 1e9:.1f} GB"
+
+
 def checkpoints_to_keep(value: str) -> int:
     return 0 if value == "all" else int(value)
 
@@ -344,7 +348,6 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
                 stream.reconfigure(errors="backslashreplace")
         python_logging.getLogger("orbax").setLevel(python_logging.ERROR)
         logging.set_verbosity(logging.WARNING)
-        keep_memory()
         try:
             if len(argv) > 1 and not positional:
                 raise UsageError(f"unexpected argument {argv[1]!r}; options are given as --name=value")

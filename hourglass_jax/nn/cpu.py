@@ -52,12 +52,12 @@ def take_rows(x: Float[Array, "B ..."], rows: Int[Array, " b"]) -> Float[Array, 
     return jnp.stack([lax.dynamic_index_in_dim(x, row, keepdims=False) for row in rows])
 
 
-def rows_at_a_time(batch: int, heads: int) -> int:
-    """Return how many rows of a batch blocked attention computes at a time: a divisor of `batch`.
+def batch_parts(batch: int, heads: int) -> int:
+    """Return the number of equal parts of a batch that blocked attention computes one after another.
 
-    On one CPU, a few rows whose scores fit into its cache. Otherwise, and for a symbolic batch, all rows.
+    On one CPU, a part's scores fit into its cache. Elsewhere, and for a symbolic batch, there is one part.
     """
     rows = max(1, HEADS_IN_CACHE // heads)
     if not isinstance(batch, int) or not on_one_cpu() or batch % rows:
-        return batch
-    return rows
+        return 1
+    return max(1, batch // rows)

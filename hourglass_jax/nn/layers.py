@@ -39,10 +39,10 @@ class Linear(nnx.Linear):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """`nnx.LayerNorm` on a matrix; see `cpu.on_matrix`."""
+    """`nnx.LayerNorm` on a matrix; see `cpu.on_matrix`. The backward pass keeps only its input."""
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
-        return flax_on_matrix(super().__call__, x)
+        return flax_on_matrix(jax.checkpoint(super().__call__), x)
 
 
 def linear(config: HourglassConfig, d_in: int, d_out: int, *, bias: bool = True, rngs: nnx.Rngs) -> Linear:

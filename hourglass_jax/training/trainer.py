@@ -24,6 +24,7 @@ from hourglass_jax.errors import UsageError
 from hourglass_jax.evaluation import Evaluation, evaluate_batches
 from hourglass_jax.factors import at_shorten_factor, drawn_factor
 from hourglass_jax.files import optional_output
+from hourglass_jax.memory import release_memory
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.run_config import OptimizerConfig, RuntimeConfig, TrainConfig
 from hourglass_jax.training import sharding
@@ -169,6 +170,7 @@ class _Training:
             trained=self.trained,
         )
         self.train_steps = {k: make_step(graph) for k, graph in self.graphs.items()}
+        self.compiled: set[int | None] = set()
         records = [record for record in run.curves() if record["step"] <= self.step]
         self.valid_losses = {record["step"]: record["valid_loss"] for record in records if "valid_loss" in record}
         self.curves = CurveWriter(run.directory, self.step) if jax.process_index() == 0 else None
@@ -216,6 +218,7 @@ class _Training:
         placed = sharding.place(batch, self.batch_sharding, self.batch_size)
         factors = self.config.shorten_factors
         factor = drawn_factor(factors, self.config.seed, step) if factors else None
+        self.compile(factor, placed)
         self.state, metrics = self.train_steps[factor](self.state, *placed)
         self.step = step
         self.recent.append((step, metrics))
@@ -232,6 +235,13 @@ class _Training:
             self.save()
         if self.evaluation_due:
             self.evaluate()
+
+    def compile(self, factor: int | None, batch: tuple[jax.Array, ...]) -> None:
+        """Compile the step of a factor before its first call, which then finds it in the cache of `jax.jit`."""
+        if factor not in self.compiled:
+            self.train_steps[factor].lower(self.state, *batch).compile()
+            self.compiled.add(factor)
+            release_memory()
 
     def end_profile(self) -> None:
         """Writes it, if there is one: a run may end before the last step to profile, and go on after the first."""
@@ -345,6 +355,7 @@ class _Training:
             self.valid_losses[self.step] = result.loss
             self.progress.show({f"valid {self.unit}": f"{result.bits_per_character:.3f}"}, now=True)
         self.store.set_valid_loss(self.step, self.valid_losses[self.step])
+        release_memory()
         self.start_clock()
 
     def write_sample(self, sample: Callable[[HourglassLM], str]) -> None:
@@ -355,6 +366,7 @@ class _Training:
             if self.curves:
                 self.curves.write_text(self.step, text)
             self.progress.write(f"step {self.step}: {text}")
+        release_memory()
         self.start_clock()
 
     def save(self) -> None:
