@@ -4,6 +4,7 @@ pip install -e ".[bench]"
 python experiments/benchmark.py --suite=decoding --report=experiments/results/decoding/cpu
 python experiments/benchmark.py --suite=training --report=experiments/results/training/cpu
 python experiments/benchmark.py --suite=boundaries --report=experiments/results/training/boundaries
+python experiments/benchmark.py --suite=cpu --report=experiments/results/cpu/tricks
 python experiments/benchmark.py --suite=decoding --nopeer --batches=1,32,256 --report=experiments/results/decoding/gpu
 python experiments/benchmark.py --suite=accelerator --report=experiments/results/training/gpu
 
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other
 
 from absl import flags
 
-from experiments.benchmarks import accelerator, boundaries, decoding, models, training
+from experiments.benchmarks import accelerator, boundaries, cpu, decoding, models, training
 from experiments.common import launcher
 from experiments.common.reports import PACKAGES, provenance, read_record, report_file, write_report
 from hourglass_jax import UsageError
@@ -28,7 +29,7 @@ from hourglass_jax.ranges import check_range
 from hourglass_jax.training.identity import described, differences
 
 SUITE = flags.DEFINE_enum(
-    "suite", "decoding", ["decoding", "training", "boundaries", "accelerator"], "What to measure."
+    "suite", "decoding", ["decoding", "training", "boundaries", "cpu", "accelerator"], "What to measure."
 )
 REPEATS = flags.DEFINE_integer("repeats", 5, "Runs of which each figure is the median.", lower_bound=1)
 PEER = flags.DEFINE_boolean("peer", True, "Also measure the PyPI package (requires the extra [bench]).")
@@ -59,6 +60,10 @@ def main(_: list[str]) -> None:
         facts = {"sizes": models.SIZES | {"hierarchy": boundaries.HIERARCHY}}
         rows = boundaries.measure(repeats)
         text = boundaries.describe(rows, repeats)
+    elif SUITE.value == "cpu":
+        facts = {"sizes": models.SIZES}
+        rows = cpu.measure(repeats)
+        text = cpu.describe(rows, repeats)
     else:
         rows = training.measure(repeats, peer=PEER.value)
         text = training.describe(rows, repeats)
@@ -69,7 +74,7 @@ def main(_: list[str]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             decoding.plot(rows, report_file(path, ".png"))
             text += f"\n![characters per second]({path.name}.png)\n"
-        with_peer = PEER.value and SUITE.value != "boundaries"
+        with_peer = PEER.value and SUITE.value in ("decoding", "training")
         packages = (*PACKAGES, "torch", models.PEER) if with_peer else PACKAGES
         write_report(path, provenance(packages) | facts | {"rows": rows}, text)
 

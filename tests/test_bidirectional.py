@@ -19,6 +19,7 @@ from hourglass_jax import HourglassLM, costs
 from hourglass_jax.data.pipeline import consecutive_windows, shuffled_windows
 from hourglass_jax.evaluation import evaluate_batches
 from hourglass_jax.masking import SHARE, corrupt, task_of
+from hourglass_jax.nn import cpu
 from hourglass_jax.nn.attention import blocked
 from hourglass_jax.nn.attention.blocked import blocked_attention
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern
@@ -80,7 +81,7 @@ def test_attention_is_its_formula_and_so_are_its_gradients(
 ):
     monkeypatch.setattr(blocked, "QUERY_ROWS", rows)
     monkeypatch.setattr(blocked, "SEGMENTS", n_segments)
-    monkeypatch.setattr(blocked, "HEADS_IN_CACHE", rows * HEADS)
+    monkeypatch.setattr(cpu, "HEADS_IN_CACHE", rows * HEADS)
     inputs, mask = make_inputs(query_slots, key_slots, relative)
     pattern = Pattern(query_slots, key_slots, causal=False)
     expected = naive(inputs, pattern, mask | ~mask.any(1, keepdims=True))

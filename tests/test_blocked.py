@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from hourglass_jax.nn import cpu
 from hourglass_jax.nn.attention import blocked
 from hourglass_jax.nn.attention.blocked import blocked_attention
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern
@@ -51,7 +52,7 @@ def blocks(request, monkeypatch):
     """Blocks of so many query rows, so many segments; 3 and 2 rows leave an incomplete block."""
     monkeypatch.setattr(blocked, "QUERY_ROWS", request.param[0])
     monkeypatch.setattr(blocked, "SEGMENTS", request.param[1])
-    monkeypatch.setattr(blocked, "HEADS_IN_CACHE", request.param[0] * HEADS)
+    monkeypatch.setattr(cpu, "HEADS_IN_CACHE", request.param[0] * HEADS)
     with jax.enable_x64(True):
         yield
 

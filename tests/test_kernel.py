@@ -130,14 +130,14 @@ def test_splash_attention_equals_the_formula(slots, window, monkeypatch):
 )
 def test_auto_takes_what_the_platform_has(platform, dtype, size, more, name, monkeypatch):
     monkeypatch.setattr(choice, "platform", lambda: platform)
-    said = []
-    monkeypatch.setattr(choice, "say", said.append)
+    messages = []
+    monkeypatch.setattr(choice, "log_once", messages.append)
     chosen, _ = choice.choose("auto", dtype, size, more)
-    assert chosen == name and len(said) == 1 and said[0].startswith(f"attention: {name} ({platform}, {dtype}")
+    assert chosen == name and len(messages) == 1 and messages[0].startswith(f"attention: {name} ({platform}, {dtype}")
 
 
 def test_the_summary_says_which_attention_it_is():
-    assert "attention: auto = blocked, cpu, float32, heads of 8, relative positions, window 4" in hg.summary(
+    assert "attention: auto = blocked, cpu, float32, head_dim 8, relative positions, window 4" in hg.summary(
         small_config(attention="auto", window=4)
     )
 

@@ -46,7 +46,7 @@ def test_a_model_and_its_configuration_have_the_same_table():
     table = hg.summary(config, 30)
     assert hg.summary(make_model(config), 30) == table != hg.summary(config)
     first, attention, *lines = table.splitlines()
-    assert attention == "attention: auto = blocked, cpu, float32, heads of 8, relative positions"
+    assert attention == "attention: auto = blocked, cpu, float32, head_dim 8, relative positions"
     assert first == repr(abstract(config)) and len({len(line) for line in lines}) == 1
     assert f"{count_parameters(config):,}" in lines[-1]
     assert "30" in lines[-1].split() and "10" in lines[-3].split()

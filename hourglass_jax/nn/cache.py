@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from hourglass_jax.errors import UsageError
+from hourglass_jax.nn import cpu
 from hourglass_jax.nn.positions import rotate
 
 NEVER = -(2**30)  # earlier than any time
@@ -110,13 +111,9 @@ class KeyValueCache:
 
     def read(self) -> tuple[jax.Array, jax.Array]:
         """Return keys and values [B, H, R, K]."""
-        if (rows := self.rows) is None:
+        if self.rows is None:
             return self.keys, self.values
-
-        def taken(part: jax.Array) -> jax.Array:  # row by row: on a CPU faster than a gather
-            return jnp.stack([lax.dynamic_index_in_dim(part, row, keepdims=False) for row in rows])
-
-        return taken(self.keys), taken(self.values)
+        return cpu.take_rows(self.keys, self.rows), cpu.take_rows(self.values, self.rows)
 
     def lags(self, newest: jax.Array) -> jax.Array:
         """int [1, R]: how long before the newest key that of each row comes; of a row yet to be filled, more than all.

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import lax
 
 from hourglass_jax.config import HourglassConfig
+from hourglass_jax.nn import cpu
 
 _ROWS = 0x726F7773  # what is folded into a key so that its rows' share nothing with its parts
 
@@ -24,30 +25,21 @@ def kernel_init(config: HourglassConfig) -> nnx.Initializer:
     return nnx.initializers.normal(0.02)
 
 
-def on_matrix(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """function(x) for a function of vectors [..., D], computed on a matrix.
-
-    With more axes, XLA:CPU copies the whole input in the backward pass of a product, and sums rows half as fast.
-    """
-    y = function(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
-    return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
 def flax_on_matrix(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """`on_matrix` for a layer of Flax, which mixes dtypes even where JAX forbids it."""
+    """Return layer(x) for a Flax layer; see `cpu.on_matrix`. Flax layers require the standard dtype promotion."""
     with jax.numpy_dtype_promotion("standard"):
-        return on_matrix(layer, x)
+        return cpu.on_matrix(layer, x)
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear`, see `on_matrix`."""
+    """`nnx.Linear` on a matrix; see `cpu.on_matrix`."""
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         return flax_on_matrix(super().__call__, x)
 
 
 class LayerNorm(nnx.LayerNorm):
-    """`nnx.LayerNorm`, see `on_matrix`; the backward pass keeps only its input."""
+    """`nnx.LayerNorm` on a matrix; see `cpu.on_matrix`. The backward pass keeps only its input."""
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         return flax_on_matrix(jax.checkpoint(super().__call__), x)

@@ -11,10 +11,11 @@ from flax import nnx
 from jax import lax
 
 from hourglass_jax.config import HourglassConfig
+from hourglass_jax.nn import cpu
 from hourglass_jax.nn.attention import Attention
 from hourglass_jax.nn.attention.lsh import LSHAttention
 from hourglass_jax.nn.cache import Clock, KeyValueCache
-from hourglass_jax.nn.layers import Dropout, layer_norm, linear, on_matrix, split_key
+from hourglass_jax.nn.layers import Dropout, layer_norm, linear, split_key
 from hourglass_jax.nn.platform import platform
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -34,7 +35,7 @@ class FeedForward(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return on_matrix(self.on_rows, x)
+        return cpu.on_matrix(self.on_rows, x)
 
     def on_rows(self, x: jax.Array) -> jax.Array:
         # Recomputing the activation costs less than writing and reading its intermediate values.

@@ -1,6 +1,6 @@
-"""Attention at group granularity: `Attention`, the module; one formula, in one file for each way to compute it.
+"""Attention between groups: the module `Attention`, and one file for each implementation of the same formula.
 
-`pattern` says who sees whom, `choice` which implementation computes it.
+`plain` states the formula, `pattern` the mask; `choice` selects the implementation.
 """
 
 from hourglass_jax.nn.attention.module import Attention as Attention

@@ -1,8 +1,8 @@
-"""Attention in blocks of queries, with a backward pass of its own: memory grows linearly with length.
+"""Attention in blocks of queries, with a custom backward pass: memory grows linearly with length.
 
-Where it is causal, keys beyond a block's last query are hardly touched, and with a window none before what its first
-query sees. Of the scores only each query's log-sum-exp is kept; from it the backward pass has a block's probabilities
-again, without a sum over keys.
+If causal, few scores of later keys are computed, and with a window, few of keys before it. The forward pass keeps each
+query's log-sum-exp; from it, the backward pass recomputes a block's weights without a sum over keys. `plain` has the
+formula, `positions.relative_shift` the alignment of relative scores.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
-from hourglass_jax.nn.attention.pattern import Inputs, Pattern, float32_at_least
+from hourglass_jax.nn import cpu
+from hourglass_jax.nn.attention.pattern import Inputs, Pattern, upcast
 from hourglass_jax.nn.layers import dropped
-from hourglass_jax.nn.platform import on_one_cpu, platform
+from hourglass_jax.nn.platform import platform
 from hourglass_jax.nn.positions import relative_shift_padded
 
-QUERY_ROWS = 64  # of a block on a CPU; on accelerators eight times as many
-HEADS_IN_CACHE = 16  # of a few rows of the batch together, on a CPU
-SEGMENTS = 8  # into which a sequence is cut at most; the blocks of a segment are one loop, and all see its last key
+QUERY_ROWS = 64  # queries in a block on a CPU; eight times as many on accelerators
+SEGMENTS = 8  # most segments in a sequence; a segment is one loop over its blocks, with the keys up to its end
 
 
-DropoutKey = tuple[jax.Array, jax.Array | int] | None  # and how many rows of the batch come before those at hand
+DropoutKey = tuple[jax.Array, jax.Array | int] | None  # key, and the number of earlier rows in the batch
 
 
 class Segment(NamedTuple):
-    """Query groups start .. end - 1 in blocks; with groups that do not exist after the last where it is not full.
+    """Query groups start .. end - 1 in `n_blocks` blocks; the last block is padded to `block` groups.
 
-    A block meets the keys of all groups before `end`, or, of one segment for all, those from `reach` groups before its
-    first group to its last.
+    A block attends to the keys of all groups before `end`. With `reach`, which requires a single segment, it attends to
+    a band: the keys from `reach` groups before its first group to its last group.
     """
 
     start: int
@@ -43,14 +44,15 @@ class Segment(NamedTuple):
 
     @property
     def missing(self) -> int:
+        """The number of padding groups in the last block."""
         return self.start + self.block * self.n_blocks - self.end
 
     @property
-    def met(self) -> int:
-        """Groups whose keys a block meets."""
+    def n_key_groups(self) -> int:
+        """The number of groups whose keys a block attends to."""
         return self.end if self.reach is None else self.reach + self.block
 
-    def blocks_of(self, x: jax.Array | None, slots: int) -> jax.Array | None:
+    def to_blocks(self, x: jax.Array | None, slots: int) -> jax.Array | None:
         """[B, H, G P, K] -> [n_blocks, B, H, block P, K]."""
         if x is None:
             return None
@@ -58,55 +60,55 @@ class Segment(NamedTuple):
         x = jnp.pad(x, [(0, 0), (0, 0), (0, self.missing * slots), (0, 0)])
         return jnp.moveaxis(x.reshape(*x.shape[:2], self.n_blocks, self.block * slots, x.shape[3]), 2, 0)
 
-    def rows_of(self, blocks: jax.Array, slots: int) -> jax.Array:
-        """Undoes `blocks_of`."""
+    def from_blocks(self, blocks: jax.Array, slots: int) -> jax.Array:
+        """Undo `to_blocks`."""
         x = jnp.moveaxis(blocks, 0, 2)
         return x.reshape(*x.shape[:2], -1, x.shape[4])[:, :, : (self.end - self.start) * slots]
 
-    def seen(self, inputs: Inputs, slots: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """The keys, values and relative keys, as columns, that the segment's queries meet."""
-        k, v, r, n = inputs.k, inputs.v, inputs.r, self.met * slots
-        ahead = 0 if r is None else max(r.shape[-1] - k.shape[-1], 0)  # of lags below 0, where they are seen
-        if r is not None:  # in front, lags beyond the largest, all hidden; behind, one for `relative_shift_padded`
+    def keys(self, inputs: Inputs, slots: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Return the keys, values and relative keys of the segment, as columns; see `with_columns`."""
+        k, v, r, n = inputs.k, inputs.v, inputs.r, self.n_key_groups * slots
+        ahead = 0 if r is None else max(r.shape[-1] - k.shape[-1], 0)  # lags below 0, if not causal
+        if r is not None:  # first, masked lags beyond the largest; last, the column of `relative_shift_padded`
             r = pad_columns(r[..., -n - ahead :], max(n - r.shape[-1], 0), slots)
         if self.reach is not None:
             k, v = (pad_columns(x, self.reach * slots, self.missing * slots) for x in (k, v))
             return k, v, r
-        if r is not None:  # in front the lags of groups that do not exist, behind those of keys yet to come
+        if r is not None:  # first, lags of padding groups; last, lags of later keys
             r = pad_columns(r, self.missing * slots, (self.n_blocks * self.block - 1) * slots - ahead)
         return k[..., :n], v[..., :n], r
 
-    def near(self, i: jax.Array, seen: jax.Array, slots: int) -> jax.Array:
-        """Of the keys or values that the segment's queries meet, those that block i does."""
+    def keys_of_block(self, i: jax.Array, keys: jax.Array, slots: int) -> jax.Array:
+        """Return the keys, or values, of block i from those of the segment."""
         if self.reach is None:
-            return seen
-        return lax.dynamic_slice_in_dim(seen, i * self.block * slots, self.met * slots, axis=3)
+            return keys
+        return lax.dynamic_slice_in_dim(keys, i * self.block * slots, self.n_key_groups * slots, axis=3)
 
-    def add_near(self, i: jax.Array, total: jax.Array, near: jax.Array, slots: int) -> jax.Array:
-        """Adds to all keys what comes from those that block i meets."""
+    def add_block(self, i: jax.Array, total: jax.Array, d_keys: jax.Array, slots: int) -> jax.Array:
+        """Add the gradient of block i's keys to that of the segment's; transposes `keys_of_block`."""
         if self.reach is None:
-            return total + near
-        near += self.near(i, total, slots)
-        return lax.dynamic_update_slice_in_dim(total, near, i * self.block * slots, axis=3)
+            return total + d_keys
+        d_keys += self.keys_of_block(i, total, slots)
+        return lax.dynamic_update_slice_in_dim(total, d_keys, i * self.block * slots, axis=3)
 
     def loop(self, body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, blocks: Any) -> tuple[Any, Any]:
-        """`lax.scan` of body(carry, (block's number, block))."""
+        """Scan body(carry, (i, block i)) over the blocks."""
         numbered = (jnp.arange(self.n_blocks), blocks)
         return lax.scan(body, carry, numbered, unroll=self.n_blocks == 1)
 
 
 def with_columns(inputs: Inputs) -> Inputs:
-    """k and v as [B, H, K, G S], r as [H, P, K, N S].
+    """Transpose k and v to [B, H, K, G S], r to [H, P, K, N S].
 
-    So no product of the backward pass transposes a block's weights, nor one for the whole batch its scores by lag: on a
-    CPU that takes longer than the product.
+    Otherwise the matrix products of the backward pass transpose weights and scores by lag, which takes longer on a CPU
+    than the products.
     """
     k, v, r = inputs.k.swapaxes(2, 3), inputs.v.swapaxes(2, 3), inputs.r
     return inputs._replace(k=k, v=v, r=None if r is None else r.transpose(1, 0, 3, 2))
 
 
 def with_relative_keys(inputs: Inputs, r: jax.Array | None) -> Inputs:
-    """`inputs` with r [H, P, K, N S] for each of their rows."""
+    """Return `inputs` with r [H, P, K, N S] broadcast to the batch."""
     return inputs._replace(r=None if r is None else jnp.broadcast_to(r, (inputs.q.shape[0], *r.shape)))
 
 
@@ -115,15 +117,16 @@ def pad_columns(x: jax.Array, before: int, after: int) -> jax.Array:
 
 
 def segments(pattern: Pattern, groups: int) -> list[Segment]:
+    """Return the segments of a sequence of `groups` groups on this platform."""
     rows = QUERY_ROWS if platform() == "cpu" else 8 * QUERY_ROWS
     block = max(1, min(rows // pattern.query_slots, groups))
     if not pattern.causal:
         return [Segment(0, groups, block, -(-groups // block))]
     if pattern.window:
         narrow = min(block, max(pattern.window, QUERY_ROWS // pattern.query_slots))
-        if narrow + pattern.window <= groups // 2:  # otherwise about as much would be met without a band
+        if narrow + pattern.window <= groups // 2:  # otherwise a band saves little
             return [Segment(0, groups, narrow, -(-groups // narrow), pattern.window - 1)]
-    n_segments = SEGMENTS if platform() == "cpu" else SEGMENTS // 2  # each is a program to compile
+    n_segments = SEGMENTS if platform() == "cpu" else SEGMENTS // 2  # each compiles separately
     longest = -(-groups // (block * n_segments)) * block
     ends = [min(start + longest, groups) for start in range(0, groups, longest)]
     return [
@@ -135,32 +138,33 @@ def segments(pattern: Pattern, groups: int) -> list[Segment]:
 def block_scores(
     pattern: Pattern, segment: Segment, i: jax.Array, q: jax.Array, q_position: Any, k: jax.Array, r: Any
 ) -> jax.Array:
-    """q [B, H, block P, K], k [B, H, K, N S] -> [B, H, block P, N S], float32 at least."""
+    """q [B, H, block P, K], k [B, H, K, M S] -> scores of block i [B, H, block P, M S], in float32 or wider."""
     scores = jnp.einsum("bhqk,bhkm->bhqm", q, k)
     if r is not None:
-        groups, slots = segment.met + 1, pattern.key_slots
+        groups, slots = segment.n_key_groups + 1, pattern.key_slots
         if segment.reach is None:
             groups += segment.missing if pattern.causal else segment.block - 1
             r = lax.dynamic_slice_in_dim(r, (segment.n_blocks - 1 - i) * segment.block * slots, groups * slots, axis=4)
         batch, heads, _, size = q.shape
         q_position = q_position.reshape(batch, heads, segment.block, pattern.query_slots, size)
         by_lag = jnp.einsum("bhpgk,bhpkn->bhpgn", q_position.swapaxes(2, 3), r)
-        by_key = relative_shift_padded(by_lag.reshape(*by_lag.shape[:-1], groups, slots))[..., : segment.met, :]
-        by_key = by_key.reshape(*by_key.shape[:-2], -1)
+        by_key = relative_shift_padded(by_lag.reshape(*by_lag.shape[:-1], groups, slots))
+        by_key = by_key[..., : segment.n_key_groups, :].reshape(*by_lag.shape[:-1], -1)
         scores += by_key.swapaxes(2, 3).reshape(scores.shape)
-    return float32_at_least(scores)
+    return upcast(scores)
 
 
 def block_visible(pattern: Pattern, segment: Segment, i: jax.Array, padding: jax.Array | None) -> jax.Array:
-    """bool [B or 1, 1, block P or 1, N S or 1]."""
+    """Return the mask of block i, bool [B or 1, 1, block P or 1, M S or 1]."""
     queries = segment.start + i * segment.block + jnp.arange(segment.block * pattern.query_slots) // pattern.query_slots
-    keys = jnp.arange(segment.met * pattern.key_slots) // pattern.key_slots
+    keys = jnp.arange(segment.n_key_groups * pattern.key_slots) // pattern.key_slots
     if segment.reach is not None:
         keys += i * segment.block - segment.reach
     return pattern.visible(queries, keys, padding)
 
 
 def drop(pattern: Pattern, x: jax.Array, key: DropoutKey, segment: Segment, i: jax.Array) -> jax.Array:
+    """Apply dropout to the weights of block i, or to their gradient."""
     if key is None:
         return x
     base, rows_before = key
@@ -168,16 +172,12 @@ def drop(pattern: Pattern, x: jax.Array, key: DropoutKey, segment: Segment, i: j
 
 
 def blocked_attention(
-    pattern: Pattern, inputs: Inputs, padding: jax.Array | None = None, key: jax.Array | None = None
-) -> jax.Array:
-    """-> [B, H, G P, K]. For `padding` see `Pattern`; `key` turns dropout on.
-
-    One CPU computes a few rows of the batch at a time, whose scores fit into its cache.
-    """
+    pattern: Pattern, inputs: Inputs, padding: Array | None = None, key: Array | None = None
+) -> Float[Array, "B H GP K"]:
+    """Compute attention; `Pattern` describes `padding`. `key` turns dropout on."""
     batch, heads = inputs.q.shape[:2]
-    rows = max(1, HEADS_IN_CACHE // heads)
-    divided = isinstance(batch, int) and on_one_cpu() and batch % rows == 0
-    return _attention(pattern, batch // rows if divided else 1, with_columns(inputs), padding, key)
+    n_parts = cpu.batch_parts(batch, heads)
+    return _attention(pattern, n_parts, with_columns(inputs), padding, key)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -187,9 +187,9 @@ def _attention(
     return _forward(pattern, n_parts, inputs, padding, key)[0]
 
 
-def in_parts(n: int, tree: Any) -> Any:
-    """Reshape each array, [B, ...] -> [n, B / n, ...]."""
-    return jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), tree)
+def in_parts(n_parts: int, tree: Any) -> Any:
+    """Split the batch of each array: [B, ...] -> [n_parts, B / n_parts, ...]."""
+    return jax.tree.map(lambda x: x.reshape(n_parts, x.shape[0] // n_parts, *x.shape[1:]), tree)
 
 
 def _forward(
@@ -214,7 +214,7 @@ def _backward(
     parts = in_parts(n_parts, (padding, out, log_total, d_out))
 
     def one_part(i: Any, carry: Any) -> Any:
-        inputs, d_r = carry  # the gradients of a part take the place of its inputs, so they need no memory
+        inputs, d_r = carry  # a part's gradients overwrite its inputs, which saves memory
         part, (padding, *results) = jax.tree.map(lambda x: x[i], (inputs, parts))
         dropout_key = key if key is None else (key, i * rows)
         gradients = _backward_rows(pattern, with_relative_keys(part, r), padding, dropout_key, *results)
@@ -233,14 +233,14 @@ _attention.defvjp(_forward, _backward)
 
 
 def _forward_rows(pattern: Pattern, inputs: Inputs, padding: Any, key: DropoutKey) -> tuple[jax.Array, jax.Array]:
-    """-> the result [B, H, G P, K], and the log-sum-exp of each query's scores [B, H, G P, 1]."""
+    """Return the result [B, H, G P, K] and the log-sum-exp of each query's scores [B, H, G P, 1]."""
     parts = []
     for segment in segments(pattern, inputs.q.shape[2] // pattern.query_slots):
-        k, v, r = segment.seen(inputs, pattern.key_slots)
+        k, v, r = segment.keys(inputs, pattern.key_slots)
 
         def one_block(_: None, block: Any, segment=segment, k=k, v=v, r=r) -> tuple[None, Any]:
             i, (q, q_position) = block
-            k, v = (segment.near(i, x, pattern.key_slots) for x in (k, v))
+            k, v = (segment.keys_of_block(i, x, pattern.key_slots) for x in (k, v))
             scores = block_scores(pattern, segment, i, q, q_position, k, r)
             scores += jnp.where(block_visible(pattern, segment, i, padding), 0.0, -jnp.inf).astype(scores.dtype)
             largest = scores.max(-1, keepdims=True)
@@ -249,9 +249,9 @@ def _forward_rows(pattern: Pattern, inputs: Inputs, padding: Any, key: DropoutKe
             weights = drop(pattern, weights / total, key, segment, i).astype(v.dtype)
             return None, (jnp.einsum("bhqm,bhkm->bhqk", weights, v), largest + jnp.log(total))
 
-        blocks = [segment.blocks_of(x, pattern.query_slots) for x in (inputs.q, inputs.q_position)]
+        blocks = [segment.to_blocks(x, pattern.query_slots) for x in (inputs.q, inputs.q_position)]
         _, results = segment.loop(one_block, None, blocks)
-        parts.append([segment.rows_of(x, pattern.query_slots) for x in results])
+        parts.append([segment.from_blocks(x, pattern.query_slots) for x in results])
     out, log_total = (jnp.concatenate(part, axis=2) for part in zip(*parts, strict=True))
     return out, log_total
 
@@ -265,34 +265,34 @@ def _backward_rows(
     log_total: jax.Array,
     d_out: jax.Array,
 ) -> Inputs:
-    """The gradients of the inputs."""
-    correction = (d_out * out).astype(log_total.dtype).sum(-1, keepdims=True)  # probabilities times their gradients
+    """Return the gradients of the inputs."""
+    correction = (d_out * out).astype(log_total.dtype).sum(-1, keepdims=True)  # sum of weight * d_weight over keys
     d_queries: list[Any] = []
-    d_seen: Any = None
+    d_inputs: Any = None
     for segment in segments(pattern, inputs.q.shape[2] // pattern.query_slots):
-        (k, v, r), unsee = jax.vjp(lambda inputs, segment=segment: segment.seen(inputs, pattern.key_slots), inputs)
+        (k, v, r), from_segment = jax.vjp(partial(segment.keys, slots=pattern.key_slots), inputs)
 
-        def one_block(d_seen: Any, block: Any, segment=segment, k=k, v=v, r=r) -> tuple[Any, Any]:
+        def one_block(d_segment: Any, block: Any, segment=segment, k=k, v=v, r=r) -> tuple[Any, Any]:
             i, (q, q_position, d_out, log_total, correction) = block
-            k, v = (segment.near(i, x, pattern.key_slots) for x in (k, v))
-            scores, of_scores = jax.vjp(partial(block_scores, pattern, segment, i), q, q_position, k, r)
+            k, v = (segment.keys_of_block(i, x, pattern.key_slots) for x in (k, v))
+            scores, scores_vjp = jax.vjp(partial(block_scores, pattern, segment, i), q, q_position, k, r)
             weights = jnp.exp(jnp.where(block_visible(pattern, segment, i, padding), scores - log_total, -jnp.inf))
             d_v = jnp.einsum("bhqk,bhqm->bhkm", d_out, drop(pattern, weights, key, segment, i).astype(v.dtype))
             d_weights = jnp.einsum("bhqk,bhkm->bhqm", d_out, v).astype(weights.dtype)
             d_weights = drop(pattern, d_weights, key, segment, i)
-            d_q, d_q_position, d_k, d_r = of_scores(weights * (d_weights - correction))
-            d_keys, d_values, d_relative = d_seen
+            d_q, d_q_position, d_k, d_r = scores_vjp(weights * (d_weights - correction))
+            d_keys, d_values, d_relative = d_segment
             d_keys, d_values = (
-                segment.add_near(i, total, x, pattern.key_slots) for total, x in ((d_keys, d_k), (d_values, d_v))
+                segment.add_block(i, total, x, pattern.key_slots) for total, x in ((d_keys, d_k), (d_values, d_v))
             )
             return (d_keys, d_values, None if d_r is None else d_relative + d_r), (d_q, d_q_position)
 
         queries = (inputs.q, inputs.q_position, d_out, log_total, correction)
-        blocks = [segment.blocks_of(x, pattern.query_slots) for x in queries]
+        blocks = [segment.to_blocks(x, pattern.query_slots) for x in queries]
         nothing = jax.tree.map(jnp.zeros_like, (k, v, r))
         totals, d_blocks = segment.loop(one_block, nothing, blocks)
-        d_queries.append([x if x is None else segment.rows_of(x, pattern.query_slots) for x in d_blocks])
-        [d_inputs] = unsee(totals)
-        d_seen = d_inputs if d_seen is None else jax.tree.map(jnp.add, d_seen, d_inputs)
+        d_queries.append([x if x is None else segment.from_blocks(x, pattern.query_slots) for x in d_blocks])
+        [more] = from_segment(totals)
+        d_inputs = more if d_inputs is None else jax.tree.map(jnp.add, d_inputs, more)
     d_q, d_q_position = (None if x[0] is None else jnp.concatenate(x, axis=2) for x in zip(*d_queries, strict=True))
-    return d_seen._replace(q=d_q, q_position=d_q_position)
+    return d_inputs._replace(q=d_q, q_position=d_q_position)

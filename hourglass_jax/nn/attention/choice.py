@@ -1,4 +1,4 @@
-"""Which implementation computes attention: chosen here alone, by name and by what the platform has a kernel for."""
+"""Choice of the implementation of attention, by name and by which kernels the platform has."""
 
 from __future__ import annotations
 
@@ -24,62 +24,66 @@ IMPLEMENTATIONS: dict[str, Callable[[Pattern, Inputs, jax.Array | None, jax.Arra
     "fused": fused_attention,
     "kernel": kernel_attention,
 }
-LARGEST_HEAD = 128  # numbers; of larger ones a GPU's shared memory has no room for a tile
+LARGEST_HEAD = 128  # head_dim; larger tiles do not fit into a GPU's shared memory
 
 
 def attend(
     name: str, pattern: Pattern, inputs: Inputs, padding: jax.Array | None = None, key: jax.Array | None = None
 ) -> jax.Array:
-    """-> [B, H, G P, K]. For `padding` see `Pattern`; `key` turns dropout on."""
-    more = {"relative positions": inputs.r is not None, "padding": padding is not None, "dropout": key is not None}
-    q = inputs.q
-    name, _ = choose(name, q.dtype, q.shape[-1], tuple(what for what, wanted in more.items() if wanted), pattern.causal)
+    """Compute attention with the implementation `name`; `Pattern` describes `padding`. `key` turns dropout on."""
+    options = {"relative positions": inputs.r is not None, "padding": padding is not None, "dropout": key is not None}
+    used = tuple(option for option, is_used in options.items() if is_used)
+    name, _ = choose(name, inputs.q.dtype, inputs.q.shape[-1], used, pattern.causal)
     return IMPLEMENTATIONS[name](pattern, inputs, padding, key)
 
 
-def choose(name: str, dtype: Any, size: int, more: tuple[str, ...] = (), causal: bool = True) -> tuple[str, str]:
-    """The implementation for heads of so many numbers, and why; `more` is what fused attention knows nothing of."""
+def choose(name: str, dtype: Any, head_dim: int, used: tuple[str, ...] = (), causal: bool = True) -> tuple[str, str]:
+    """Return the name of the implementation to run, and the reason.
+
+    used: the options in use that fused attention does not support.
+    """
     if name == "auto":
         not_causal = "blocked", "the kernels are causal"
-        name, reason = best(platform(), jnp.dtype(dtype), size, more) if causal else not_causal
-        say(f"attention: {name} ({reason})")
+        name, reason = best(platform(), jnp.dtype(dtype), head_dim, used) if causal else not_causal
+        log_once(f"attention: {name} ({reason})")
         return name, reason
-    if name == "fused" and more:
-        return "blocked", f"fused knows no {' or '.join(more)}"
-    if name == "fused" and not has_fused(platform(), size):
-        what = "one device of a TPU alone" if platform() == "tpu" else f"no heads of {size}"
-        return "blocked", f"fused takes {what}"
-    return name, "as asked for"
+    if name == "fused" and used:
+        return "blocked", f"fused does not support {' or '.join(used)}"
+    if name == "fused" and not has_fused(platform(), head_dim):
+        limit = "several TPU devices" if platform() == "tpu" else f"head_dim {head_dim}"
+        return "blocked", f"fused does not support {limit}"
+    return name, "as configured"
 
 
-def best(platform: str, dtype: Any, size: int, more: tuple[str, ...]) -> tuple[str, str]:
-    where = f"{platform}, {dtype}, heads of {size}" + "".join(f", {what}" for what in more)
+def best(platform: str, dtype: Any, head_dim: int, used: tuple[str, ...]) -> tuple[str, str]:
+    """Return the fastest implementation on a platform, and the reason."""
+    case = ", ".join([platform, str(dtype), f"head_dim {head_dim}", *used])
     if platform == "cpu":
-        return "blocked", where
+        return "blocked", case
     if platform == "gpu" and dtype not in (jnp.bfloat16, jnp.float16):
-        return "blocked", f"{where}: the kernels are for bfloat16"
-    if size > LARGEST_HEAD:
-        return "blocked", f"{where}: the kernels are for at most {LARGEST_HEAD}"
-    return "kernel" if more or not has_fused(platform, size) else "fused", where
+        return "blocked", f"{case}: the kernels require bfloat16 or float16"
+    if head_dim > LARGEST_HEAD:
+        return "blocked", f"{case}: the kernels require head_dim <= {LARGEST_HEAD}"
+    return "kernel" if used or not has_fused(platform, head_dim) else "fused", case
 
 
-def has_fused(platform: str, size: int) -> bool:
-    """cuDNN has restrictions, and JAX's TPU kernel does not know how to divide itself among devices."""
+def has_fused(platform: str, head_dim: int) -> bool:
+    """Whether fused attention supports these heads; JAX's TPU kernel supports one device only."""
     if platform == "gpu":
-        return size % 8 == 0 and size <= LARGEST_HEAD
+        return head_dim % 8 == 0 and head_dim <= LARGEST_HEAD
     return platform == "cpu" or n_devices() == 1
 
 
 @functools.cache
-def say(words: str) -> None:
-    """In the log, once."""
-    logging.info(words)
+def log_once(message: str) -> None:
+    """Log a message the first time that it occurs."""
+    logging.info(message)
 
 
 def describe(config: HourglassConfig) -> str:
-    """What `config.attention` means on this platform in training, in words."""
-    more = {"relative positions": config.positions == "relative", "dropout": config.dropout > 0}
-    wanted = tuple(what for what, is_wanted in more.items() if is_wanted)
-    name, reason = choose(config.attention, config.dtype, config.head_dim, wanted, config.causal)
+    """Return a line for the summary: the implementation that training uses on this platform, and why."""
+    options = {"relative positions": config.positions == "relative", "dropout": config.dropout > 0}
+    used = tuple(option for option, is_used in options.items() if is_used)
+    name, reason = choose(config.attention, config.dtype, config.head_dim, used, config.causal)
     window = f", window {config.window} on the tokens" if config.window else ""
     return f"attention: {config.attention}" + (f" = {name}, {reason}" if name != config.attention else "") + window

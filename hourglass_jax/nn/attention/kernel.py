@@ -1,10 +1,10 @@
-"""Flash kernels, forward and backward, with relative positions inside the block: in Pallas, for GPUs and TPUs.
+"""Flash attention in Pallas for GPUs and TPUs, forward and backward, with the relative positions of `plain`'s formula.
 
-Scores never leave the chip: memory grows linearly with length, and with a window a kernel visits the band alone. Each
-program has one head and one block of queries, of keys, or of lags, and walks over the blocks that it meets; see
-`tiles`. On a CPU the kernels are interpreted: slow, for tests.
+Scores stay on the chip, so memory grows linearly with length. With a window, a kernel visits only blocks in the window.
+Each program computes one block of queries, keys or lags of one head, in a loop over the other blocks; see `tiles`. On a
+CPU the kernels are interpreted, which is slow and meant for tests.
 
-To fit one kernel, query slots are further heads of one key head, and key slots follow one another.
+Query slots become additional heads of one key head; the keys of each key slot are contiguous.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import tpu as mosaic
 from jax.experimental.pallas import triton
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from hourglass_jax.errors import UsageError
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern
@@ -28,11 +29,11 @@ from hourglass_jax.nn.attention.tiles import Arrays, Plan, Tile, forward_tile, k
 from hourglass_jax.nn.layers import at_least_float32
 from hourglass_jax.nn.platform import n_devices, platform
 
-BLOCKS = {"gpu": 64, "tpu": 128, "cpu": 16}  # query rows of a block, and keys
-SMALLEST = 16  # rows of a product on a GPU
-LANES = 128  # of a TPU: its arrays are as wide, or a multiple
-ROOM = 16 * 2**20  # bytes of a TPU's memory for what a program computes
-# Products of one block with another: in a tile without relative positions, with them, and then besides in a program.
+BLOCKS = {"gpu": 64, "tpu": 128, "cpu": 16}  # queries and keys in a block
+SMALLEST = 16  # smallest dimension of a matrix product on a GPU
+LANES = 128  # a TPU pads the last axis to a multiple of this
+ROOM = 16 * 2**20  # bytes of a TPU's VMEM for intermediate values
+# Block products: per tile without relative positions, per tile with them, and with them once more per program.
 PRODUCTS: dict[Callable[..., Any], tuple[int, int, int]] = {
     forward_tile: (2, 3, 0),
     query_tile: (3, 5, 1),
@@ -42,9 +43,12 @@ PRODUCTS: dict[Callable[..., Any], tuple[int, int, int]] = {
 
 
 def kernel_attention(
-    pattern: Pattern, inputs: Inputs, first: jax.Array | None = None, key: jax.Array | None = None
-) -> jax.Array:
-    """-> [B, H, G P, K]. Groups before `first` [B] are padding; `key` turns dropout on."""
+    pattern: Pattern, inputs: Inputs, first: Int[Array, " B"] | None = None, key: Array | None = None
+) -> Float[Array, "B H GP K"]:
+    """Compute attention; groups before `first` are padding. `key` turns dropout on.
+
+    Raises UsageError for a symbolic batch size.
+    """
     batch, heads, n_queries, size = inputs.q.shape
     if not isinstance(batch, int):
         raise UsageError("attention='kernel' needs a fixed batch size; export with another attention or a fixed batch")
@@ -68,10 +72,11 @@ def kernel_attention(
 
 
 def make_plan(pattern: Pattern, heads: int, groups: int, size: int) -> Plan:
+    """Return the kernels' static parameters on this platform; `size` is the head dimension."""
     name = platform()
     block = BLOCKS[name]
     parts: tuple[int, ...] = (size,)
-    if name != "tpu":  # whose products are always that large
+    if name != "tpu":  # on a TPU all matrix products are at least that large
         size = round_up(size, SMALLEST)
         parts = tuple(1 << bit for bit in reversed(range(size.bit_length())) if size & (1 << bit))
         block = max(SMALLEST, min(block, pl.next_power_of_2(groups)))
@@ -79,7 +84,7 @@ def make_plan(pattern: Pattern, heads: int, groups: int, size: int) -> Plan:
 
 
 def slots_apart(plan: Plan, x: jax.Array | None, slots: int, *, in_front: bool = False) -> Any:
-    """[..., N S, K] -> [..., S, G, K], in whole blocks and whole parts of heads, filled up with zeros."""
+    """[..., N S, K] -> [..., S, G, K], zero-padded to whole blocks and to the plan's head dimension."""
     if x is None:
         return None
     *lead, rows, size = x.shape
@@ -90,7 +95,7 @@ def slots_apart(plan: Plan, x: jax.Array | None, slots: int, *, in_front: bool =
 
 
 def merge(x: Any, axis: int) -> Any:
-    """One axis of `axis` and the next."""
+    """Merge `axis` with the next one."""
     return x if x is None else x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
@@ -108,12 +113,12 @@ def _forward(plan: Plan, arrays: Arrays) -> tuple[jax.Array, Any]:
 def _backward(plan: Plan, residuals: Any, d_out: jax.Array) -> tuple[Arrays]:
     arrays, out, log_total = residuals
     batch, heads, _, size = arrays.q.shape
-    correction = (d_out * out).astype(log_total.dtype).sum(-1, keepdims=True)  # probabilities times their gradients
+    correction = (d_out * out).astype(log_total.dtype).sum(-1, keepdims=True)  # sum of weight * d_weight over keys
     more, n_keys = (d_out, log_total, correction), plan.n_blocks * plan.pattern.key_slots
     of_keys = jax.ShapeDtypeStruct((batch, heads, *arrays.k.shape[2:]), arrays.k.dtype)
     d_q = call(plan, query_tile, arrays, more, plan.n_blocks, *map(like, (arrays.q, arrays.q_position)))
     d_k, d_v = call(plan, key_tile, arrays, more, n_keys, of_keys, of_keys)
-    # Of all query slots together.
+    # Sum over the query slots that share a key head.
     d_k, d_v = (x.reshape(batch, plan.heads, -1, *x.shape[2:]).sum(2) for x in (d_k, d_v))
     d_q_position = d_r = None
     if arrays.r is not None:
@@ -127,7 +132,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def wide(arrays: Arrays) -> Any:
-    """The type of sums: float32 at least."""
+    """Return the dtype of sums: float32 or wider."""
     return at_least_float32(arrays.q.dtype)
 
 
@@ -138,7 +143,7 @@ def like(x: jax.Array | None) -> jax.ShapeDtypeStruct | None:
 def call(
     plan: Plan, kernel: Callable[..., Any], arrays: Arrays, more: Any, n: int, *outputs: jax.ShapeDtypeStruct | None
 ) -> list[jax.Array]:
-    """Runs n programs for each head; each sees all of its head's arrays and writes its n-th of every output's rows."""
+    """Run n programs for each head; each reads all arrays of its head and writes one n-th of each output's rows."""
     heads, relative = arrays.q.shape[1], arrays.r is not None
     flat, structure = jax.tree.flatten((arrays, more))
     shapes = [x for x in outputs if x is not None]
@@ -147,15 +152,16 @@ def call(
     head_flops = slots * products * 2 * plan.block**2 * arrays.q.shape[3]
 
     def whole(x: jax.Array) -> pl.BlockSpec:
-        """What belongs to a head, or all of what belongs to none."""
+        """Return the spec of an input: all of one head's rows, or the whole array if it has no heads."""
         if x.ndim < 3:
             return pl.BlockSpec(memory_space=mosaic.SMEM) if plan.platform == "tpu" else pl.BlockSpec()
         if x.ndim == 3:
             return pl.BlockSpec((None, *x.shape[1:]), lambda b, h, i: (h, 0, 0))
-        share = heads // x.shape[1]  # query slots of a key head
+        share = heads // x.shape[1]  # query slots that share a key head
         return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, i: (b, h // share, 0, 0))
 
     def part(x: jax.ShapeDtypeStruct) -> pl.BlockSpec:
+        """Return the spec of an output: program i writes the i-th part of the rows."""
         return pl.BlockSpec((None, None, x.shape[2] // n, x.shape[3]), lambda b, h, i: (b, h, i, 0))
 
     def body(*refs: Any) -> None:
@@ -187,32 +193,33 @@ def call(
             cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved),
         )(*flat)[: len(shapes)]
 
-    return (divided_by_rows(run, flat, shapes) if n_devices() > 1 else run)(*flat)
+    return (sharded_by_rows(run, flat, shapes) if n_devices() > 1 else run)(*flat)
 
 
-def divided_by_rows(run: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Callable[..., Any]:
-    """`run` on each device's rows of the batch; XLA alone would let every device compute all of them.
+def sharded_by_rows(run: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Callable[..., Any]:
+    """Return `run` sharded over the batch; by default XLA would compute the whole batch on every device.
 
-    Where a mesh is in use, by its axes; elsewhere XLA asks for a rule, which no TPU's does (jax-ml/jax#38196).
+    With a mesh, over all of its axes. Otherwise by a custom sharding rule, which TPUs do not support
+    (jax-ml/jax#38196).
     """
     mesh = jax.sharding.get_abstract_mesh()
 
-    def of_rows(x: Any) -> bool:
-        return x.ndim != 3 and x.shape != (2,)  # r and seeds belong to all of them
+    def has_rows(x: Any) -> bool:
+        return x.ndim != 3 and x.shape != (2,)  # all rows share r and the seeds
 
     if not mesh.empty:
         rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-        specs = tuple(rows if of_rows(x) else whole for x in inputs)
+        specs = tuple(rows if has_rows(x) else whole for x in inputs)
         return jax.shard_map(run, in_specs=specs, out_specs=rows, check_vma=False)
     numbers = itertools.count()
 
     def axes(x: Any) -> str:
-        return " ".join(["b"] * of_rows(x) + [f"a{next(numbers)}" for _ in range(x.ndim - of_rows(x))])
+        return " ".join(["b"] * has_rows(x) + [f"a{next(numbers)}" for _ in range(x.ndim - has_rows(x))])
 
     def partition(mesh: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
         rows = inputs[0].sharding.spec[:1]
         whole, divided = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((), rows))
-        return mesh, run, *(tuple(divided if of_rows(x) else whole for x in arrays) for arrays in (outputs, inputs))
+        return mesh, run, *(tuple(divided if has_rows(x) else whole for x in arrays) for arrays in (outputs, inputs))
 
     rule = ", ".join(map(axes, inputs)) + " -> " + ", ".join(map(axes, outputs))
     alone = tuple(f"a{i}" for i in range(next(numbers)))
@@ -222,7 +229,7 @@ def divided_by_rows(run: Callable[..., Any], inputs: Sequence[Any], outputs: Seq
 
 
 def compiler_parameters(plan: Plan, inputs: Sequence[Any], *, simple: bool) -> Any:
-    """On a GPU a kernel has two tiles at a time in its shared memory where they fit; on a TPU two heads' arrays."""
+    """Return Pallas parameters: two pipeline stages on a GPU if they fit, room for two heads' arrays on a TPU."""
     if plan.platform == "gpu":
         return triton.CompilerParams(num_warps=4, num_stages=2 if simple else 1)
     if plan.platform == "tpu":
@@ -237,7 +244,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def add_pairs(plan: Plan, pairs: jax.Array) -> jax.Array:
-    """[H, S n_blocks 2 b, K] -> [H, S G, K], the sum where the second block of a pair is the first of the next."""
+    """[H, S n_blocks 2 b, K] -> [H, S G, K]; adds each pair's second block to the next pair's first."""
     heads, _, size = pairs.shape
     pairs = pairs.reshape(heads, plan.pattern.key_slots, plan.n_blocks, 2, plan.block, size)
     second = jnp.pad(pairs[:, :, :-1, 1], [(0, 0), (0, 0), (1, 0), (0, 0), (0, 0)])

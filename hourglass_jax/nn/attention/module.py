@@ -1,36 +1,39 @@
-"""Attention at group granularity: one formula for self-attention, shortening and upsampling.
+"""Attention between groups of positions: one module for self-attention, shortening and upsampling.
 
-Queries come as [B, G, P, D] and keys as [B, G, S, D]: G groups of P query slots and S key slots, where P or S
-is 1. Query group g sees the key groups m <= g, whole; not causal, all of them. Causally, that is
-    self-attention       P = S = 1        position i sees positions j <= i
-    attention shortening P = 1, S = k     group g sees all shifted positions of groups <= g
-    attention upsampling P = k, S = 1     position t sees the shortened vectors of groups <= t // k
-and the distance between query slot (g, p) and key slot (m, s) is `unit * ((g - m) * P * S + p - s)` tokens,
-with `unit` the total factor of the finer of the two sequences: token units at every level.
+Queries [B, G, P, D] and keys [B, G, S, D] have G groups of P query slots and S key slots; P or S is 1. A query in group
+g attends to all keys of groups m <= g, or of all groups if not causal. The causal cases are
+
+    self-attention         P = S = 1       position i attends to positions j <= i
+    attention shortening   P = 1, S = k    group g attends to the shifted positions of groups <= g
+    attention upsampling   P = k, S = 1    position t attends to the shortened vectors of groups <= t // k
+
+The distance from query slot (g, p) to key slot (m, s) is `unit * ((g - m) * P * S + p - s)` tokens, where `unit` is the
+total factor of the longer sequence. So distances are in tokens at every level. `plain` has the formula.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from hourglass_jax.config import HourglassConfig
+from hourglass_jax.nn import cpu
 from hourglass_jax.nn.attention.choice import attend
-from hourglass_jax.nn.attention.pattern import Inputs, Pattern, float32_at_least
+from hourglass_jax.nn.attention.pattern import Inputs, Pattern, upcast
 from hourglass_jax.nn.cache import Clock, KeyValueCache
 from hourglass_jax.nn.layers import Dropout, dropped, kernel_init, linear
 from hourglass_jax.nn.positions import relative_shift_each, relative_shift_newest, rotate, sinusoids, slot_distances
 
-HIDDEN = -1e30  # a score of no weight, and with a derivative
+HIDDEN = -1e30  # score of a masked key; unlike -inf, it has a finite derivative
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with the configured positions."""
+    """Multi-head attention with relative, rotary or no position encoding (`positions`)."""
 
     def __init__(self, config: HourglassConfig, unit: int, *, query_slots: int = 1, key_slots: int = 1, rngs: nnx.Rngs):
         d_model, d_heads, bias = config.d_model, config.n_heads * config.head_dim, config.qkv_bias
@@ -49,34 +52,43 @@ class Attention(nnx.Module):
             self.content_bias = nnx.Param(kernel_init(config)(rngs.params(), shape, jnp.float32))  # u of the formula
             self.position_bias = nnx.Param(kernel_init(config)(rngs.params(), shape, jnp.float32))  # v
 
-    def split_heads(self, x: jax.Array) -> jax.Array:
+    def split_heads(self, x: Float[Array, "... HK"]) -> Float[Array, "... H K"]:
         return x.reshape(*x.shape[:-1], self.n_heads, -1)
 
-    def merge_heads(self, x: jax.Array) -> jax.Array:
+    def merge_heads(self, x: Float[Array, "... H K"]) -> Float[Array, "... D"]:
         return self.out(x.reshape(*x.shape[:-2], -1))
 
-    def relative_keys(self, distances: jax.Array) -> jax.Array:
-        """W_r R of the formula: [...] distances in tokens -> [..., H, K]."""
+    def relative_keys(self, distances: Int[Array, " ..."]) -> Float[Array, "... H K"]:
+        """Return W_r R of the formula for distances in tokens."""
         d_model = self.relative.in_features
         return self.split_heads(self.relative(sinusoids(distances, d_model)))
 
-    def content_and_position(self, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """q + u, which meets keys, and q + v, which meets relative keys."""
+    def content_and_position(
+        self, q: Float[Array, "B ... H K"]
+    ) -> tuple[Float[Array, "B ... H K"], Float[Array, "B ... H K"]]:
+        """Return q + u, which is multiplied with keys, and q + v, which is multiplied with relative keys."""
         biases = (bias[...].astype(q.dtype) for bias in (self.content_bias, self.position_bias))
         content, position = (q + jnp.expand_dims(bias, range(q.ndim - 2)) for bias in biases)
         return content, position
 
     def __call__(
-        self, queries: jax.Array, keys: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None
-    ) -> jax.Array:
-        """[B, G, P, D], [B, G, S, D] -> [B, G, P, D]; `key` turns dropout on.
+        self,
+        queries: Float[Array, "B G P D"],
+        keys: Float[Array, "B G S D"],
+        *,
+        mask: Bool[Array, "B GS"] | None = None,
+        key: Array | None = None,
+    ) -> Float[Array, "B G P D"]:
+        """Attend from queries to keys; `key` turns dropout on.
 
-        mask: bool [B, G S], the keys that count; for attention that is not causal.
+        mask: true for keys that are not padding; only if not causal.
         """
         return self.merge_heads(self.attend(*self.project(queries, keys), padding=mask, key=key))
 
-    def project(self, queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q [B, G, P, H, K], k and v [B, G, S, H, K]; q and k turned where positions are rotary."""
+    def project(
+        self, queries: Float[Array, "B G P D"], keys: Float[Array, "B G S D"]
+    ) -> tuple[Float[Array, "B G P H K"], Float[Array, "B G S H K"], Float[Array, "B G S H K"]]:
+        """Return q, k and v; q and k are rotated if positions are rotary."""
         q, k, v = (self.split_heads(f(x)) for f, x in ((self.query, queries), (self.key, keys), (self.value, keys)))
         if self.positions == "rotary":
             start = jnp.arange(q.shape[1])[:, None] * (self.query_slots * self.key_slots)
@@ -85,9 +97,15 @@ class Attention(nnx.Module):
         return q, k, v
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, *, padding: jax.Array | None = None, key: Any = None
-    ) -> jax.Array:
-        """-> [B, G, P, H, K]. For `padding` see `Pattern`."""
+        self,
+        q: Float[Array, "B G P H K"],
+        k: Float[Array, "B G S H K"],
+        v: Float[Array, "B G S H K"],
+        *,
+        padding: Array | None = None,
+        key: Array | None = None,
+    ) -> Float[Array, "B G P H K"]:
+        """Attend with the configured implementation; `Pattern` describes `padding`."""
         scale = self.head_dim**-0.5
         q_position = r = None
         if self.positions == "relative":
@@ -103,12 +121,22 @@ class Attention(nnx.Module):
         return out.swapaxes(1, 2).reshape(q.shape)
 
     def attend_from(
-        self, queries: jax.Array, keys: jax.Array, places: jax.Array, first: Any = 0, *, key: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, N, D], [B, M, D] -> [B, N, D], and the keys and values [B, M, H, K] for a cache.
+        self,
+        queries: Float[Array, "B N D"],
+        keys: Float[Array, "B M D"],
+        places: Int[Array, "B N"],
+        first: Any = 0,
+        *,
+        key: Array | None = None,
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "B M H K"], Float[Array, "B M H K"]]:
+        """Attend from queries at `places` to keys first .. place; used by groups of variable length.
 
-        A query at `places`, int [B, N], sees the keys `first` [B or 1] .. its place; -1 sees nothing, which gives zero.
-        For events, which are anywhere: the formula as it stands, one slot a group.
+        Args:
+            places: the last key that each query attends to; a query at -1 has no keys, and its result is zero.
+            first: int [B] or [1], the first key that is not padding.
+
+        Returns:
+            The result, and the projected keys and values for a cache.
         """
         q, k, v = (self.split_heads(f(x)) for f, x in ((self.query, queries), (self.key, keys), (self.value, keys)))
         rows = jnp.arange(keys.shape[1], dtype=jnp.int32)
@@ -123,14 +151,14 @@ class Attention(nnx.Module):
             lags = jnp.maximum(places[:, None, :, None] - rows[None, None, None], 0)
             scores += jnp.take_along_axis(by_lag, lags, axis=-1)
         visible = (rows[None, None] <= places[..., None]) & (rows[None, None] >= jnp.reshape(first, (-1, 1, 1)))
-        scores = float32_at_least(scores) * self.head_dim**-0.5
+        scores = upcast(scores) * self.head_dim**-0.5
         weights = jax.nn.softmax(jnp.where(visible[:, None], scores, HIDDEN)) * visible[:, None].astype(scores.dtype)
         if (dropout_key := self.dropout.used(key)) is not None:
             weights = dropped(weights, self.dropout.rate, dropout_key)
         return self.merge_heads(jnp.einsum("bhnm,bmhk->bnhk", weights.astype(v.dtype), v)), k, v
 
     def init_cache(self, batch: int, max_length: int) -> KeyValueCache:
-        """For `max_length` tokens, a multiple of the total factor, or for the window."""
+        """Return an empty cache for `max_length` tokens, a multiple of the total factor, or for the window."""
         stride = self.unit * self.query_slots
         rows = min(max_length // stride, self.window or max_length)
         relative = None
@@ -141,20 +169,28 @@ class Attention(nnx.Module):
         return KeyValueCache(keys, values, relative, stride, self.positions == "rotary")
 
     def prefill(
-        self, queries: jax.Array, keys: jax.Array, cache: KeyValueCache, start: jax.Array
-    ) -> tuple[jax.Array, KeyValueCache]:
-        """A call on rows that begin at `start` [B] tokens, whose keys and values fill the cache from the front."""
+        self,
+        queries: Float[Array, "B G P D"],
+        keys: Float[Array, "B G S D"],
+        cache: KeyValueCache,
+        start: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B G P D"], KeyValueCache]:
+        """Run a call on rows that begin at token `start`, and store their keys and values from row 0 on."""
         q, k, v = self.project(queries, keys)
         out = self.attend(q, k, v, padding=start // (self.unit * self.query_slots * self.key_slots))
         k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v))
         return self.merge_heads(out), cache.write(k, v, row=0)
 
     def step(
-        self, query: jax.Array, keys: jax.Array | None, cache: KeyValueCache, clock: Clock
-    ) -> tuple[jax.Array, KeyValueCache]:
-        """One query [B, D] at `clock.time` -> [B, D]; `keys` [B, S, D] or [B, D], where new, are its group's.
+        self,
+        query: Float[Array, "B D"],
+        keys: Float[Array, "B S D"] | Float[Array, "B D"] | None,
+        cache: KeyValueCache,
+        clock: Clock,
+    ) -> tuple[Float[Array, "B D"], KeyValueCache]:
+        """Decode one query at `clock.time`; `keys`, if any, are the new keys of its group.
 
-        Where each row has a time of its own, only those that are live are told what is new.
+        With a time for each row, only live rows store their keys.
         """
         if keys is not None:
             cache = self.write(keys, cache, clock)
@@ -163,18 +199,18 @@ class Attention(nnx.Module):
         if cache.rotary:
             q = rotate(q, clock.time)
         newest = self.group_row(clock) + self.key_slots - 1
-        arguments = (q, cache, newest, clock.start // cache.stride, slot)
-        # On a CPU in a branch of its own: fused with the write before it, it would take seven times as long.
-        in_branch = partial(lax.cond, jnp.all(newest >= 0), self.attend_to_cache, lambda q, *_: q)
-        out = lax.platform_dependent(*arguments, cpu=in_branch, default=self.attend_to_cache)
+        first = clock.start // cache.stride
+        out = cpu.in_own_branch(self.attend_to_cache, jnp.all(newest >= 0), q, cache, newest, first, slot)
         return self.merge_heads(out), cache
 
-    def group_row(self, clock: Clock) -> jax.Array:
-        """The first row of the current group's keys."""
+    def group_row(self, clock: Clock) -> Int[Array, " *B"]:
+        """Return the index of the current group's first key."""
         return clock.time // (self.unit * self.query_slots * self.key_slots) * self.key_slots
 
-    def write(self, keys: jax.Array, cache: KeyValueCache, clock: Clock) -> KeyValueCache:
-        """Puts the keys and values of the current group, from [B, S, D] (or [B, D]), into the cache."""
+    def write(
+        self, keys: Float[Array, "B S D"] | Float[Array, "B D"], cache: KeyValueCache, clock: Clock
+    ) -> KeyValueCache:
+        """Store the keys and values of the current group in the cache."""
         row = self.group_row(clock)
         keys = keys.reshape(keys.shape[0], self.key_slots, -1)
         k, v = self.split_heads(self.key(keys)), self.split_heads(self.value(keys))
@@ -185,9 +221,17 @@ class Attention(nnx.Module):
         return cache.write(k, v, row, clock.live)
 
     def attend_to_cache(
-        self, q: jax.Array, cache: KeyValueCache, newest: jax.Array, first: jax.Array, slot: jax.Array
-    ) -> jax.Array:
-        """q [B, H, K] sees the keys first [B] .. newest, as far as they are kept -> [B, H, K]."""
+        self,
+        q: Float[Array, "B H K"],
+        cache: KeyValueCache,
+        newest: Int[Array, " *B"],
+        first: Int[Array, " B"],
+        slot: Int[Array, " *B"],
+    ) -> Float[Array, "B H K"]:
+        """Attend from q, in query slot `slot`, to the cached keys first .. newest.
+
+        `newest` and `slot` are scalars, or have one value for each row.
+        """
         keys, values = cache.read()
         if cache.relative is None:
             scores = jnp.einsum("bhk,bhnk->bhn", q, keys)
@@ -205,11 +249,10 @@ class Attention(nnx.Module):
         return jnp.einsum("bhn,bhnk->bhk", probabilities.astype(q.dtype), values)
 
 
-def heads_first(x: jax.Array) -> jax.Array:
-    """[B, G, P, H, K] -> [B, H, G P, K]."""
+def heads_first(x: Float[Array, "B G P H K"]) -> Float[Array, "B H GP K"]:
     return x.reshape(x.shape[0], -1, *x.shape[3:]).swapaxes(1, 2)
 
 
-def masked_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
-    """Over the last axis where `visible`, exactly zero elsewhere; float32 at least."""
-    return jnp.where(visible, jax.nn.softmax(jnp.where(visible, float32_at_least(scores), -jnp.inf)), 0)
+def masked_softmax(scores: Float[Array, "... n"], visible: Bool[Array, "... n"]) -> Float[Array, "... n"]:
+    """Return the softmax over the visible entries of the last axis, in float32 or wider; others are exactly zero."""
+    return jnp.where(visible, jax.nn.softmax(jnp.where(visible, upcast(scores), -jnp.inf)), 0)

@@ -1,37 +1,36 @@
-"""Who sees whom, and what every implementation of attention is given.
+"""The mask, `Pattern`, and the arrays, `Inputs`, that every implementation of attention receives.
 
-A query of group g sees the keys of the groups `lowest` .. g, whole: padding and a window only move what is lowest.
-Where it is not causal, it sees all keys that count.
+Causal: a query in group g attends to all keys of groups `lowest` .. g. Padding and a window only change `lowest`.
+Not causal: a query attends to all keys that are not padding.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from hourglass_jax.nn.layers import at_least_float32
 
 
 class Inputs(NamedTuple):
-    """Of G groups with P query slots and S key slots each, of which a query sees the groups up to its own.
+    """Queries, keys and values of G groups with P query slots and S key slots; `plain` has the formula.
 
-    q: [B, H, G P, K], scaled.
-    k, v: [B, H, G S, K].
-    q_position: as q, with the other bias of the Transformer-XL formula; None without relative positions.
-    r: [P, H, N S, K], W_r R for each query slot; its groups of S rows are for lags of N - 1 groups, the largest lag
-        there is, down to 0; or, not causal, for lags of G - 1 down to 1 - G.
+    q: q + u with relative positions, otherwise q; divided by sqrt(K).
+    q_position: q + v, divided by sqrt(K); None without relative positions.
+    r: W_r R for each query slot. Each S rows belong to one lag in groups, from the largest, N - 1, down to 0; if not
+        causal, from G - 1 down to 1 - G.
     """
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    q_position: jax.Array | None = None
-    r: jax.Array | None = None
+    q: Float[Array, "B H GP K"]
+    k: Float[Array, "B H GS K"]
+    v: Float[Array, "B H GS K"]
+    q_position: Float[Array, "B H GP K"] | None = None
+    r: Float[Array, "P H NS K"] | None = None
 
-    def nearest(self, n: int) -> jax.Array | None:
-        """The last n rows of r; where there are fewer, with zeros in front: for lags that are hidden."""
+    def nearest(self, n: int) -> Float[Array, "P H n K"] | None:
+        """Return the last n rows of r; rows that r lacks are zero, and the mask hides their lags."""
         if self.r is None:
             return None
         n_rows = self.r.shape[2]
@@ -39,14 +38,15 @@ class Inputs(NamedTuple):
 
 
 class Pattern(NamedTuple):
-    """What is fixed when a program is compiled.
+    """The mask and the dropout rate, static at compile time.
 
-    query_slots, key_slots: P and S, of a group.
-    dropout: probability by which a weight is zeroed.
-    window: groups that a query sees, its own included; 0: all.
-    causal: whether it sees no group after its own.
+    query_slots, key_slots: P and S.
+    dropout: the probability of zeroing a weight.
+    window: the number of groups that a query attends to, its own included; 0: no limit.
+    causal: whether a query attends only to groups up to its own.
 
-    What is `padding` where it is given: the groups before int [B]; not causal, the keys but those of bool [B, G S].
+    The methods and the implementations take `padding`: int [B], the number of padding groups at the start of each row;
+    if not causal, bool [B, G S], which is true for keys that are not padding; None: no padding.
     """
 
     query_slots: int
@@ -55,15 +55,20 @@ class Pattern(NamedTuple):
     window: int = 0
     causal: bool = True
 
-    def lowest(self, groups: jax.Array, first: jax.Array | int) -> jax.Array:
-        """The lowest group that queries of `groups` see; those before `first` are padding, seen by themselves alone."""
+    def lowest(self, groups: Int[Array, " ..."], first: Array | int) -> Int[Array, " ..."]:
+        """Return the lowest group that queries in `groups` attend to.
+
+        Groups before `first` are padding; each attends to itself only.
+        """
         lowest = jnp.maximum(first, groups - self.window + 1) if self.window else first
         return jnp.minimum(lowest, groups)
 
-    def visible(self, queries: jax.Array, keys: jax.Array, padding: jax.Array | None) -> jax.Array:
-        """bool [B or 1, 1, n or 1, m or 1], for the groups of queries [n] and keys [m].
+    def visible(
+        self, queries: Int[Array, " n"], keys: Int[Array, " m"], padding: Array | None
+    ) -> Bool[Array, "#B 1 #n #m"]:
+        """Return the mask for queries and keys, given as their groups.
 
-        In a row of nothing but padding, which nobody reads, all is seen, so that its numbers are finite.
+        If not causal and a row is all padding, all of its keys are visible, so that its unused result is finite.
         """
         if not self.causal:
             if padding is None:
@@ -76,5 +81,6 @@ class Pattern(NamedTuple):
         return visible & (keys >= self.lowest(queries, 0 if padding is None else padding[:, None, None, None]))
 
 
-def float32_at_least(x: jax.Array) -> jax.Array:
+def upcast(x: Float[Array, " ..."]) -> Float[Array, " ..."]:
+    """Cast to float32 unless x has a wider type."""
     return x.astype(at_least_float32(x.dtype))

@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from hourglass_jax.nn.attention.pattern import Inputs, Pattern, float32_at_least
+from hourglass_jax.nn.attention.pattern import Inputs, Pattern, upcast
 from hourglass_jax.nn.layers import dropped
 from hourglass_jax.nn.positions import relative_shift
 
 
 def plain_attention(
-    pattern: Pattern, inputs: Inputs, padding: jax.Array | None = None, key: jax.Array | None = None
-) -> jax.Array:
-    """Return [B, H, G P, K]; see `Pattern` for `padding`. `key` turns dropout on."""
+    pattern: Pattern, inputs: Inputs, padding: Array | None = None, key: Array | None = None
+) -> Float[Array, "B H GP K"]:
+    """Compute attention; `Pattern` describes `padding`. `key` turns dropout on."""
     q, k, v, q_position, _ = inputs
     batch, heads, n_queries, size = q.shape
     groups = n_queries // pattern.query_slots
@@ -39,7 +40,7 @@ def plain_attention(
     visible = pattern.visible(
         jnp.arange(n_queries) // pattern.query_slots, jnp.arange(k.shape[2]) // pattern.key_slots, padding
     )
-    weights = jax.nn.softmax(jnp.where(visible, float32_at_least(scores), -jnp.inf))
+    weights = jax.nn.softmax(jnp.where(visible, upcast(scores), -jnp.inf))
     if key is not None:
         weights = dropped(weights, pattern.dropout, key)
     return jnp.einsum("bhqm,bhmk->bhqk", weights.astype(v.dtype), v)

@@ -1,9 +1,10 @@
-"""What a program of the flash kernels computes: one block of queries, keys or lags, against all blocks that it meets.
+"""The programs of the flash kernels: one block of queries, keys or lags, in a loop over the blocks that it attends to.
 
-A tile is a block of b query groups against one key of each of b groups, d blocks before. Row a of its relative logits
-lies in a product with two blocks of r, those d and d - 1 blocks from lag 0, from column b - 1 - a on. Tiles beside each
-other share one of the blocks: a program that walks over keys computes each once. Rows are moved by rotation on a TPU;
-on a GPU, which cannot move numbers between columns otherwise, through memory.
+A tile has b query groups and one key slot of the b groups that are d blocks earlier. Its relative logits are the
+products of q_position with two blocks of r, d and d - 1 blocks from lag 0, side by side: row a starts at column
+b - 1 - a (`positions.relative_shift` has a picture). Adjacent tiles share one of the two blocks, so a loop over keys
+computes each product once. A TPU shifts the rows by rotation; a GPU cannot move values between columns, and shifts them
+through memory.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from jax.experimental.pallas import triton
 from hourglass_jax.nn.attention.pattern import Pattern
 from hourglass_jax.nn.layers import at_least_float32, hashed
 
-Heads = tuple[jax.Array, ...]  # vectors of a head [n, K], in parts of its numbers
-HIDDEN = -1e30  # a score; -inf would give nan where all of a row's tile is hidden
+Heads = tuple[jax.Array, ...]  # vectors [n, K] of a head, split along K into the plan's parts
+HIDDEN = -1e30  # score of a masked key; -inf would give nan in a row whose tile is all masked
 
 
 class Arrays(NamedTuple):
-    """What the kernels read, G groups in whole blocks.
+    """The kernels' inputs; G is padded to whole blocks.
 
     q, q_position: [B, H P, G, K], query slots as heads.
-    k, v: [B, H, S G, K], one key slot after another.
-    r: [H P, S G, K], likewise; the last row of a slot is for the smallest lag.
-    rows: int32 [B, 2], each row's number in the whole batch and its first group; before that is padding.
-    seeds: uint32 [2], of dropout.
+    k, v: [B, H, S G, K], slot-major.
+    r: [H P, S G, K], slot-major; the last row of a slot has the smallest lag.
+    rows: int32 [B, 2], each row's index in the whole batch, and its first group that is not padding.
+    seeds: uint32 [2], seeds of dropout.
     """
 
     q: Any
@@ -47,12 +48,13 @@ class Arrays(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is fixed when the kernels are compiled.
+    """Static parameters of the kernels.
 
-    heads, groups: H, and G without what fills up the last block.
-    parts: into which K is cut, since a GPU's products have sizes that are powers of two: 96 is 64 + 32.
-    block: b, query groups of a block, and keys. n_blocks: of queries, and of the keys of a slot.
-    by_memory: how logits are aligned.
+    heads, groups: H, and G without padding.
+    parts: sizes that add up to K. A GPU's matrix products need powers of two: 96 is 64 + 32.
+    block: b, the query groups in a block, and the keys.
+    n_blocks: blocks of queries, and of the keys of a slot.
+    by_memory: whether relative logits are shifted through memory; otherwise by rotation.
     """
 
     pattern: Pattern
@@ -66,23 +68,26 @@ class Plan(NamedTuple):
 
     @property
     def columns(self) -> list[Any]:
-        """Where each part of a head is."""
+        """Return the slice of each part of a head."""
         return [pl.ds(start, n) for start, n in zip(itertools.accumulate((0, *self.parts)), self.parts, strict=False)]
 
     @property
     def n_tiles(self) -> int:
-        """That are computed, of a head and a key slot."""
+        """Return how many tiles are computed for each head and key slot."""
         window = self.pattern.window or self.n_blocks * self.block
         return sum(i + 1 - max(i * self.block - window + 1, 0) // self.block for i in range(self.n_blocks))
 
 
 def divide(x: Any, n: int) -> Any:
-    """x // n for what is not negative."""
+    """Return x // n for nonnegative x."""
     return x if n == 1 else lax.div(x, jnp.asarray(n, x.dtype))
 
 
 class Tile:
-    """One program's view: the arrays of its batch row and head, and what it does with a tile of them."""
+    """One program: the arrays of its batch row and head, and operations on their tiles.
+
+    Blocks are given by their index: i of queries, j of keys, d the distance of a query block to a key block.
+    """
 
     def __init__(self, plan: Plan, arrays: Arrays, memory: Any):
         self.plan, self.pattern, self.arrays, self.memory = plan, plan.pattern, arrays, memory
@@ -92,19 +97,19 @@ class Tile:
         self.relative = arrays.r is not None
 
     def slot_and_block(self) -> tuple[Any, Any]:
-        """Of keys or lags, where the program is for such."""
+        """Return the slot and block of a program for keys or lags."""
         if self.pattern.key_slots == 1:
             return 0, self.index
         slot = divide(self.index, self.plan.n_blocks)
         return slot, self.index - slot * self.plan.n_blocks
 
-    def over_slots(self, meet: Callable[[Any, Any], Any], carry: Any) -> Any:
-        """The last of carry = meet(slot, carry)."""
+    def over_slots(self, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+        """Loop over key slots: carry = body(slot, carry)."""
         n = self.pattern.key_slots
-        return meet(0, carry) if n == 1 else lax.fori_loop(0, n, meet, carry)
+        return body(0, carry) if n == 1 else lax.fori_loop(0, n, body, carry)
 
     def load(self, ref: Any, i: Any, slot: Any = 0) -> Heads:
-        """The i-th block of rows of a slot."""
+        """Load block i of a slot."""
         rows = pl.ds((slot * self.plan.n_blocks + i) * self.plan.block, self.plan.block)
         return tuple(ref[rows, columns] for columns in self.plan.columns)
 
@@ -115,7 +120,7 @@ class Tile:
         return self.load(self.arrays.q_position, i) if self.relative else None
 
     def load_lags(self, slot: Any, d: Any) -> Heads:
-        """The block of r that is d blocks from lag 0; any for -1, of keys that are hidden."""
+        """Load the block of r that is d blocks from lag 0; for d = -1, whose keys are masked, any block."""
         return self.load(self.arrays.r, self.plan.n_blocks - 1 - jnp.maximum(d, 0), slot)
 
     def zeros(self, blocks: int = 1) -> Heads:
@@ -134,50 +139,54 @@ class Tile:
         """[n, m], [m, K] -> [n, K]; or with axis 0, [m, n]."""
         return tuple(self.product(weights, part, axis, 0) for part in x)
 
-    def places(self, columns: int) -> tuple[jax.Array, jax.Array]:
+    def indices(self, columns: int) -> tuple[jax.Array, jax.Array]:
+        """Return the row and column indices of an array [b, columns]."""
         shape = self.plan.block, columns
         return lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
 
     def scores(self, i: Any, slot: Any, d: Any, q: Heads, by_key: jax.Array | None) -> jax.Array:
-        """Of query block i and the keys d blocks before; relative logits are added."""
+        """Return the masked scores of query block i and the keys d blocks earlier, relative logits included."""
         scores = self.logits(q, self.load(self.arrays.k, i - d, slot))
         if by_key is not None:
             scores += by_key
-        queries, keys = self.places(self.plan.block)
+        queries, keys = self.indices(self.plan.block)
         queries, keys = queries + i * self.plan.block, keys + (i - d) * self.plan.block
         return jnp.where((keys <= queries) & (keys >= self.pattern.lowest(queries, self.first)), scores, HIDDEN)
 
     def by_lag(self, slot: Any, d: Any, q_position: Heads | None) -> Any:
-        """Relative logits of lags d blocks from 0, kept for `by_key`."""
+        """Compute the relative logits of lags d blocks from 0, and keep them for `by_key`."""
         if q_position is None:
             return None
         return self.keep(0, d, self.logits(q_position, self.load_lags(slot, d)))
 
     def by_key(self, d: Any, far: Any, near: Any) -> jax.Array | None:
-        """Relative logits of a tile, from those of lags d and d - 1 blocks from 0."""
+        """Return a tile's relative logits: those of lags d (`far`) and d - 1 (`near`) blocks from 0, shifted."""
         block = self.plan.block
         if not self.relative:
             return None
         if self.plan.by_memory:
-            return self.recall(0, d, block - 1 - self.places(block)[0])
+            return self.recall(0, d, block - 1 - self.indices(block)[0])
         return mosaic.roll(jnp.concatenate([far, near], axis=1), block + 1, 1, stride=1, stride_axis=0)[:, :block]
 
     def gradient_by_lag(self, d: Any, far: Any, near: Any, n: int = 1) -> jax.Array:
-        """The transpose of `by_key`: of lags d - 1 blocks from 0, from the scores' gradients, kept, of two tiles.
+        """Transpose `by_key`: map the score gradients of two tiles to those of lags d - 1 blocks from 0.
 
-        Row a begins at column a + 1. The tiles are a circle, of which n blocks are read.
+        Row a starts at column a + 1. Columns wrap around the two tiles; n blocks of them are returned.
         """
         block = self.plan.block
         if self.plan.by_memory:
-            return self.recall(1, d, self.places(n * block)[0] + 1)
+            return self.recall(1, d, self.indices(n * block)[0] + 1)
         x = jnp.concatenate([far, near], axis=1)
-        start = self.places(2 * block)[0] + 1
-        for bit in range(block.bit_length()):  # a TPU's rotation with a stride goes the other way alone
+        start = self.indices(2 * block)[0] + 1
+        for bit in range(block.bit_length()):  # a TPU's strided rotation supports the other direction only
             x = jnp.where((start & (1 << bit)) != 0, mosaic.roll(x, 2 * block - (1 << bit), 1), x)
         return x[:, : n * block]
 
     def keep(self, ring: int, d: Any, x: jax.Array) -> Any:
-        """x itself; or None where it is put into memory: one of a ring's two places, rounded to the inputs' type."""
+        """Return x, or, if shifting through memory, None after storing x in the inputs' dtype.
+
+        A ring is memory for the blocks of an even and an odd d.
+        """
         if not self.plan.by_memory:
             return x
         self.barrier()
@@ -185,9 +194,9 @@ class Tile:
         return None
 
     def recall(self, ring: int, d: Any, start: jax.Array) -> jax.Array:
-        """[b, n] -> [b, n], what lies in a ring's memory from columns `start` on, counted from that of d."""
+        """Read [b, n] from a ring's memory; row a starts at column start[a], relative to block d."""
         size = 2 * self.plan.block  # a power of two
-        rows, columns = self.places(start.shape[1])
+        rows, columns = self.indices(start.shape[1])
         columns = ring * size + (((d & 1) * self.plan.block + start + columns) & (size - 1))
         self.barrier()
         interpreted = self.plan.platform == "cpu"
@@ -195,7 +204,7 @@ class Tile:
         return x.astype(self.wide)
 
     def nothing(self, ring: int, d: Any) -> Any:
-        """Zeros, kept; None without relative positions."""
+        """Keep zeros; None without relative positions."""
         return self.keep(ring, d, jnp.zeros((self.plan.block,) * 2, self.wide)) if self.relative else None
 
     def barrier(self) -> None:
@@ -203,29 +212,29 @@ class Tile:
             triton.debug_barrier()
 
     def drop(self, i: Any, slot: Any, d: Any, weights: jax.Array) -> jax.Array:
-        """As `layers.dropped` would on the weights of the whole batch, [B, H, G P, G S]."""
+        """Apply dropout with the mask that `layers.dropped` draws for the whole batch's weights [B, H, G P, G S]."""
         rate = self.pattern.dropout
         if not rate:
             return weights
         slots, key_slots = self.pattern.query_slots, self.pattern.key_slots
-        queries, keys = self.places(self.plan.block)
+        queries, keys = self.indices(self.plan.block)
         head = divide(self.head, slots)
         query = (i * self.plan.block + queries) * slots + self.head - head * slots
         key = ((i - d) * self.plan.block + keys) * key_slots + slot
-        above = (self.row * self.plan.heads + head) * (self.plan.groups * slots)  # queries of heads before
+        above = (self.row * self.plan.heads + head) * (self.plan.groups * slots)  # queries in earlier rows and heads
         index = ((above + query) * (self.plan.groups * key_slots) + key).astype(jnp.uint32) + self.arrays.seeds[0]
         keep = hashed(index, self.arrays.seeds[1]) >= jnp.uint32(rate * 2**32)
         return jnp.where(keep, weights / (1 - rate), 0)
 
-    def reach(self, i: Any) -> Any:
-        """How many blocks of a slot's keys block i of queries meets, its own included."""
+    def n_key_blocks(self, i: Any) -> Any:
+        """Return how many blocks of a slot's keys query block i attends to, its own included."""
         if not self.pattern.window:
             return i + 1
         lowest = jnp.maximum(i * self.plan.block - self.pattern.window + 1, 0)
         return i + 1 - divide(lowest, self.plan.block)
 
-    def reach_back(self, j: Any) -> Any:
-        """How many blocks of queries meet block j of keys, its own included."""
+    def n_query_blocks(self, j: Any) -> Any:
+        """Return how many query blocks attend to key block j, its own included."""
         end: Any = self.plan.n_blocks
         if self.pattern.window:
             last = (j + 1) * self.plan.block - 1 + self.pattern.window - 1
@@ -238,7 +247,7 @@ def add(totals: Any, more: Any) -> Any:
 
 
 class Queries(NamedTuple):
-    """Of one block: what the backward pass needs of queries."""
+    """What the backward pass loads for one block of queries."""
 
     q: Heads
     q_position: Heads | None
@@ -252,19 +261,19 @@ class Queries(NamedTuple):
         return cls(tile.load(tile.arrays.q, i), tile.load_position(i), tile.load(d_out, i), *columns)
 
     def gradients(self, tile: Tile, i: Any, slot: Any, d: Any, far: Any, near: Any) -> tuple[jax.Array, jax.Array]:
-        """The weights after dropout, and the gradient of the scores; `far` and `near` as in `Tile.by_key`."""
+        """Return the weights after dropout and the gradient of the scores; `far` and `near` as in `Tile.by_key`."""
         weights = jnp.exp(tile.scores(i, slot, d, self.q, tile.by_key(d, far, near)) - self.log_total)
         d_weights = tile.drop(i, slot, d, tile.logits(self.d_out, tile.load(tile.arrays.v, i - d, slot)))
         return tile.drop(i, slot, d, weights), weights * (d_weights - self.correction)
 
 
 def forward_tile(tile: Tile) -> Any:
-    """Of a block of queries: what attention returns, and the logarithm of the sum over keys."""
+    """For a block of queries, return the result of attention and the log-sum-exp of the scores."""
     i = tile.index
     q, q_position = tile.load(tile.arrays.q, i), tile.load_position(i)
 
-    def meet_slot(slot: Any, carry: Any) -> Any:
-        def meet(d: Any, carry: Any) -> Any:
+    def add_slot(slot: Any, carry: Any) -> Any:
+        def add_tile(d: Any, carry: Any) -> Any:
             near, largest, total, out = carry
             far = tile.by_lag(slot, d, q_position)
             scores = tile.scores(i, slot, d, q, tile.by_key(d, far, near))
@@ -274,16 +283,16 @@ def forward_tile(tile: Tile) -> Any:
             out = tuple(x * old + y for x, y in zip(out, added, strict=True))
             return far, new, total * old + weights.sum(-1, keepdims=True), out
 
-        return lax.fori_loop(0, tile.reach(i), meet, (tile.nothing(0, -1), *carry))[1:]
+        return lax.fori_loop(0, tile.n_key_blocks(i), add_tile, (tile.nothing(0, -1), *carry))[1:]
 
     column = jnp.zeros((tile.plan.block, 1), tile.wide)
     start = column + HIDDEN, column, tile.zeros()
-    largest, total, out = tile.over_slots(meet_slot, start)
+    largest, total, out = tile.over_slots(add_slot, start)
     return tuple(x / total for x in out), largest + jnp.log(total)
 
 
 def query_tile(tile: Tile, *more: Any) -> Any:
-    """Of a block of queries: the gradients of q and, with relative positions, q_position."""
+    """For a block of queries, return the gradients of q and, with relative positions, q_position."""
     i = tile.index
     queries = Queries.load(tile, i, *more)
 
@@ -292,8 +301,8 @@ def query_tile(tile: Tile, *more: Any) -> Any:
             return ()
         return (tile.weighted(tile.gradient_by_lag(d, far, near), tile.load_lags(slot, d - 1)),)
 
-    def meet_slot(slot: Any, totals: Any) -> Any:
-        def meet(d: Any, carry: Any) -> Any:
+    def add_slot(slot: Any, totals: Any) -> Any:
+        def add_tile(d: Any, carry: Any) -> Any:
             near, d_near, totals = carry
             far = tile.by_lag(slot, d, queries.q_position)
             _, d_scores = queries.gradients(tile, i, slot, d, far, near)
@@ -301,36 +310,36 @@ def query_tile(tile: Tile, *more: Any) -> Any:
             of_keys = tile.weighted(d_scores, tile.load(tile.arrays.k, i - d, slot))
             return far, d_far, add(totals, (of_keys, *of_lags(slot, d, d_far, d_near)))
 
-        n = tile.reach(i)
+        n = tile.n_key_blocks(i)
         nothing = tile.nothing(0, -1), tile.nothing(1, -1)
-        _, d_near, totals = lax.fori_loop(0, n, meet, (*nothing, totals))
-        # The last block of lags has what the last tile left for the next, which is none.
+        _, d_near, totals = lax.fori_loop(0, n, add_tile, (*nothing, totals))
+        # The last tile has no successor to add its kept gradients, so they are added here.
         return totals[:1] + add(totals[1:], of_lags(slot, n, tile.nothing(1, n), d_near))
 
-    return tile.over_slots(meet_slot, (tile.zeros(),) * (1 + tile.relative))
+    return tile.over_slots(add_slot, (tile.zeros(),) * (1 + tile.relative))
 
 
 def key_tile(tile: Tile, *more: Any) -> Any:
-    """Of a block of keys: the gradients of k and v."""
+    """For a block of keys, return the gradients of k and v."""
     slot, j = tile.slot_and_block()
 
-    def meet(d: Any, totals: Any) -> Any:
+    def add_tile(d: Any, totals: Any) -> Any:
         queries = Queries.load(tile, j + d, *more)
         near, far = (tile.by_lag(slot, n, queries.q_position) for n in (d - 1, d))
         weights, d_scores = queries.gradients(tile, j + d, slot, d, far, near)
         new = tile.weighted(d_scores, queries.q, axis=0), tile.weighted(weights, queries.d_out, axis=0)
         return add(totals, new)
 
-    return lax.fori_loop(0, tile.reach_back(j), meet, (tile.zeros(),) * 2)
+    return lax.fori_loop(0, tile.n_query_blocks(j), add_tile, (tile.zeros(),) * 2)
 
 
 def lag_tile(tile: Tile, *more: Any) -> Any:
-    """Of the two blocks of r that the tiles have whose keys are d blocks before: what comes of these tiles."""
+    """For a distance of d blocks, return the gradients of the two blocks of r that its tiles read."""
     slot, place = tile.slot_and_block()
     d = tile.plan.n_blocks - 1 - place
     nothing = tile.nothing(1, d)
 
-    def meet(i: Any, totals: Any) -> Any:
+    def add_tile(i: Any, totals: Any) -> Any:
         queries = Queries.load(tile, i, *more)
         assert queries.q_position is not None
         near, far = (tile.by_lag(slot, n, queries.q_position) for n in (d - 1, d))
@@ -342,4 +351,4 @@ def lag_tile(tile: Tile, *more: Any) -> Any:
     if tile.pattern.window:
         hidden = (d - 1) * tile.plan.block + 1 >= tile.pattern.window
         end = jnp.where(hidden, jnp.zeros_like(d), end)
-    return (lax.fori_loop(d, end, meet, tile.zeros(2)),)
+    return (lax.fori_loop(d, end, add_tile, tile.zeros(2)),)

@@ -1,0 +1,133 @@
+"""Speed of each trick of `hourglass_jax.nn.cpu`, beside the plain code that it replaces."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import jax
+from flax import nnx
+
+from experiments.benchmarks import models
+from experiments.benchmarks.training import Step, synthetic
+from experiments.common.reports import markdown_table
+from hourglass_jax import HourglassConfig, HourglassLM
+from hourglass_jax.nn import cpu
+from hourglass_jax.nn.cache import Cache
+from hourglass_jax.nn.transformer import Stack
+
+HIERARCHY = "1@1 1@4 1@1"
+BATCH, LENGTH = 8, 512  # of the training step
+NEW, CONTEXT, ROWS = 64, 2048, 16  # decoding: steps per run, tokens in the cache, rows with their own boundaries
+LISTED = tuple(range(64))  # boundary tokens: a quarter of the vocabulary, as many as groups of 4 have room for
+ON = "on"
+# The plain code that each trick replaces.
+PLAIN: dict[str, Callable[..., Any]] = {
+    "on_matrix": lambda function, x: function(x),
+    "batch_parts": lambda batch, heads: 1,
+    "in_own_branch": lambda function, always, x, *rest: function(x, *rest),
+    "take_rows": lambda x, rows: x[rows],
+}
+
+
+def config(**options: Any) -> HourglassConfig:
+    return HourglassConfig(**models.SIZES | {"hierarchy": HIERARCHY, "max_length": CONTEXT} | options)
+
+
+class Decode:
+    """Decode NEW random tokens in each row with a cache for CONTEXT tokens; a call blocks until it is done."""
+
+    def __init__(self, config: HourglassConfig, batch: int):
+        model = HourglassLM(config, rngs=nnx.Rngs(0))
+        for _, module in nnx.iter_modules(model):
+            if isinstance(module, Stack):
+                module.unstack()
+        graph, params = nnx.split(model)
+        tokens = jax.random.randint(jax.random.key(0), (NEW, batch), 0, config.vocab_size)
+        self.inputs = params, tokens, model.init_cache(batch, CONTEXT)
+
+        @jax.jit
+        def decode(params: nnx.State, tokens: jax.Array, cache: Cache) -> jax.Array:
+            def step(cache: Cache, tokens: jax.Array) -> tuple[Cache, jax.Array]:
+                logits, cache = nnx.merge(graph, params).step(tokens, cache)
+                return cache, logits
+
+            return jax.lax.scan(step, cache, tokens)[1]
+
+        self.decode = decode
+
+    def __call__(self) -> None:
+        jax.block_until_ready(self.decode(*self.inputs))
+
+
+def training_step() -> Callable[[], None]:
+    return Step(config(max_length=LENGTH), synthetic(BATCH, LENGTH))
+
+
+def decode() -> Callable[[], None]:
+    return Decode(config(), 1)
+
+
+def decode_events() -> Callable[[], None]:
+    """Decode rows whose groups end at different times, so that the deeper level runs for a few rows at a time."""
+    return Decode(config(shortening="average", upsampling="repeat", boundaries="tokens", boundary_tokens=LISTED), ROWS)
+
+
+TASKS = {
+    "training step": (training_step, ("on_matrix", "batch_parts")),
+    "decoding, 1 row": (decode, ("in_own_branch",)),
+    f"decoding, {ROWS} rows with boundary tokens": (decode_events, ("take_rows", "in_own_branch")),
+}
+
+
+def compiled(make: Callable[[], Callable[[], None]], trick: str) -> Callable[[], None]:
+    """Return the compiled run of a task, with one trick replaced by plain code; ON replaces none."""
+    jax.clear_caches()
+    run = make()
+    if trick == ON:
+        run()
+    else:
+        with mock.patch.object(cpu, trick, PLAIN[trick]):
+            run()
+    return run
+
+
+def measure(repeats: int) -> list[dict[str, Any]]:
+    """Return a row for each task with all tricks, and for each of its tricks without it."""
+    rows = []
+    for task, (make, tricks) in TASKS.items():
+        seconds = models.in_turn({trick: compiled(make, trick) for trick in (ON, *tricks)}, repeats)
+        rows += [{"task": task, "without": trick, "seconds": taken} for trick, taken in seconds.items()]
+    return rows
+
+
+def gain(rows: list[dict[str, Any]], row: dict[str, Any]) -> float:
+    """Return how many times as fast the task is with the trick: the median of the ratio over rounds."""
+    [on] = (r for r in rows if (r["task"], r["without"]) == (row["task"], ON))
+    return statistics.median(b / a for a, b in zip(on["seconds"], row["seconds"], strict=True))
+
+
+def describe(rows: list[dict[str, Any]], repeats: int) -> str:
+    def milliseconds(row: dict[str, Any]) -> str:
+        return f"{statistics.median(row['seconds']) * 1e3:,.0f}"
+
+    on = {row["task"]: milliseconds(row) for row in rows if row["without"] == ON}
+    cells = [
+        [row["task"], f"`{row['without']}`", on[row["task"]], milliseconds(row), f"{gain(rows, row):.2f}"]
+        for row in rows
+        if row["without"] != ON
+    ]
+    header = ["task", "trick", "ms with all tricks", "ms without this one", "times as fast"]
+    sizes = models.SIZES
+    return f"""# Tricks for XLA:CPU, on and off
+
+Each row compares a task with all tricks of `hourglass_jax/nn/cpu.py` and without one of them, in one process:
+{repeats} runs of each in turn, compilation left out. Times are medians; `times as fast` is the median of the ratio over
+rounds. Model: {HIERARCHY}, d_model {sizes["d_model"]}, {sizes["n_heads"]} heads, relative positions, float32. Training:
+one AdamW step on {BATCH} rows of {LENGTH} tokens. Decoding: {NEW} tokens a row, with a cache for {CONTEXT}. With
+boundary tokens, the groups of each row end at their own times.
+
+{markdown_table(header, cells)}
+"""
