@@ -91,7 +91,7 @@ class Segment(NamedTuple):
 
     def loop(self, body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, blocks: Any) -> tuple[Any, Any]:
         """`lax.scan` of body(carry, (block's number, block))."""
-        numbered = (jnp.arange(self.n_blocks), blocks)
+        numbered = (jnp.arange(self.n_blocks, dtype=jnp.int32), blocks)
         return lax.scan(body, carry, numbered, unroll=self.n_blocks == 1)
 
 
@@ -151,8 +151,9 @@ def block_scores(
 
 def block_visible(pattern: Pattern, segment: Segment, i: jax.Array, padding: jax.Array | None) -> jax.Array:
     """bool [B or 1, 1, block P or 1, N S or 1]."""
-    queries = segment.start + i * segment.block + jnp.arange(segment.block * pattern.query_slots) // pattern.query_slots
-    keys = jnp.arange(segment.met * pattern.key_slots) // pattern.key_slots
+    queries = jnp.arange(segment.block * pattern.query_slots, dtype=jnp.int32) // pattern.query_slots
+    queries += segment.start + i * segment.block
+    keys = jnp.arange(segment.met * pattern.key_slots, dtype=jnp.int32) // pattern.key_slots
     if segment.reach is not None:
         keys += i * segment.block - segment.reach
     return pattern.visible(queries, keys, padding)
@@ -183,7 +184,7 @@ def blocked_attention(
         return _attention(pattern, inputs, padding, None if key is None else (key, rows_before))
 
     parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), (inputs, padding))
-    return lax.map(some_rows, (jnp.arange(0, batch, rows), *parts)).reshape(inputs.q.shape)
+    return lax.map(some_rows, (jnp.arange(0, batch, rows, dtype=jnp.int32), *parts)).reshape(inputs.q.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
