@@ -82,7 +82,8 @@ def _answer(model: HourglassLM, tokens: Array, weights: Array) -> tuple[Task, ja
 @jax.jit
 def _batch_losses(graph: nnx.GraphDef, params: nnx.State, tokens: Array, weights: Array) -> Sums:
     task, logits = _answer(nnx.merge(graph, params), tokens, weights)
-    return -(log_probabilities(logits, task.targets) * task.weights).sum(), task.weights.sum()
+    weights = task.weights.astype(logits.dtype)
+    return -(log_probabilities(logits, task.targets) * weights).sum(), weights.sum()
 
 
 def evaluate_batches(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -> Evaluation:

@@ -245,7 +245,7 @@ class HourglassLM(nnx.Module):
         (default: 1), see `nn.rates.boundary_terms`. `row_keys` [B] seed the noise of learned boundaries.
         """
         logits, groups = self.forward(self.embed(tokens), key, jnp.asarray(tokens), mask, row_keys)
-        weights = jnp.ones(logits.shape[:2]) if weights is None else jnp.asarray(weights)
+        weights = jnp.ones(logits.shape[:2], logits.dtype) if weights is None else jnp.asarray(weights, logits.dtype)
         levels = zip(self.hourglass.rules(), groups, strict=True)
         loss, statistics = boundary_terms(levels, weights, entropies(logits))
         return logits, self.config.boundary_weight * loss, statistics

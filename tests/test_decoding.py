@@ -26,7 +26,7 @@ def test_greedy_tokens_follow_the_full_forward(model):
         text = list(prompt)
         for token in new:
             padded = jnp.zeros((1, 16), int).at[0, : len(text)].set(jnp.array(text))  # padding comes later
-            assert token == forward(model, padded)[0, len(text) - 1].argmax()
+            assert token == int(forward(model, padded)[0, len(text) - 1].argmax())
             text.append(int(token))
         assert len(new) == 9
 

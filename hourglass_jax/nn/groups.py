@@ -168,8 +168,8 @@ class FixedGroups(Groups):
         if valid is not None:
             slots = self.slots(valid[..., None])[..., 0]
             self.mask, self.slot_mask = slots.any(axis=2), slots.reshape(valid.shape[0], -1)
-        self.when = jnp.arange(0, length, k)[None]
-        self.count = self.wanted = jnp.full(1, self.when.shape[1])
+        self.when = jnp.arange(0, length, k, dtype=jnp.int32)[None]
+        self.count = self.wanted = jnp.full(1, self.when.shape[1], jnp.int32)
 
     def shift_right(self, x: Float[Array, "B L D"]) -> Float[Array, "B Gk D"]:
         """Section 2 of the paper; the result has whole groups."""

@@ -26,7 +26,7 @@ def boundary_terms(
     boundary_suppressed: share of the boundaries that the limit dropped.
     boundary_loss: the loss of a learned rule, without its weight.
     """
-    loss = jnp.zeros(())
+    loss = jnp.zeros((), weights.dtype)
     figures: dict[str, jax.Array] = {}
     for number, (rule, groups) in enumerate(levels, 1):
         if isinstance(groups, EventGroups):
@@ -37,7 +37,7 @@ def boundary_terms(
             figures |= {name if number == 1 else f"{name}_{number}": value for name, value in named.items()}
         at_events = groups.select(groups.shift_right(jnp.stack([weights, entropy], axis=-1)))
         weights, entropy = at_events[..., 0], at_events[..., 1]
-        weights = jnp.where(jnp.arange(weights.shape[1])[None] < groups.count[:, None], weights, 0)
+        weights = jnp.where(jnp.arange(weights.shape[1], dtype=jnp.int32)[None] < groups.count[:, None], weights, 0)
     return loss, figures
 
 

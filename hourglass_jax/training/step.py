@@ -71,8 +71,9 @@ def make_train_step(
         logits, boundary_loss, metrics = model.forward_with_aux(
             task.inputs, part.key, task.weights, mask=task.mask, row_keys=part.row_keys
         )
-        loss = -(log_probabilities(logits, task.targets) * task.weights).sum()
-        n_predictions = task.weights.sum()
+        weights = task.weights.astype(logits.dtype)
+        loss = -(log_probabilities(logits, task.targets) * weights).sum()
+        n_predictions = weights.sum()
         metrics = {name: n_predictions * value for name, value in metrics.items()}
         return loss + n_predictions * boundary_loss, {"train_loss": loss} | metrics
 
@@ -114,7 +115,7 @@ def make_train_step(
         whole = Part(task, key, keys_of_rows(key, len(tokens)))
         sums = (gradient_of if accumulate == 1 else accumulated)(params, frozen, whole)
         n_predictions = task.weights.sum()
-        gradients, metrics = jax.tree.map(lambda total: total / n_predictions, sums)
+        gradients, metrics = jax.tree.map(lambda total: total / n_predictions.astype(total.dtype), sums)
         with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes
             updates, opt_state = optimizer.update(gradients, state.opt_state, params)
         params = optax.apply_updates(params, updates)

@@ -93,7 +93,7 @@ class Segment(NamedTuple):
 
     def loop(self, body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, blocks: Any) -> tuple[Any, Any]:
         """Scan body(carry, (i, block i)) over the blocks."""
-        numbered = (jnp.arange(self.n_blocks), blocks)
+        numbered = (jnp.arange(self.n_blocks, dtype=jnp.int32), blocks)
         return lax.scan(body, carry, numbered, unroll=self.n_blocks == 1)
 
 
@@ -156,8 +156,9 @@ def block_scores(
 
 def block_visible(pattern: Pattern, segment: Segment, i: jax.Array, padding: jax.Array | None) -> jax.Array:
     """Return the mask of block i, bool [B or 1, 1, block P or 1, M S or 1]."""
-    queries = segment.start + i * segment.block + jnp.arange(segment.block * pattern.query_slots) // pattern.query_slots
-    keys = jnp.arange(segment.n_key_groups * pattern.key_slots) // pattern.key_slots
+    queries = jnp.arange(segment.block * pattern.query_slots, dtype=jnp.int32) // pattern.query_slots
+    queries += segment.start + i * segment.block
+    keys = jnp.arange(segment.n_key_groups * pattern.key_slots, dtype=jnp.int32) // pattern.key_slots
     if segment.reach is not None:
         keys += i * segment.block - segment.reach
     return pattern.visible(queries, keys, padding)
@@ -201,7 +202,7 @@ def _forward(
         i, inputs, padding = part
         return _forward_rows(pattern, with_relative_keys(inputs, r), padding, key if key is None else (key, i * rows))
 
-    parts = jnp.arange(n_parts), *in_parts(n_parts, (inputs._replace(r=None), padding))
+    parts = jnp.arange(n_parts, dtype=jnp.int32), *in_parts(n_parts, (inputs._replace(r=None), padding))
     out, log_total = (x.reshape(inputs.q.shape[0], *x.shape[2:]) for x in lax.map(one_part, parts))
     return out, (inputs, padding, key, out, log_total)
 

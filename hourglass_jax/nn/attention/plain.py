@@ -37,9 +37,9 @@ def plain_attention(
         by_lag = jnp.einsum("bhgpk,phmk->bhpgm", q_position, r)
         by_key = relative_shift(by_lag.reshape(*by_lag.shape[:-1], lags, pattern.key_slots))[..., :groups, :]
         scores += by_key.reshape(*by_lag.shape[:-1], -1).swapaxes(2, 3).reshape(scores.shape)
-    visible = pattern.visible(
-        jnp.arange(n_queries) // pattern.query_slots, jnp.arange(k.shape[2]) // pattern.key_slots, padding
-    )
+    query_groups = jnp.arange(n_queries, dtype=jnp.int32) // pattern.query_slots
+    key_groups = jnp.arange(k.shape[2], dtype=jnp.int32) // pattern.key_slots
+    visible = pattern.visible(query_groups, key_groups, padding)
     weights = jax.nn.softmax(jnp.where(visible, upcast(scores), -jnp.inf))
     if key is not None:
         weights = dropped(weights, pattern.dropout, key)
