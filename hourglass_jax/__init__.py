@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from hourglass_jax.causality import CausalityError, check_causality
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.cuts import group_ends
-from hourglass_jax.decoding import generate, init_cache
+from hourglass_jax.generation import generate, init_cache
 from hourglass_jax.errors import UsageError
 from hourglass_jax.factors import at_shorten_factor
 from hourglass_jax.hierarchy import Hierarchy

@@ -14,7 +14,7 @@ from flax import nnx
 from hourglass_jax.checks import Array, check_causal, check_tokens
 from hourglass_jax.data.pipeline import consecutive_windows, sliding_windows
 from hourglass_jax.errors import UsageError
-from hourglass_jax.masking import Task, task_of
+from hourglass_jax.objective import Task, task_of
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.ranges import check_range
 
@@ -88,7 +88,7 @@ def _batch_losses(graph: nnx.GraphDef, params: nnx.State, tokens: Array, weights
 def evaluate_batches(model: HourglassLM, batches: Iterable[tuple[Array, ...]]) -> Evaluation:
     """The mean loss over `batches` of tokens int [B, L + 1] and weights [B, L]; see `data.pipeline`.
 
-    Of a model that sees both sides, over masked tokens, of a text always the same ones; see `masking`. Raises
+    Of a model that sees both sides, over masked tokens, of a text always the same ones; see `objective`. Raises
     UsageError where there is nothing to predict.
     """
     loss, count = _total(_batch_losses, model, batches)

@@ -18,7 +18,7 @@ import hourglass_jax as hg
 from hourglass_jax import HourglassLM, costs
 from hourglass_jax.data.pipeline import consecutive_windows, shuffled_windows
 from hourglass_jax.evaluation import evaluate_batches
-from hourglass_jax.masking import SHARE, corrupt, task_of
+from hourglass_jax.objective import SHARE, corrupt, task_of
 from hourglass_jax.nn.attention import blocked
 from hourglass_jax.nn.attention.blocked import blocked_attention
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern

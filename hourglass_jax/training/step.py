@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from hourglass_jax.evaluation import log_probabilities
-from hourglass_jax.masking import Task, task_of
+from hourglass_jax.objective import Task, task_of
 from hourglass_jax.nn.layers import keys_of_rows
 from hourglass_jax.training.selection import ALL, Filter
 
