@@ -26,7 +26,7 @@ from experiments.common import launcher
 from experiments.common.reports import PACKAGES, provenance, read_record, report_file, write_report
 from hourglass_jax import UsageError
 from hourglass_jax.ranges import check_range
-from hourglass_jax.training.identity import described, differences
+from hourglass_jax.training.identity import describe, differences
 
 SUITE = flags.DEFINE_enum(
     "suite", "decoding", ["decoding", "training", "boundaries", "cpu", "accelerator"], "What to measure."
@@ -98,7 +98,7 @@ def run_accelerator() -> None:
     record = read_record(report_file(path, ".json")) or settings | {"rows": {}}
     if different := differences({name: record.get(name) for name in settings}, settings):
         raise UsageError(
-            f"{path}.json: was measured with other settings ({described(different)}); give another --report"
+            f"{path}.json: was measured with other settings ({describe(different)}); give another --report"
         )
     rows, parts = record["rows"], accelerator.parts(sizes, REPEATS.value)
     for name in accelerator.run_parts(parts, rows):

@@ -27,8 +27,8 @@ from hourglass_jax.data.haiku import load_haiku, usable_haiku, without_held_out
 from hourglass_jax.ranges import check_range
 from hourglass_jax.tokenizers import TextTokenizer
 from hourglass_jax.training.metrics import plot_curves
+from hourglass_jax.training.optimizer import trained_parameters
 from hourglass_jax.training.run import Run
-from hourglass_jax.training.selection import trained_parameters
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
 from hourglass_jax.vocabulary import extend_vocabulary

@@ -30,7 +30,7 @@ from experiments.common.recorded import recorded_images
 from hourglass_jax import HourglassLM, ImageTokenizer, UsageError, generate
 from hourglass_jax.checks import check_decodes
 from hourglass_jax.data.corpora import decode_text
-from hourglass_jax.decoding import MAX_NEW_TOKENS
+from hourglass_jax.generation import MAX_NEW_TOKENS
 from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, clean, to_utf8
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Interrupted, Signals

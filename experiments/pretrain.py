@@ -26,7 +26,7 @@ from experiments.common.sources import open_source, unit_of
 from hourglass_jax import HourglassLM, Run, UsageError, at_shorten_factor
 from hourglass_jax.model import n_parameters
 from hourglass_jax.training.metrics import plot_curves
-from hourglass_jax.training.selection import trained_parameters
+from hourglass_jax.training.optimizer import trained_parameters
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
 

@@ -7,7 +7,7 @@
 Models      HourglassConfig, HourglassLM, Hourglass, Hierarchy, summary, check_causality, at_shorten_factor, group_ends
 Extending   Shortening, Upsampling (subclass them), registry (name them)
 Sequences   CharTokenizer, ByteTokenizer, ImageTokenizer, generate, init_cache
-Training    fit, Run, DataConfig, OptimizerConfig, TrainConfig, RuntimeConfig
+Training    fit, Hook, Run, DataConfig, OptimizerConfig, TrainConfig, RuntimeConfig
 Saving      save, load, load_pretrained
 Evaluation  evaluate, evaluate_sliding, score, Evaluation
 Errors      UsageError, CausalityError
@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 from hourglass_jax.causality import CausalityError, check_causality
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.cuts import group_ends
-from hourglass_jax.decoding import generate, init_cache
 from hourglass_jax.errors import UsageError
 from hourglass_jax.factors import at_shorten_factor
+from hourglass_jax.generation import generate, init_cache
 from hourglass_jax.hierarchy import Hierarchy
 from hourglass_jax.model import Hourglass, HourglassLM
 from hourglass_jax.nn.resampling import Shortening, Upsampling
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from hourglass_jax.evaluation import Evaluation, evaluate, evaluate_sliding, score
     from hourglass_jax.interop.safetensors import save
     from hourglass_jax.pretrained import load, load_pretrained
+    from hourglass_jax.training.hooks import Hook
     from hourglass_jax.training.run import Run
     from hourglass_jax.training.trainer import fit
 
@@ -49,6 +50,7 @@ __all__ = [
     "DataConfig",
     "Evaluation",
     "Hierarchy",
+    "Hook",
     "Hourglass",
     "HourglassConfig",
     "HourglassLM",
@@ -80,6 +82,7 @@ _MODULES = ["costs", "data", "interop", "nn", "registry", "training"]
 # Imported on first use: orbax, grain and optax take as long to import as all the rest.
 _LAZY = {
     "Evaluation": "evaluation",
+    "Hook": "training.hooks",
     "Run": "training.run",
     "evaluate": "evaluation",
     "evaluate_sliding": "evaluation",

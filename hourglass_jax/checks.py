@@ -1,7 +1,4 @@
-"""Checks of what a user hands in, on the host alone: of a traced array, shape and type are looked at.
-
-So they cost a compiled program nothing, and what is traced is checked where it is handed in or not at all.
-"""
+"""Checks of user input on the host; for traced arrays only shape and dtype are checked."""
 
 from __future__ import annotations
 
@@ -21,10 +18,9 @@ Array = jax.Array | np.ndarray
 
 
 def check_tokens(name: str, tokens: Any, vocab_size: int, axes: str) -> Array:
-    """`tokens` as an array of integers with these `axes`, such as "B, L".
+    """Return `tokens` as an integer array with these `axes`, e.g. "B, L".
 
-    Raises UsageError, which calls them `name`, for another shape or type, where there are none, and for one that is not
-    among 0 .. vocab_size - 1.
+    Raises UsageError, with `name`, for another shape or dtype, an empty array, and tokens outside 0 .. vocab_size - 1.
     """
     if not isinstance(tokens, jax.Array):
         try:
@@ -46,22 +42,22 @@ def check_tokens(name: str, tokens: Any, vocab_size: int, axes: str) -> Array:
 
 
 def _readable(array: Array) -> bool:
-    """Whether this process has its values: not those of a traced array, nor what lies on others' devices."""
+    """Return whether this process can read the values: not of a traced array, nor of other processes' devices."""
     return isinstance(array, np.ndarray) or (not isinstance(array, jax.core.Tracer) and array.is_fully_addressable)
 
 
 def _all_below(tokens: Array, vocab_size: int) -> bool:
     limits = np.iinfo(tokens.dtype)
     if limits.min >= 0 and limits.max < vocab_size:
-        return True  # as bytes are: a text on disk need not be read for this
+        return True  # e.g. bytes: no need to read a memory-mapped text
     values = np.asarray(tokens)
     return bool(values.min() >= 0 and values.max() < vocab_size)
 
 
 def token_mask(name: str, tokens: int | Iterable[int], vocab_size: int) -> np.ndarray:
-    """bool [V], true at each of `tokens`, one or several or none. Raises UsageError as `check_tokens`."""
+    """Return bool [V], True for each of `tokens`. Raises UsageError like `check_tokens`."""
     mask = np.zeros(vocab_size, bool)
-    # An array of no axes calls itself Iterable, and is one token.
+    # A 0-d array passes the isinstance check, but is a single token.
     listed = list(tokens) if isinstance(tokens, Iterable) and getattr(tokens, "shape", None) != () else [tokens]
     if listed:
         mask[np.asarray(check_tokens(name, listed, vocab_size, "n"))] = True
@@ -69,41 +65,42 @@ def token_mask(name: str, tokens: int | Iterable[int], vocab_size: int) -> np.nd
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: HourglassConfig) -> None:
-    """Raises UsageError for one that is not of the model's size."""
+    """Raise UsageError unless the tokenizer has the model's vocabulary size."""
     if tokenizer.vocab_size != config.tokenizer_size:
         raise UsageError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {config.tokenizer_size}; give the one it "
-            "was trained with"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model has {config.tokenizer_size}; use the "
+            "tokenizer of its training"
         )
 
 
 def check_mask(mask: Any, shape: tuple[int, ...], config: HourglassConfig) -> Array:
-    """`mask` as bool of this shape; raises UsageError for another shape or type, and for a causal model."""
+    """Return `mask`. Raises UsageError unless it is bool of this shape, and for a causal model."""
     mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
     if config.causal:
-        raise UsageError("mask: a causal model sees nothing that comes later, and needs none; leave it out")
+        raise UsageError("mask: a causal model does not support a mask, and needs none for padding at the end; omit it")
     if mask.dtype != bool or mask.shape != shape:
-        raise UsageError(
-            f"mask is {mask.dtype} {list(mask.shape)}; give bool {list(shape)}, True for tokens that count"
-        )
+        raise UsageError(f"mask is {mask.dtype} {list(mask.shape)}; give bool {list(shape)}, False for padding")
     return mask
 
 
 def check_causal(config: HourglassConfig, problem: str) -> None:
-    """Raises UsageError, with the problem, for a model that sees both sides."""
+    """Raise UsageError, with the problem, for a model with causal=False."""
     if not config.causal:
-        raise UsageError(f"causal=False: the model sees both sides, {problem}")
+        raise UsageError(f"causal=False: predictions see the tokens on both sides, {problem}")
 
 
 def check_decodes(config: HourglassConfig) -> None:
-    """Raises UsageError for a model that sees both sides, or has LSH attention."""
-    check_causal(config, "so each new token would change all before it, and there is no decoding; choose causal=True")
+    """Raise UsageError for a model that does not support decoding: causal=False or LSH attention."""
+    check_causal(config, "so the model does not support decoding; choose causal=True")
     if not config.decodes:
-        raise UsageError("token_attention='lsh' has no decoding: later tokens move what a position sees; choose 'full'")
+        raise UsageError(
+            "token_attention='lsh' does not support decoding, because later tokens change earlier predictions; choose "
+            "'full'"
+        )
 
 
 def check_key(key: Any) -> None:
-    """Raises UsageError unless this is one random key, typed or raw."""
+    """Raise UsageError unless `key` is one random key, typed or raw."""
     if isinstance(key, Array):
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and not key.ndim:
             return
@@ -117,33 +114,34 @@ def check_key(key: Any) -> None:
 
 
 def check_symbolic_length(config: HourglassConfig) -> None:
-    """Raises UsageError unless the model can be exported for sequences of any length."""
+    """Raise UsageError unless the model can be exported with a symbolic length."""
     if config.attention != "plain" or config.token_attention != "full" or config.event_levels:
         raise UsageError(
-            "a symbolic length needs attention='plain', token_attention='full' and boundaries='fixed', not "
-            f"{config.attention!r}, {config.token_attention!r} and {config.boundaries!r}; change them or fix it"
+            "a symbolic length requires attention='plain', token_attention='full' and boundaries='fixed', not "
+            f"{config.attention!r}, {config.token_attention!r} and {config.boundaries!r}; change them or use a fixed "
+            "length"
         )
 
 
 def check_x64(config: HourglassConfig) -> None:
-    """Raises UsageError where JAX would compute in float32 what is to be float64."""
+    """Raise UsageError for float64 if JAX would compute in float32."""
     if jax.dtypes.canonicalize_dtype(config.dtype) != config.dtype:
         raise UsageError(
-            f"dtype={config.dtype!r} would be float32 here; set JAX_ENABLE_X64=1, or go within jax.enable_x64(True)"
+            f"dtype={config.dtype!r} would be float32 here; set JAX_ENABLE_X64=1, or use jax.enable_x64(True)"
         )
 
 
 def check_returned(module: nnx.Module, vectors: jax.Array, shape: tuple[int, ...]) -> None:
-    """Raises UsageError where a shortening or an upsampling, as one of one's own, returns vectors of another shape."""
+    """Raise UsageError if a shortening or an upsampling returned vectors of another shape."""
     if vectors.shape != shape:
         raise UsageError(f"{type(module).__name__} returned {list(vectors.shape)}; it must return {list(shape)}")
 
 
 def check_prompts(prompts: Any, config: HourglassConfig, max_tokens: int) -> list[np.ndarray]:
-    """Each prompt as int32 [n].
+    """Return each prompt as int32 [n].
 
-    Raises UsageError for what is no list of token lists, for a prompt that is empty, has unknown tokens, or would
-    outgrow learned positions.
+    Raises UsageError unless `prompts` is a list of token lists, and for a prompt that is empty, has tokens outside the
+    vocabulary, or exceeds learned positions together with its new tokens.
     """
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | Array):
         raise UsageError(
@@ -154,8 +152,8 @@ def check_prompts(prompts: Any, config: HourglassConfig, max_tokens: int) -> lis
         row = np.asarray(check_tokens(f"prompt {i}", prompt, config.vocab_size, "n"), np.int32)
         if len(row) + max_tokens > config.position_limit:
             raise UsageError(
-                f"prompt and new tokens make {len(row) + max_tokens}, but learned positions end at "
-                f"max_length={config.max_length}; ask for fewer tokens"
+                f"prompt {i} and max_tokens={max_tokens} are {len(row) + max_tokens} tokens, more than the learned "
+                f"positions, max_length={config.max_length}; lower max_tokens"
             )
         rows.append(row)
     return rows

@@ -43,7 +43,7 @@ class HourglassConfig:
     norm: stack (after each stack and each upsampling, as in Trax) | final (before the head only).
     shift: paper (k - 1) | original (k, as in the original project, one character staler).
     causal: if False, predictions depend on both sides, nothing is shifted, and the last token of the vocabulary is the
-        mask token, which the tokenizer does not have; see `masking`. Such a model cannot generate.
+        mask token, which the tokenizer does not have; see `objective`. Such a model cannot generate.
     dtype: of computation, float32 | bfloat16 | float64 (requires JAX_ENABLE_X64); parameters stay float32.
     max_unrolled_layers: deeper stacks are scanned, so that compile time stays constant. Twice as many on GPUs.
     attention: implementation; all give the same result. auto (the best for platform, dtype, head size, positions and

@@ -1,4 +1,4 @@
-"""The one error type that a user's input can raise."""
+"""The exception for bad input."""
 
 
 class UsageError(ValueError):

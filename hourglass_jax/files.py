@@ -1,4 +1,4 @@
-"""Files that are whole at every moment, whenever the process is killed."""
+"""Files that are complete at every moment, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _unwritten: set[str] = set()  # the files that `optional_output` has warned abou
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Text is written in UTF-8; at every moment `path` is what it was before or all of `content`.
+    """Replace `path` by `content` atomically; text is encoded as UTF-8.
 
-    Several may write at once: the last one stays. A process that is killed may leave a file that `is_temporary`.
+    Of several writers, the last one wins. A killed process may leave a file that `is_temporary`.
     """
     with whole_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -29,12 +29,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to; it becomes `path` where the body succeeds, and nothing is left where it does not.
+    """Yield a file that replaces `path` if the body succeeds, and is removed otherwise.
 
-    Where `path` is a link, that is what it leads to. An OSError, such as that of a full disk, names `path`.
+    If `path` is a link, its target is replaced. An OSError, e.g. of a full disk, names `path`.
     """
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():  # a device or a pipe, which nothing can replace
+    if path.exists() and not path.is_file():  # a device or a pipe, which cannot be replaced
         with path.open("wb") as file:
             yield file
         return
@@ -56,7 +56,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 def optional_output(path: Path, *errors: type[Exception]) -> Iterator[None]:
     """Log one warning per file, instead of raising, when the body cannot write `path` or the file its error names.
 
-    errors: what the body raises then, beside OSError.
+    errors: exceptions of the body that mean the same as an OSError.
     """
     kinds: tuple[type[Exception], ...] = (OSError, *errors)
     try:
@@ -70,17 +70,17 @@ def optional_output(path: Path, *errors: type[Exception]) -> Iterator[None]:
 
 
 def is_temporary(path: Path, names: Collection[str]) -> bool:
-    """Whether `write_whole` was killed as it wrote a file with one of these names, and left this one."""
+    """Return whether a killed `write_whole` left this file while it wrote one of `names`."""
     match = re.fullmatch(r"(.+?)(\.[0-9a-f]{8})?\.tmp", path.name)
     return bool(match and match[1] in names)
 
 
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """A directory to write to; it becomes `path` where the body succeeds, and nothing is left where it does not.
+    """Yield a directory that becomes `path` if the body succeeds, and is removed otherwise.
 
-    A `path` that is there stays that directory, since processes and links may know it, and takes over what was written.
-    Raises UsageError unless `path` is an empty directory or absent.
+    An existing empty `path` stays the same directory, since links may point to it, and receives the files. Raises
+    UsageError if `path` exists and is not an empty directory.
     """
     path = path.expanduser().resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

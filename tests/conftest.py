@@ -14,7 +14,7 @@ from flax import nnx
 
 import hourglass_jax as hg
 from hourglass_jax import HourglassConfig, HourglassLM
-from hourglass_jax.decoding import AlignedPrompts
+from hourglass_jax.prompts import AlignedPrompts
 from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 
 POSITIONS = ("relative", "rotary", "learned")

@@ -11,12 +11,12 @@ from conftest import forward, make_model, run_cached, small_config
 from launching import run_forked
 
 import hourglass_jax as hg
-from hourglass_jax import decoding
+from hourglass_jax import generation
 from hourglass_jax.costs import forward_flops, level_lengths
 from hourglass_jax.cuts import count_groups
-from hourglass_jax.decoding import AlignedPrompts
 from hourglass_jax.nn import boundaries
 from hourglass_jax.nn.boundaries import SPACELIKE, WHITESPACE, Boundaries
+from hourglass_jax.prompts import AlignedPrompts
 from hourglass_jax.registry import BOUNDARIES
 from hourglass_jax.tokenizers import boundary_tokens
 
@@ -174,10 +174,10 @@ def largest_difference(model, length=31):
     tokens = tokens_of((len(cuts), length))
     aligned = AlignedPrompts.align([row[:n] for row, n in zip(tokens, cuts, strict=True)], factor, 100 * factor)
     full = np.asarray(forward(model, tokens))
-    passed, stepped = (np.asarray(x) for x in run_cached(model, aligned.read, aligned.start, tokens))
+    passed, stepped = (np.asarray(x) for x in run_cached(model, aligned.prefix, aligned.start, tokens))
     differences = []
     for row, start in enumerate(aligned.start):
-        n_read = aligned.read.shape[1] - start
+        n_read = aligned.prefix.shape[1] - start
         cached = np.concatenate([passed[row, start:], stepped[row, : length - n_read]])
         differences.append(np.abs(cached - full[row]).max())
     return max(differences) / np.abs(full).max()
@@ -242,14 +242,14 @@ def test_rows_are_what_they_would_be_alone_beyond_the_context_too(options):
 def test_a_growing_cache_changes_nothing(model, monkeypatch):
     options = {"max_tokens": 100, "key": KEY, "stream": lambda new: None}
     whole = hg.generate(model, PROMPTS, **options)
-    monkeypatch.setattr(decoding, "MIN_CACHE", 48)
+    monkeypatch.setattr(generation, "MIN_CACHE", 48)
     for row, grown in zip(whole, hg.generate(model, PROMPTS, **options), strict=True):
         np.testing.assert_array_equal(row, grown)
 
 
 def test_a_long_text_compiles_nothing_new_and_keeps_its_memory():
     model = make_model(event_config())
-    programs = (decoding._extend, decoding._drop, decoding._grow, decoding._prefill)
+    programs = (generation._extend, generation._drop, generation._grow, generation._prefill)
     sizes, arrays = [], []
 
     def observe(new):
@@ -258,7 +258,7 @@ def test_a_long_text_compiles_nothing_new_and_keeps_its_memory():
 
     [text] = hg.generate(model, PROMPTS[:1], max_tokens=1000, key=KEY, max_context=120, stream=observe)
     assert len(text) == 1000
-    settled = 200 // decoding.STREAM_BLOCK
+    settled = 200 // generation.STREAM_BLOCK
     assert sizes[settled] == sizes[-1] and arrays[settled] == arrays[-1]
 
 

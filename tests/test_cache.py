@@ -7,8 +7,8 @@ import pytest
 from conftest import EVERY_HIERARCHY, METHODS, NESTED, forward, make_model, run_cached, small_config
 from flax import nnx
 
-from hourglass_jax.decoding import AlignedPrompts
 from hourglass_jax.nn.transformer import Block
+from hourglass_jax.prompts import AlignedPrompts
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -21,10 +21,10 @@ def largest_difference(model, length=None):
     tokens = np.random.default_rng(0).integers(0, 11, (len(lengths), length))
     aligned = AlignedPrompts.align([row[:n] for row, n in zip(tokens, lengths, strict=True)], factor, 100 * factor)
     full = np.asarray(forward(model, tokens))
-    passed, stepped = (np.asarray(x) for x in run_cached(model, aligned.read, aligned.start, tokens))
+    passed, stepped = (np.asarray(x) for x in run_cached(model, aligned.prefix, aligned.start, tokens))
     differences = []
     for row, start in enumerate(aligned.start):
-        n_read = aligned.read.shape[1] - start
+        n_read = aligned.prefix.shape[1] - start
         cached = np.concatenate([passed[row, start:], stepped[row, : length - n_read]])
         differences.append(np.abs(cached - full[row]).max())
     return max(differences) / np.abs(full).max()
@@ -70,7 +70,7 @@ def test_a_cache_that_misses_its_padding_is_noticed(forgotten_padding):
     model = make_model(small_config())
     tokens = np.arange(10)[None].repeat(2, 0)
     aligned = AlignedPrompts.align([tokens[0, :8], tokens[1, :2]], 3, 99)
-    passed, _ = run_cached(model, aligned.read, aligned.start, tokens)
+    passed, _ = run_cached(model, aligned.prefix, aligned.start, tokens)
     assert np.abs(passed[1, 3:6] - forward(model, tokens)[1, :3]).max() > 1e-3
 
 

@@ -7,8 +7,9 @@ import pytest
 from conftest import forward, make_model, small_config
 
 import hourglass_jax as hg
-from hourglass_jax import decoding
-from hourglass_jax.sampling import Sampler, row_keys
+from hourglass_jax import generation
+from hourglass_jax.generation import Sampler
+from hourglass_jax.prompts import row_keys
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 KEY = jax.random.key(0)
@@ -51,7 +52,7 @@ def test_rows_split_over_cores_are_the_same(model, monkeypatch):
     prompts = [*PROMPTS * 3, PROMPTS[0]]
     results = []
     for n_cores in (1, 2):
-        monkeypatch.setattr(decoding.os, "cpu_count", lambda n_cores=n_cores: n_cores)
+        monkeypatch.setattr(generation.os, "cpu_count", lambda n_cores=n_cores: n_cores)
         results.append(hg.generate(model, prompts, max_tokens=12, key=KEY))
     for whole, split in zip(*results, strict=True):
         np.testing.assert_array_equal(whole, split)
@@ -96,7 +97,7 @@ def test_a_growing_cache_changes_nothing(positions, monkeypatch):
     model = make_model(small_config(positions=positions, max_length=200))
     options = {"max_tokens": 150, "key": KEY, "stream": lambda new: None}
     whole = hg.generate(model, PROMPTS, **options)
-    monkeypatch.setattr(decoding, "MIN_CACHE", 48)
+    monkeypatch.setattr(generation, "MIN_CACHE", 48)
     for row, grown in zip(whole, hg.generate(model, PROMPTS, **options), strict=True):
         np.testing.assert_array_equal(row, grown)
 
@@ -117,7 +118,7 @@ def test_rows_are_alone_beyond_the_context_too(positions):
 @pytest.mark.parametrize("n", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_a_long_run_compiles_nothing_new_and_keeps_its_memory(n):
     model = make_model(small_config())
-    programs = (decoding._extend, decoding._drop, decoding._grow, decoding._prefill)
+    programs = (generation._extend, generation._drop, generation._grow, generation._prefill)
     sizes, arrays = [], []
 
     def observe(new):
@@ -125,8 +126,8 @@ def test_a_long_run_compiles_nothing_new_and_keeps_its_memory(n):
         arrays.append(sum(array.nbytes for array in jax.live_arrays()))
 
     [text] = hg.generate(model, PROMPTS[:1], max_tokens=n, key=KEY, max_context=120, stream=observe)
-    assert len(text) == n and len(sizes) == -(-(n + 2) // decoding.STREAM_BLOCK)
-    settled = 200 // decoding.STREAM_BLOCK  # the cache has its final size, and has been emptied once
+    assert len(text) == n and len(sizes) == -(-(n + 2) // generation.STREAM_BLOCK)
+    settled = 200 // generation.STREAM_BLOCK  # the cache has its final size, and has been emptied once
     assert sizes[settled] == sizes[-1] and arrays[settled] == arrays[-1]
 
 
@@ -134,11 +135,11 @@ def test_a_long_run_compiles_nothing_new_and_keeps_its_memory(n):
 def test_few_programs_serve_all_prompt_lengths():
     model = make_model(small_config())
     jax.clear_caches()
-    before = decoding._prefill._cache_size(), decoding._extend._cache_size()
+    before = generation._prefill._cache_size(), generation._extend._cache_size()
     for n in range(1, 40):
         hg.generate(model, [np.arange(n) % 11], max_tokens=3, key=KEY)
-    assert decoding._prefill._cache_size() - before[0] == 8  # to read 0, 3, 6, 9, 12, 18, 24 and 36 tokens
-    assert decoding._extend._cache_size() - before[1] == 1
+    assert generation._prefill._cache_size() - before[0] == 8  # to read 0, 3, 6, 9, 12, 18, 24 and 36 tokens
+    assert generation._extend._cache_size() - before[1] == 1
 
 
 @pytest.mark.parametrize("temperature", [5.0, np.inf, 1e300])

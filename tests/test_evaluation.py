@@ -78,7 +78,7 @@ def test_windows_of_a_mapped_text_are_made_when_asked_for(tmp_path):
         ({"window": 12, "step": 0}, "step=0 is out of range"),
         ({"window": 12, "step": 13}, "at least 1 and at most 12"),
         ({"window": 12, "step": 4, "batch_size": 0}, "batch_size=0"),
-        ({"window": 65, "step": 4}, "window=65 is longer than the learned positions, which end at max_length=64"),
+        ({"window": 65, "step": 4}, "window=65 is longer than the learned positions, max_length=64"),
         ({"tokens": text(1)}, "at least 2"),
     ],
 )

@@ -60,7 +60,7 @@ def stopped(tmp_path_factory):
 def test_a_signal_ends_a_run_well_and_says_where_it_is_saved(stopped, name):
     process, step = stopped[1][name]
     assert process.returncode == 0 and "Traceback" not in process.stderr, process.stderr
-    words = rf"stopped by {name} after step (\d+), which is saved in run; the same command goes on"
+    words = rf"stopped by {name} after step (\d+), which is saved in run; the same command resumes"
     [said] = re.findall(words, process.stdout)
     assert step == int(said) >= 10
 

@@ -1,7 +1,5 @@
 """Training with learned boundaries: what is reported, the rate reached, curves, going on, launchers; their costs."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +15,7 @@ import hourglass_jax as hg
 from experiments.common.cuts import check_groups
 from hourglass_jax.costs import count_parameters, forward_flops
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
-from hourglass_jax.training import metrics, trainer
+from hourglass_jax.training import hooks, metrics
 from hourglass_jax.training.step import first_state, make_train_step
 from hourglass_jax.training.trainer import fit
 
@@ -81,8 +79,8 @@ def train(directory, steps, hierarchy="0@1 1@3 0@1", boundaries="gumbel"):
 )
 def test_a_run_has_curves_of_its_events_and_a_warning_where_they_find_no_room(tmp_path, monkeypatch, level, options):
     warnings = []
-    monkeypatch.setattr(trainer, "MOST_SUPPRESSED", -1.0)
-    monkeypatch.setattr(trainer.logging, "warning", lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(hooks, "MAX_SUPPRESSED", -1.0)
+    monkeypatch.setattr(hooks.logging, "warning", lambda text, *values: warnings.append(text % values))
     train(tmp_path, 10, **options)
     [record] = [record for record in metrics.read_curves(tmp_path) if "train_loss" in record]
     curves = {"boundary_rate", "boundary_spread", "boundary_suppressed", "boundary_loss"}
@@ -95,7 +93,7 @@ def test_a_run_has_curves_of_its_events_and_a_warning_where_they_find_no_room(tm
     names = f"boundary_rate{level}", f"boundary_suppressed{level}"
     assert [line.get_ydata()[0] for line in axes.lines] == [record[name] for name in names]
     [warning] = warnings
-    assert warning.startswith(f"{100 * record[f'boundary_suppressed{level}']:.1f} % of the groups' ends find no room")
+    assert warning.startswith(f"{100 * record[f'boundary_suppressed{level}']:.1f} % of the boundaries are suppressed")
 
 
 def test_a_batch_without_an_event_that_counts_ends_no_training(tmp_path):
@@ -117,8 +115,8 @@ def test_a_batch_without_an_event_that_counts_ends_no_training(tmp_path):
 def test_the_warning_comes_where_training_ends_early_too(tmp_path, monkeypatch):
     """What is learned makes the text that it is validated on, the same backwards, less and less likely."""
     warnings = []
-    monkeypatch.setattr(trainer, "MOST_SUPPRESSED", -1.0)
-    monkeypatch.setattr(trainer.logging, "warning", lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(hooks, "MAX_SUPPRESSED", -1.0)
+    monkeypatch.setattr(hooks.logging, "warning", lambda text, *values: warnings.append(text % values))
     config = learned_config("gumbel", hierarchy="0@1 1@3 0@1", shortening="average", upsampling="repeat")
     text = np.tile(np.arange(8), 100)
     fit(
@@ -130,18 +128,19 @@ def test_the_warning_comes_where_training_ends_early_too(tmp_path, monkeypatch):
         train_config=hg.TrainConfig(steps=200, eval_interval=10, patience=1),
     )
     ends, room = warnings
-    assert "without a better one" in ends and "find no room" in room
+    assert "without a better one" in ends and "are suppressed for lack of room" in room
 
 
 def test_one_event_in_a_hundred_may_wait_in_silence(caplog):
     """In training, and in the text that pretraining looks at first."""
-    training = SimpleNamespace(model=make_model(learned_config()))
+    hook = hooks.WarnOfSuppression(learned_config())
     options = {"hierarchy": "0@1 1@4 0@1", "shortening": "average", "upsampling": "repeat", "boundary_slack": 1.0}
     model = make_model(learned_config("tokens", boundary_tokens=(0,), **options))
     text, weights = np.ones((4, 65), int), np.ones((4, 64))
     for crowded in (False, True):
         caplog.clear()
-        trainer._Training.check_room(training, 0.011 if crowded else 0.009)
+        hook.on_log(1, {"boundary_loss": 1.0, "boundary_suppressed": 0.011 if crowded else 0.009})
+        hook.on_end(None)
         text[:, :: 2 if crowded else 4] = 0
         check_groups(model, text, weights)
         assert len(caplog.records) == 2 * crowded

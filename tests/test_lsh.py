@@ -110,11 +110,11 @@ def test_the_model_says_what_it_cannot_do():
     model = make_model(small_config(hierarchy="1@1", **LSH))
     with pytest.raises(hg.CausalityError, match="not strictly causal: no prediction attends to a later token"):
         hg.check_causality(model, length=9)  # after no derivative was found to leak
-    with pytest.raises(hg.UsageError, match="has no decoding") as error:
+    with pytest.raises(hg.UsageError, match="does not support decoding") as error:
         hg.generate(model, [np.arange(5)], max_tokens=2, key=jax.random.key(0))
     assert "\n" not in str(error.value)
     for ask in (lambda: hg.init_cache(model, 1, 8), lambda: decoding_flops(model.config, 8)):
-        with pytest.raises(hg.UsageError, match="has no decoding"):
+        with pytest.raises(hg.UsageError, match="does not support decoding"):
             ask()
 
 
@@ -125,7 +125,7 @@ def test_no_source_asks_it_for_a_sample(tmp_path):
     for source in (images, text):
         config = small_config(hierarchy="1@1", vocab_size=source.tokenizer.vocab_size, **LSH)
         _, sample = source.sampler(config, 0, tmp_path, Signals())
-        assert sample(make_model(config)).startswith("(none: token_attention='lsh' has no decoding")
+        assert sample(make_model(config)).startswith("(none: token_attention='lsh' does not support decoding")
 
 
 def test_launchers_train_it_and_say_that_it_is_not_strictly_causal(tmp_path):
@@ -135,7 +135,7 @@ def test_launchers_train_it_and_say_that_it_is_not_strictly_causal(tmp_path):
     result = run_forked("pretrain", *flags, "--model.lsh_chunk=8", "--dropout=0.1", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "causal: not strictly" in result.stdout and "not strictly causal: no prediction" in result.stderr
-    assert "has no decoding" in result.stdout
+    assert "does not support decoding" in result.stdout
     result = run_forked("evaluate", "--load_model_path=runs/pretrain", "--data_path=text.txt", cwd=tmp_path)
     assert result.returncode == 0 and "BPC" in result.stdout, result.stderr
 

@@ -3,7 +3,7 @@
 import io
 import sys
 
-from hourglass_jax.training.progress import Progress
+from hourglass_jax.training.hooks import Progress
 
 
 class Closed(io.StringIO):

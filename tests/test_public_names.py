@@ -12,7 +12,7 @@ import pytest
 import hourglass_jax as hg
 
 NAMES = [
-    *("ByteTokenizer", "CausalityError", "CharTokenizer", "DataConfig", "Evaluation", "Hierarchy", "Hourglass"),
+    *("ByteTokenizer", "CausalityError", "CharTokenizer", "DataConfig", "Evaluation", "Hierarchy", "Hook", "Hourglass"),
     *(
         "HourglassConfig",
         "HourglassLM",

@@ -19,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event
 import hourglass_jax as hg
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
 from hourglass_jax.files import write_whole
-from hourglass_jax.training import manifest, trainer
+from hourglass_jax.training import checkpoints, trainer
 from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore
 from hourglass_jax.training.metrics import CurveWriter, plot_curves, read_curves
 from hourglass_jax.training.sharding import on_one_device
@@ -90,7 +90,7 @@ def newest(directory):
 
 
 def files(directory):
-    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != manifest.MANIFEST)
+    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != checkpoints.MANIFEST)
 
 
 def flip_bit(path, place=0.5):
@@ -118,20 +118,20 @@ def caplog(caplog):
 @pytest.mark.parametrize("harm", [flip_bit, truncate, lambda path: path.unlink()], ids=["flip", "truncate", "remove"])
 def test_damage_to_any_file_of_a_checkpoint_is_noticed(copy, harm):
     step = newest(copy)
-    assert len(files(step)) > 4 and not manifest.damage(step)
+    assert len(files(step)) > 4 and not checkpoints.damage(step)
     for path in files(step):
         before = path.read_bytes()
         if before or harm not in (flip_bit, truncate):
             harm(path)
-            assert str(path.relative_to(step)) in manifest.damage(step)
+            assert str(path.relative_to(step)) in checkpoints.damage(step)
             path.write_bytes(before)
-    assert not manifest.damage(step)
+    assert not checkpoints.damage(step)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(copy, whole, caplog):
     flip_bit(max(files(newest(copy)), key=lambda path: path.stat().st_size))
     assert CheckpointStore(copy).sound_step() == 15
-    assert any("step 20 is passed over" in message and "was changed" in message for message in warnings_of(caplog))
+    assert any("step 20" in message and "has changed" in message for message in warnings_of(caplog))
     assert_same(train(copy), whole[1])  # goes on from step 15, and ends as the uninterrupted run
 
 
@@ -155,7 +155,7 @@ def test_without_the_manifest_a_flipped_bit_becomes_a_wrong_number(copy, monkeyp
 
 
 def test_a_checkpoint_that_was_not_sealed_is_passed_over(copy):
-    (newest(copy) / manifest.MANIFEST).unlink()
+    (newest(copy) / checkpoints.MANIFEST).unlink()
     assert CheckpointStore(copy).sound_step() == 15
 
 
@@ -163,11 +163,11 @@ def test_a_run_killed_before_its_first_seal_starts_anew(copy, whole, caplog):
     for step in (copy / CHECKPOINTS).iterdir():
         if step.name != "15":
             shutil.rmtree(step)
-    (newest(copy) / manifest.MANIFEST).unlink()
+    (newest(copy) / checkpoints.MANIFEST).unlink()
     with pytest.raises(hg.UsageError, match="no checkpoint yet"):
         hg.load(copy)
     assert_same(train(copy), whole[1])
-    assert any("step 15 is passed over" in message for message in warnings_of(caplog))
+    assert any("step 15: it is incomplete" in message for message in warnings_of(caplog))
 
 
 def test_a_checkpoint_cut_off_while_it_was_removed_is_no_obstacle(copy, whole):
@@ -231,7 +231,7 @@ MOMENTS = {  # what is about to be called when the signal comes, for which time,
     "evaluation": (trainer, "evaluate_batches", 1, {10}),
     "save": (CheckpointStore, "save", 1, {5}),
     "seal": (CheckpointStore, "_seal", 1, {5, 6, 7}),  # in another thread
-    "last evaluation": (trainer._Training, "finish", 1, {20}),
+    "last evaluation": (trainer._Training, "take_best_parameters", 1, {20}),
 }
 
 
@@ -268,7 +268,7 @@ def test_a_signal_at_any_moment_leaves_a_good_checkpoint_and_the_run_goes_on(mom
 
 def test_the_end_of_a_time_is_a_reason_to_stop():
     Signals(60).check()
-    with pytest.raises(Interrupted, match="stopped at the end of its time"):
+    with pytest.raises(Interrupted, match="stopped by the time limit"):
         Signals(0).check()
 
 
@@ -306,7 +306,9 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_earlier_checkpoints_stay(copy
     shutil.rmtree(newest(copy))
     with (
         largest_file(4096),
-        pytest.raises(hg.UsageError, match=r"step 20 could not be written .* earlier ones are intact: make room"),
+        pytest.raises(
+            hg.UsageError, match=r"step 20 could not be written .* earlier checkpoints are intact: free disk space"
+        ),
     ):
         train(copy)
     assert last_state(copy)[0] == 15
@@ -363,7 +365,7 @@ def test_a_validation_loss_that_cannot_be_stored_names_its_checkpoint(tmp_path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("hourglass_jax.training.checkpoints.add_facts", full)
-    with pytest.raises(hg.UsageError, match=r"the checkpoint of step 10 could not be written .*: make room"):
+    with pytest.raises(hg.UsageError, match=r"the checkpoint of step 10 could not be written .*: free disk space"):
         train(tmp_path)
 
 
@@ -372,6 +374,6 @@ def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(copy,
     before = sorted((copy / CHECKPOINTS).rglob("*"))
     disk = shutil.disk_usage(copy)._replace(free=1_000)
     monkeypatch.setattr("hourglass_jax.training.checkpoints.disk_usage", lambda path: disk)
-    with pytest.raises(hg.UsageError, match=r"step 20 needs 0 MB and the disk has 0; earlier ones are intact"):
+    with pytest.raises(hg.UsageError, match=r"step 20 needs 0 MB, but the disk has 0 MB left"):
         train(copy)
     assert sorted((copy / CHECKPOINTS).rglob("*")) == before

@@ -31,7 +31,7 @@ TOKENIZER = hg.CharTokenizer("abcdefgh")
 SETTINGS = {"data": {"path": "here/text.txt", "block_size": 16}, "pretrained": "runs/a", "text_fingerprint": 7}
 
 
-def train(run, *, config=CONFIG, tokens=TOKENS, optimizer=None, validation=None, runtime=None, **options):
+def train(run, *, config=CONFIG, tokens=TOKENS, optimizer=None, validation=None, runtime=None, hooks=(), **options):
     model = make_model(config, scale=1.0)
     result = fit(
         model,
@@ -41,6 +41,7 @@ def train(run, *, config=CONFIG, tokens=TOKENS, optimizer=None, validation=None,
         optimizer_config=hg.OptimizerConfig(**{"learning_rate": 1e-2, "warmup_steps": 5} | (optimizer or {})),
         train_config=hg.TrainConfig(**{"steps": 20, "eval_interval": 10} | options),
         runtime_config=hg.RuntimeConfig(log="none", **(runtime or {})),
+        hooks=hooks,
     )
     return nnx.state(model, nnx.Param), result
 
@@ -108,7 +109,7 @@ def test_overwriting_removes_the_run_and_nothing_else(tmp_path, caplog):
     kept = {"config.json", "vocab.json", "lock", "notes.txt", "thesis", "samples.png"}
     assert {path.name for path in tmp_path.iterdir()} == kept and (tmp_path / "thesis/1.tex").exists()
     assert hg.Run(tmp_path).read().settings["seed"] == 1
-    assert warnings == [f"{tmp_path}: notes.txt, samples.png, thesis stays, being no part of a run"]
+    assert warnings == [f"{tmp_path}: kept files that are not part of a run: notes.txt, samples.png, thesis"]
 
 
 HOLD = """
@@ -194,9 +195,9 @@ def test_a_save_that_fails_gives_its_own_reason(tmp_path, monkeypatch, reason, f
         raise ValueError(reason)
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", failing)
-    with pytest.raises(hg.UsageError, match=r"could not be written .*earlier ones are intact") as raised:
+    with pytest.raises(hg.UsageError, match=r"could not be written .*earlier checkpoints are intact") as raised:
         train(tmp_path, steps=1)
-    assert reason in str(raised.value) and ("make room" in str(raised.value)) == full
+    assert reason in str(raised.value) and ("free disk space" in str(raised.value)) == full
 
 
 def changed(**changes):
@@ -319,7 +320,7 @@ def test_a_finished_run_can_be_made_longer(whole, tmp_path):
     train(tmp_path, steps=20, eval_interval=5)
     [line] = hg.Run(tmp_path).read().history
     assert line["after_step"] == 10 and line["steps"] == [10, 20]
-    assert line["schedule"] == "5 steps of warm-up to 0.01, then cosine to 0 at step 20"
+    assert line["schedule"] == "5 warmup steps to 0.01, then cosine to 0 at step 20"
     records = {record["step"]: record for record in hg.Run(tmp_path).curves() if "train_loss" in record}
     assert sorted(records) == [10, 20] and hg.Run(tmp_path).read().settings["train"]["steps"] == 20
 
@@ -339,7 +340,7 @@ def test_chosen_checkpoints_are_kept_and_loaded(whole, tmp_path):
     models = [nnx.state(hg.load(directory, step=step)[0], nnx.Param) for step in steps]
     assert_same(models[-1], params)
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, models[:2]), strict=True))
-    with pytest.raises(hg.UsageError, match="no checkpoint of step 7; there are 5, 10, 15, 20"):
+    with pytest.raises(hg.UsageError, match="no checkpoint of step 7; available steps: 5, 10, 15, 20"):
         hg.load(directory, step=7)
     train(tmp_path, runtime={"checkpoint_interval": 5})
     assert sorted(int(path.name) for path in (tmp_path / CHECKPOINTS).iterdir()) in ([15, 20], [10, 15, 20])
@@ -355,13 +356,74 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
     assert [step for step, _ in losses(tmp_path)] == [2, 4, 6, 8]
 
 
+class Watch(hg.Hook):
+    """Records the events, and ends training after step `last`."""
+
+    def __init__(self, last=0):
+        self.events, self.last = [], last
+
+    def after_step(self, step, metrics):
+        self.events.append(("step", step, float(metrics["train_loss"])))
+        self.stop = "enough" if step == self.last else ""
+
+    def on_log(self, step, metrics):
+        self.events.append(("log", step, metrics["train_loss"]))
+
+    def on_checkpoint(self, step):
+        self.events.append(("checkpoint", step))
+
+    def on_evaluation(self, step, metrics):
+        self.events.append(("evaluation", step, metrics["valid_loss"]))
+
+    def on_end(self, error):
+        self.events.append(("end", type(error)))
+
+
+def test_a_hook_sees_every_event_of_training(whole, tmp_path):
+    watch = Watch()
+    train(tmp_path, hooks=[watch], runtime={"checkpoint_interval": 5})
+    names = [event[:2] for event in watch.events if event[0] != "step"]
+    assert names == [
+        *[("checkpoint", 5), ("log", 10), ("checkpoint", 10), ("evaluation", 10), ("checkpoint", 15)],
+        *[("log", 20), ("checkpoint", 20), ("evaluation", 20), ("end", type(None))],
+    ]
+    assert [step for name, step, *_ in watch.events if name == "step"] == [*range(1, 21)]
+    logged = [event[1:] for event in watch.events if event[0] in ("log", "evaluation")]
+    assert sorted(logged) == sorted(losses(whole[0]))
+
+
+def test_a_hook_ends_training_with_a_checkpoint_and_an_evaluation(whole, tmp_path):
+    watch = Watch(last=7)
+    train(tmp_path, hooks=[watch])
+    assert watch.events[-4:] == [
+        ("log", 7, watch.events[-5][2]),
+        ("checkpoint", 7),
+        ("evaluation", 7, losses(tmp_path)[-1][1]),
+        ("end", type(None)),
+    ]
+    params, _ = train(tmp_path)  # without the hook the run resumes
+    assert_same(params, whole[1])
+
+
+def test_a_hook_learns_why_training_ended(tmp_path):
+    class Broken(hg.Hook):
+        def after_step(self, step, metrics):
+            raise MemoryError
+
+        def on_end(self, error):
+            raise RuntimeError("from a hook")
+
+    watch = Watch()
+    with pytest.raises(RuntimeError, match="from a hook"):
+        train(tmp_path, hooks=[Broken(), watch], steps=1)
+    assert watch.events == [("end", MemoryError)]
+
+
 def test_a_warm_up_longer_than_the_run_is_said(tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr(trainer.logging, "warning", lambda text, *args: warnings.append(text % args))
     train(tmp_path / "short", steps=1, optimizer={"warmup_steps": 20})
-    assert warnings == [
-        "warmup_steps=20 is not shorter than the run of 1 steps: the learning rate never reaches its peak"
-    ]
+    assert warnings == ["warmup_steps=20 is not less than steps=1: the learning rate never reaches its peak"]
 
 
 def test_a_model_without_a_training_s_state_is_not_gone_on_with(tmp_path):
@@ -371,6 +433,6 @@ def test_a_model_without_a_training_s_state_is_not_gone_on_with(tmp_path):
     store.save(0, nnx.state(make_model(CONFIG), nnx.Param))
     store.close()
     before = (tmp_path / "config.json").read_bytes()
-    with pytest.raises(hg.UsageError, match="without the state of a training; start a new run from it"):
+    with pytest.raises(hg.UsageError, match=r"without optimizer state, .*; start a new run with --init_from="):
         train(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before

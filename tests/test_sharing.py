@@ -14,9 +14,9 @@ from conftest import light_config, make_model
 from flax import nnx
 
 import hourglass_jax as hg
-from hourglass_jax import decoding
+from hourglass_jax import generation
 from hourglass_jax.evaluation import accuracy
-from hourglass_jax.sampling import Sampler
+from hourglass_jax.generation import Sampler
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 KEY = jax.random.key(0)
@@ -32,7 +32,7 @@ def model():
 @pytest.fixture
 def two_cores(monkeypatch):
     """So that many rows go in two parts, in threads."""
-    monkeypatch.setattr(decoding.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(generation.os, "cpu_count", lambda: 2)
 
 
 def compiled_score(model, tokens):
@@ -82,7 +82,7 @@ def test_threads_that_share_a_model_get_what_each_would_alone(two_cores, readers
 @pytest.mark.parametrize("n_rows", [1, 8])
 def test_an_interrupt_ends_generation_within_two_blocks(model, two_cores, monkeypatch, n_rows):
     """Of 40 blocks a part: the signal comes in the third, and blocks take their time from then on."""
-    n_parts, blocks, extend = max(n_rows // 4, 1), [], decoding._extend
+    n_parts, blocks, extend = max(n_rows // 4, 1), [], generation._extend
 
     def interrupted(*args, **options):
         blocks.append(threading.get_ident())
@@ -92,11 +92,11 @@ def test_an_interrupt_ends_generation_within_two_blocks(model, two_cores, monkey
             time.sleep(0.2)
         return extend(*args, **options)
 
-    monkeypatch.setattr(decoding, "_extend", interrupted)
+    monkeypatch.setattr(generation, "_extend", interrupted)
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            hg.generate(model, [[1, 2]] * n_rows, max_tokens=40 * decoding.BLOCK, key=KEY)
+            hg.generate(model, [[1, 2]] * n_rows, max_tokens=40 * generation.BLOCK, key=KEY)
     finally:
         signal.signal(signal.SIGINT, previous)
     assert len(set(blocks)) == n_parts and (threading.get_ident() in blocks) == (n_parts == 1)
@@ -104,7 +104,7 @@ def test_an_interrupt_ends_generation_within_two_blocks(model, two_cores, monkey
 
 
 def test_an_error_in_one_part_ends_the_others(model, two_cores, monkeypatch):
-    blocks, extend = [], decoding._extend
+    blocks, extend = [], generation._extend
 
     def failing(*args, **options):
         blocks.append(args)
@@ -113,9 +113,9 @@ def test_an_error_in_one_part_ends_the_others(model, two_cores, monkeypatch):
         time.sleep(0.05)
         return extend(*args, **options)
 
-    monkeypatch.setattr(decoding, "_extend", failing)
+    monkeypatch.setattr(generation, "_extend", failing)
     with pytest.raises(MemoryError):
-        hg.generate(model, [[1, 2]] * 8, max_tokens=40 * decoding.BLOCK, key=KEY)
+        hg.generate(model, [[1, 2]] * 8, max_tokens=40 * generation.BLOCK, key=KEY)
     assert len(blocks) < 80
 
 
@@ -140,7 +140,7 @@ def test_settings_of_this_thread_hold_for_what_it_generates(two_cores, monkeypat
             seen.append(seen_by(logits))
             return super().__call__(logits, keys)
 
-    monkeypatch.setattr(decoding, "Sampler", Watched)
+    monkeypatch.setattr(generation, "Sampler", Watched)
     options = {"max_tokens": 3, "key": KEY}
     with context():
         model = make_model(light_config(d_model=8, dtype="float64" if name == "float64" else "float32"))

@@ -9,8 +9,7 @@ from flax import nnx
 import hourglass_jax as hg
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
 from hourglass_jax.interop.parameters import named_parameters
-from hourglass_jax.training.optimizer import make_optimizer
-from hourglass_jax.training.selection import trained_parameters
+from hourglass_jax.training.optimizer import make_optimizer, trained_parameters
 from hourglass_jax.training.step import first_state
 from hourglass_jax.training.trainer import fit
 
@@ -78,5 +77,5 @@ def test_a_name_without_parameters_is_refused_with_those_there_are(tmp_path, tra
 def test_learned_positions_are_named_too():
     params = nnx.state(make_model(small_config(hierarchy="1@1", positions="learned")))
     assert trained_parameters(params, "positions")(("positions",), None)
-    with pytest.raises(hg.UsageError, match=r"of embedding, head, hourglass\..*, positions, or what"):
+    with pytest.raises(hg.UsageError, match=r"choose from embedding, head, hourglass\..*, positions, or"):
         trained_parameters(params, "position")

@@ -17,6 +17,7 @@ from hourglass_jax.data.pipeline import consecutive_windows, random_windows
 from hourglass_jax.training.checkpoints import CheckpointStore
 from hourglass_jax.training.metrics import read_curves
 from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from hourglass_jax.training.sharding import on_one_device
 from hourglass_jax.training.step import TrainState, make_train_step
 from hourglass_jax.training.trainer import fit
 
@@ -115,7 +116,7 @@ def edit(path, **changes):
         (lambda d: edit(d / "config.json", model={"vocab_size": 3, "colour": "red"}), "not a configuration"),
         (lambda d: (d / "vocab.json").unlink(), "not a configuration of this library"),
         (lambda d: hg.CharTokenizer("abc").save(d / "vocab.json"), "vocabulary has 6 tokens"),
-        (lambda d: shutil.rmtree(d / "checkpoints"), "holds no checkpoint"),
+        (lambda d: shutil.rmtree(d / "checkpoints"), "contains no checkpoint"),
     ],
 )
 def test_damaged_directories_say_what_is_wrong(whole, tmp_path, damage, message):
@@ -167,22 +168,26 @@ def test_weight_decay_shrinks_the_matrices_of_linear_layers_alone(positions):
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_the_state_of_runs_that_decayed_everything_goes_on(weight_decay, clip_norm):
-    """Which was `optax.adamw`; without decay, the updates are the same too, bit for bit."""
+def test_a_checkpoint_of_plain_adamw_restores_into_the_masked_optimizer(tmp_path, weight_decay, clip_norm):
+    """Early versions saved the state of `optax.adamw`; without decay its updates are the same bit for bit."""
     params = nnx.state(make_model(CONFIG), nnx.Param)
     config = hg.OptimizerConfig(weight_decay=weight_decay, clip_norm=clip_norm)
     schedule = learning_rate_schedule(config, 10)
     before = optax.adamw(schedule, config.beta1, config.beta2, config.eps, weight_decay=weight_decay)
     if clip_norm:
         before = optax.chain(optax.clip_by_global_norm(clip_norm), before)
-    optimizer, state = make_optimizer(config, 10), before.init(params)
-    assert jax.tree.structure(state) == jax.tree.structure(optimizer.init(params))
+    optimizer, (_, state) = make_optimizer(config, 10), before.update(params, before.init(params), params)
+    store = CheckpointStore(tmp_path)
+    store.save(1, params, state)
+    store.wait()
+    restored = store.restore(1, opt_state=on_one_device(optimizer.init(params)))["opt_state"]
+    store.close()
+    assert jax.tree.structure(restored) == jax.tree.structure(optimizer.init(params))
+    updates = [restored, state]
     if not weight_decay:
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            before.update(params, state, params),
-            optimizer.update(params, state, params),
-        )
+        updates = [before.update(params, state, params), optimizer.update(params, restored, params)]
+    for new, old in zip(*map(jax.tree.leaves, updates), strict=True):
+        np.testing.assert_array_equal(new, old)
 
 
 def test_evaluation_reports_one_loss_three_ways():

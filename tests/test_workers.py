@@ -71,7 +71,7 @@ def reached(directory):
 def test_a_training_stops_in_time_and_the_same_command_resumes(home):
     printed, steps = ablate(home, *TABLE, "--max_minutes=9", STOP_AT=f"{PLAIN} 5")
     assert steps == {LIGHT: list(range(1, 13)), PLAIN: list(range(1, 6))}
-    assert "stopped at the end of its time after step 5" in printed and "; the same command resumes" in printed
+    assert "stopped by the time limit after step 5" in printed and "; the same command resumes" in printed
     record = json.loads((home / "results/table1-books-micro.json").read_text())
     assert [len(row["runs"]) for row in record["rows"]] == [1, 0]  # the report holds what is there
     printed, steps = ablate(home, *TABLE, "--max_minutes=9")

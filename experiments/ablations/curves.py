@@ -37,8 +37,7 @@ from hourglass_jax import HourglassConfig, HourglassLM, RuntimeConfig, UsageErro
 from hourglass_jax.costs import count_parameters
 from hourglass_jax.data.pipeline import Batch
 from hourglass_jax.ranges import check_choice
-from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore
-from hourglass_jax.training.manifest import write_manifest
+from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore, write_manifest
 from hourglass_jax.training.metrics import CURVES, matmul_ceiling
 from hourglass_jax.training.run import Run, RunBusy
 from hourglass_jax.training.signals import Signals

@@ -32,7 +32,7 @@ from hourglass_jax.data.pipeline import Batch, BatchAt, LazyBatches, evenly_spac
 from hourglass_jax.evaluation import accuracy, evaluate_batches
 from hourglass_jax.files import write_whole
 from hourglass_jax.ranges import check_choice
-from hourglass_jax.training.identity import described, differences, identity
+from hourglass_jax.training.identity import describe, differences, identity
 from hourglass_jax.training.run import Run, RunBusy
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import Diverged, fit
@@ -64,7 +64,7 @@ class Job:
         different = differences(identity({name: found.get(name) for name in asked}), identity(asked))
         if different:
             raise UsageError(
-                f"{self.directory}: was trained with other settings ({described(different)}); remove it or choose "
+                f"{self.directory}: was trained with other settings ({describe(different)}); remove it or choose "
                 "another --out"
             )
         return result

@@ -16,8 +16,7 @@ from flax import nnx
 
 from experiments.accelerators.targets import Target
 from hourglass_jax import DataConfig, HourglassConfig, HourglassLM, OptimizerConfig, RuntimeConfig, TrainConfig
-from hourglass_jax.training.optimizer import make_optimizer
-from hourglass_jax.training.selection import trained_parameters
+from hourglass_jax.training.optimizer import make_optimizer, trained_parameters
 from hourglass_jax.training.sharding import abstract, batch_sharding, check_batch, make_mesh, state_shardings
 from hourglass_jax.training.step import TrainState, first_state, make_train_step
 

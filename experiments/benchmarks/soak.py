@@ -28,8 +28,7 @@ from flax import nnx
 from experiments.common import launcher
 from experiments.common.reports import markdown_table, provenance, write_report
 from hourglass_jax import HourglassLM, OptimizerConfig, UsageError
-from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore
-from hourglass_jax.training.manifest import MANIFEST
+from hourglass_jax.training.checkpoints import CHECKPOINTS, MANIFEST, CheckpointStore
 from hourglass_jax.training.metrics import read_curves
 from hourglass_jax.training.optimizer import make_optimizer
 from hourglass_jax.training.run import Run
@@ -179,7 +178,7 @@ def soak(workdir: Path, *, kills: int, steps: int, seed: int = 0) -> dict[str, A
                 elif number < kills:
                     run.finish()
                     raise UsageError(f"the run ended after {number} of {kills} kills; increase --steps")
-                record["passed_over"] += run.log.read_text(errors="replace").count("is passed over")
+                record["passed_over"] += run.log.read_text(errors="replace").count("skipping the checkpoint")
         record["same"] = compare(workdir / "whole", workdir / "killed")
     except UsageError as failure:
         record["failure"] = str(failure)

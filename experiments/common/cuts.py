@@ -15,7 +15,7 @@ from hourglass_jax.data.pipeline import Batch
 from hourglass_jax.files import whole_file
 from hourglass_jax.nn.learned import LearnedBoundaries
 from hourglass_jax.tokenizers import TextTokenizer
-from hourglass_jax.training.trainer import MOST_SUPPRESSED
+from hourglass_jax.training.hooks import MAX_SUPPRESSED
 
 HEADER = "position\tcharacter\tlevels\n"
 
@@ -49,7 +49,7 @@ def describe_groups(model: HourglassLM, tokens: np.ndarray, weights: np.ndarray)
 
 
 def check_groups(model: HourglassLM, tokens: np.ndarray, weights: np.ndarray) -> None:
-    """Warn if more than MOST_SUPPRESSED of the boundaries are suppressed. Raises UsageError if the text has none.
+    """Warn if more than MAX_SUPPRESSED of the boundaries are suppressed. Raises UsageError if the text has none.
 
     Learned boundaries are skipped: `fit` warns during training.
     """
@@ -62,7 +62,7 @@ def check_groups(model: HourglassLM, tokens: np.ndarray, weights: np.ndarray) ->
             f"boundaries={config.boundaries!r} end no group in {counts.tokens} tokens of the text; choose other "
             "boundaries, or 'fixed'"
         )
-    if counts.suppressed > MOST_SUPPRESSED:
+    if counts.suppressed > MAX_SUPPRESSED:
         logging.warning(
             "%.1f %% of the boundaries are suppressed for lack of room; groups have %.1f tokens, so choose a smaller "
             "factor than that of hierarchy='%s', or a larger boundary_slack",

@@ -38,7 +38,7 @@ from hourglass_jax.data.pipeline import Batch
 from hourglass_jax.pretrained import pretrained_names, pretrained_path
 from hourglass_jax.run_config import MAX_SEED
 from hourglass_jax.tokenizers import Tokenizer
-from hourglass_jax.training.identity import of_first_batch
+from hourglass_jax.training.identity import first_batch_fingerprint
 from hourglass_jax.training.metrics import peak_memory_bytes
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.sharding import check_batch, make_mesh
@@ -287,7 +287,7 @@ def start_run(
     tokens, _ = batch
     check_batch(make_mesh(runtime), len(tokens), runtime.accumulate)
     if jax.process_index() == 0:
-        settings = {**settings, **of_first_batch(tokens)}
+        settings = {**settings, **first_batch_fingerprint(tokens)}
         run.start(config, tokenizer, settings, overwrite=FLAGS.overwrite, resume=FLAGS.resume == "auto")
         _started.append(run)
     if jax.process_count() > 1:
@@ -355,7 +355,7 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
                 import_plugin(plugin)
             main(argv)
         except Interrupted as interruption:
-            print(f"\n{interruption}")
+            print(f"\n{interruption}; the same command resumes")
         except KeyboardInterrupt:
             with suppress(OSError):
                 complain(argv[0], "interrupted")

@@ -26,7 +26,7 @@ from hourglass_jax.data.pipeline import (
     training_batches,
 )
 from hourglass_jax.files import optional_output
-from hourglass_jax.masking import corrupt
+from hourglass_jax.objective import corrupt
 from hourglass_jax.run_config import FOLDER, IMAGE_SIZES
 from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, Tokenizer
 from hourglass_jax.training.identity import fingerprint

@@ -54,7 +54,7 @@ def from_pypi(
 
     `n_heads`, `shorten_factor` (unless resampling is linear) and `causal` are arguments of its constructor that weights
     do not tell. Without a vocabulary of characters, 256 tokens are bytes. A model that is not causal gets a mask token
-    beside its own, see `masking`; its padding is zero in shortening, too, which it is not in the package. Raises
+    beside its own, see `objective`; its padding is zero in shortening, too, which it is not in the package. Raises
     UsageError for attention resampling, which this library does otherwise, and for files that hold something else.
     """
     state, _ = read_state_dict(path)

@@ -1,1 +1,1 @@
-"""Optimiser, training loop, checkpoints, curves."""
+"""Training: loop and hooks, optimizer, checkpoints, curves, devices."""

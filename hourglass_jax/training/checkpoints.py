@@ -1,7 +1,13 @@
-"""Orbax checkpoints of parameters and optimiser state, sealed by checksums."""
+"""Orbax checkpoints of parameters and optimizer state, each sealed by a manifest of checksums.
+
+Orbax restores an array with a flipped bit silently, and does not recognize a step whose removal was interrupted. The
+manifest is written last: a directory without one is incomplete, one that does not match it is damaged.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,23 +17,24 @@ from shutil import disk_usage
 from typing import Any
 
 import jax
+import optax
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
 from hourglass_jax.errors import UsageError
-from hourglass_jax.training.manifest import MANIFEST, add_facts, damage, read_manifest, write_manifest
+from hourglass_jax.files import write_whole
 
-CHECKPOINTS = "checkpoints"  # their folder in a run directory
+CHECKPOINTS = "checkpoints"  # the folder in a run directory
+MANIFEST = "MANIFEST.json"
 METRIC = "valid_loss"
-FULL = ("No space left", "File too large", "quota", "RESOURCE_EXHAUSTED")  # what a failed write says of a full disk
+FULL = ("No space left", "File too large", "quota", "RESOURCE_EXHAUSTED")  # errors that report a full disk
 
 
 class CheckpointStore:
-    """Checkpoints of a run by step, each sealed by a manifest; keeps the latest and the best by validation loss.
+    """Checkpoints of a run by step, each sealed by a manifest; keeps the latest and the one of lowest validation loss.
 
-    keep: how many of the latest; at least two, so that there is a whole one while the other is written or found
-    damaged; 0: all.
+    keep: number of latest checkpoints to keep; at least 2, so that one is complete while the next is written; 0: all.
     """
 
     def __init__(self, directory: str | Path, *, for_training: bool = False, keep: int = 2):
@@ -44,9 +51,9 @@ class CheckpointStore:
         self._sealing: list[Future[None]] = []
 
     def sound_step(self, *, best: bool = False) -> int | None:
-        """The newest whole step, or the one of lowest validation loss if any was evaluated; None if there is no step.
+        """Return the newest complete step, or with `best` the one of lowest validation loss; None if there is no step.
 
-        Warns of each one passed over. Raises UsageError where there are steps and none is whole.
+        Warns about each damaged or incomplete step. Raises UsageError if there are steps and none is complete.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         if best:
@@ -55,64 +62,67 @@ class CheckpointStore:
             problem = damage(self.directory / str(step))
             if not problem:
                 return step
-            logging.warning("checkpoint of step %d is passed over: %s", step, problem)
+            logging.warning("skipping the checkpoint of step %d: %s", step, problem)
         if len(steps) == 1 and not (self.directory / str(steps[0]) / MANIFEST).exists():
-            return None  # killed between the very first checkpoint and its seal: nothing was saved yet
+            return None  # the process was killed before its first checkpoint was sealed
         if steps:
             raise UsageError(
-                f"{self.directory}: all checkpoints are damaged or unfinished (steps {sorted(steps)}); restore them "
-                "from a copy, or train anew with --overwrite"
+                f"{self.directory}: all checkpoints are damaged or incomplete (steps {sorted(steps)}); restore them "
+                "from a copy, or train again with --overwrite"
             )
         return None
 
     def check(self, step: int) -> None:
-        """Raises UsageError unless there is a whole checkpoint of `step`."""
+        """Raise UsageError unless there is a complete checkpoint of `step`."""
         steps = sorted(self._manager.all_steps())
         if step not in steps:
-            kept = ", ".join(map(str, steps)) or "none"
-            raise UsageError(f"{self.directory}: no checkpoint of step {step}; there are {kept}")
+            available = ", ".join(map(str, steps)) or "none"
+            raise UsageError(f"{self.directory}: no checkpoint of step {step}; available steps: {available}")
         if problem := damage(self.directory / str(step)):
-            raise UsageError(f"{self.directory}: the checkpoint of step {step} cannot be used: {problem}")
+            raise UsageError(
+                f"{self.directory}: the checkpoint of step {step} is not usable ({problem}); choose another step"
+            )
 
     def evaluated(self, step: int) -> bool:
-        """Whether the checkpoint of `step` has a validation loss."""
+        """Return whether the checkpoint of `step` has a validation loss."""
         return math.isfinite(self._valid_loss(step))
 
     def _valid_loss(self, step: int) -> float:
         return read_manifest(self.directory / str(step)).get(METRIC, math.inf)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax's question, which of the steps to keep: as far as this method goes, the best one."""
+        """Select the checkpoint of lowest validation loss; orbax calls this as a preservation policy."""
         losses = [self._valid_loss(checkpoint.step) for checkpoint in checkpoints]
         return [math.isfinite(loss) and loss == min(losses) for loss in losses]
 
     def rewind(self, step: int) -> None:
-        """Removes the steps after `step`."""
+        """Remove the checkpoints of later steps."""
         for later in self._manager.all_steps():
             if later > step:
                 self._manager.delete(later)
 
     def save(self, step: int, params: Any, opt_state: Any = None, valid_loss: float | None = None) -> None:
-        """Writes in the background; waits for the save before. Raises UsageError where that one failed.
+        """Write a checkpoint in the background, after the previous one. Raises UsageError if that one failed.
 
-        Without `opt_state`, the run can be loaded but not gone on with.
+        A checkpoint without `opt_state` can be loaded, but training cannot resume from it.
         """
         self.wait()
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt_state)))
         free = disk_usage(self.directory).free
         if free < needed:
             raise UsageError(
-                f"{self.directory}: the checkpoint of step {step} needs {needed / 1e6:,.0f} MB and the disk has "
-                f"{free / 1e6:,.0f}; earlier ones are intact: make room and give the same command again"
+                f"{self.directory}: the checkpoint of step {step} needs {needed / 1e6:,.0f} MB, but the disk has "
+                f"{free / 1e6:,.0f} MB left; earlier checkpoints are intact: free disk space and run the same command "
+                "again"
             )
-        items = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
+        items = {"params": params} | ({} if opt_state is None else {"opt_state": _unmasked(opt_state)})
         items = ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()})
         with _explained(step):
             self._manager.save(step, args=items, force=True)
         self._sealing.append(self._sealer.submit(self._seal, step, {} if valid_loss is None else {METRIC: valid_loss}))
 
     def set_valid_loss(self, step: int, valid_loss: float) -> None:
-        """Adds to the checkpoint of `step` what its evaluation found, once that is sealed."""
+        """Add the validation loss to the checkpoint of `step` once that is sealed."""
         if jax.process_index() == 0:
             self._sealing.append(self._sealer.submit(self._add_facts, step, {METRIC: valid_loss}))
 
@@ -127,14 +137,20 @@ class CheckpointStore:
                 write_manifest(self.directory / str(step), **metrics)
 
     def restore(self, step: int, **templates: Any) -> dict[str, Any]:
-        """The items of `step` named by the keywords; templates give shapes and, as ShapeDtypeStructs, shardings."""
-        # Without an explicit sharding orbax would ask for the devices the checkpoint was written on.
-        items = {name: ocp.args.StandardRestore(template) for name, template in templates.items()}
+        """Return the items of `step` named by the keywords.
+
+        A template is a tree of jax.ShapeDtypeStruct with shardings; without these, orbax requires the devices that
+        wrote the checkpoint.
+        """
+        items = {name: ocp.args.StandardRestore(_unmasked(template)) for name, template in templates.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return {name: restored[name] for name in templates}
+        return {
+            name: jax.tree.unflatten(jax.tree.structure(template), jax.tree.leaves(restored[name]))
+            for name, template in templates.items()
+        }
 
     def wait(self) -> None:
-        """Until the last save is sealed, for all processes: they must agree on which steps are whole."""
+        """Wait until the last checkpoint is sealed, in all processes: they must agree which steps are complete."""
         sealing, self._sealing = self._sealing, []
         for done in sealing:
             done.result()
@@ -146,18 +162,68 @@ class CheckpointStore:
             self.wait()
         finally:
             self._sealer.shutdown()
-            with suppress(Exception):  # it would raise again what `wait` has raised
+            with suppress(Exception):  # it would raise the error of `wait` again
                 self._manager.close()
+
+
+def _unmasked(tree: Any) -> Any:
+    """Return the tree without optax's MaskedState wrappers, which checkpoints of early versions do not have."""
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedState)
+
+    return jax.tree.map(lambda node: node.inner_state if is_masked(node) else node, tree, is_leaf=is_masked)
 
 
 @contextmanager
 def _explained(step: int) -> Iterator[None]:
-    """What goes wrong while a step is written comes as bare exceptions of many kinds."""
+    """Turn the exceptions of a failed write, which have many types, into a UsageError."""
     try:
         yield
     except Exception as error:
         full = any(words.lower() in str(error).lower() for words in FULL)
         raise UsageError(
-            f"the checkpoint of step {step} could not be written ({str(error) or type(error).__name__}); earlier ones "
-            f"are intact: {'make room on the disk and ' if full else ''}give the same command again"
+            f"the checkpoint of step {step} could not be written ({str(error) or type(error).__name__}); earlier "
+            f"checkpoints are intact: {'free disk space and ' if full else ''}run the same command again"
         ) from error
+
+
+def write_manifest(directory: Path, **facts: Any) -> None:
+    """Seal `directory` with the SHA-256 of each file, and `facts` as JSON."""
+    write_whole(directory / MANIFEST, json.dumps({"files": _checksums(directory), **facts}, indent=1))
+
+
+def add_facts(directory: Path, **facts: Any) -> None:
+    """Add `facts` to the manifest of a sealed directory."""
+    if manifest := read_manifest(directory):
+        write_whole(directory / MANIFEST, json.dumps(manifest | facts, indent=1))
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return the manifest; empty if the directory is not sealed."""
+    try:
+        return json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def damage(directory: Path) -> str:
+    """Return what is wrong with a sealed directory; empty if it is intact."""
+    expected = read_manifest(directory).get("files")
+    if not isinstance(expected, dict):
+        return "it is incomplete"
+    found = _checksums(directory)
+    if missing := sorted(expected.keys() - found.keys()):
+        return f"{missing[0]} is missing"
+    if changed := [name for name in sorted(expected) if expected[name] != found[name]]:
+        return f"{changed[0]} has changed since it was written"
+    return ""
+
+
+def _checksums(directory: Path) -> dict[str, str]:
+    checksums = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and not path.name.startswith(MANIFEST):
+            with path.open("rb") as file:
+                checksums[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return checksums

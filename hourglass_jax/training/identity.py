@@ -1,4 +1,4 @@
-"""What makes two trainings the same run: settings, and fingerprints of what they read; never where, never how fast."""
+"""Identity of a run: its settings and fingerprints of its data, without paths and without options of speed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import numpy as np
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.run_config import DataConfig, OptimizerConfig, TrainConfig
 
-PATHS = ("path", "valid_path", "data_path", "pretrained")  # names of settings that say where something lies
-MEANS = ("attention", "remat", "max_unrolled_layers")  # how a model is computed, which leaves what is computed alone
+PATHS = ("path", "valid_path", "data_path", "pretrained")  # settings that are paths
+MEANS = ("attention", "remat", "max_unrolled_layers")  # options that do not change the result
 DEFAULTS = {"model": HourglassConfig, "data": DataConfig, "optimizer": OptimizerConfig, "train": TrainConfig}
-N_PIECES, PIECE = 64, 65_536  # of a long text's fingerprint; PIECE in tokens
+N_PIECES, PIECE = 64, 65_536  # a long text is sampled in so many pieces of so many tokens
 
 
 def fingerprint(tokens: np.ndarray) -> int:
-    """Tells two texts, or one text in two vocabularies, apart in a run's settings, whatever the integer type.
+    """Return a checksum of tokens of any integer type.
 
-    Of a long text, only its length and evenly spaced pieces with both ends count: 100 GB take no time.
+    For a long text it covers the length and evenly spaced pieces, including both ends, so 100 GB take no time.
     """
     tokens = tokens.reshape(-1)
     crc, starts, length = 0, [0], len(tokens)
@@ -34,20 +34,20 @@ def fingerprint(tokens: np.ndarray) -> int:
     return crc
 
 
-def of_first_batch(tokens: np.ndarray) -> dict[str, int]:
-    """What a run's settings say of its first batch: beside a text's own fingerprint, how it is split and ordered."""
+def first_batch_fingerprint(tokens: np.ndarray) -> dict[str, int]:
+    """Return the setting that identifies the split and the order of the data."""
     return {"first_batch_fingerprint": fingerprint(tokens)}
 
 
 def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's settings says which run it is: all but PATHS and MEANS.
+    """Return the settings that identify a run: all except PATHS and MEANS.
 
-    Options that it is older than have their defaults.
+    Options that are newer than the run get their defaults.
     """
     known = json.loads(json.dumps(settings))
     for name, cls in DEFAULTS.items():
         if isinstance(known.get(name), dict):
-            # A value that this process cannot check, such as a plugin's shortening, is compared as it stands.
+            # Not cls(**stored): it would reject the name of a plugin's shortening that this process has not imported.
             defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
             known[name] = json.loads(json.dumps(defaults)) | known[name]
     return {
@@ -58,7 +58,7 @@ def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
-    """The leaves in which two JSON values differ: {"a.b": (1, 2)}; None where there is none."""
+    """Return the leaves in which two JSON values differ, {"a.b": (1, 2)}; a missing leaf is None."""
     if isinstance(old, dict) and isinstance(new, dict):
         found: dict[str, tuple[Any, Any]] = {}
         for key in sorted(old.keys() | new.keys()):
@@ -67,6 +67,6 @@ def differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]
     return {} if old == new else {name: (old, new)}
 
 
-def described(changes: Mapping[str, tuple[Any, Any]]) -> str:
-    """'a.b: 1 -> 2, c: 3 -> 4'."""
+def describe(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return the output of `differences` as 'a.b: 1 -> 2, c: 3 -> 4'."""
     return ", ".join(f"{name}: {old} -> {new}" for name, (old, new) in changes.items())

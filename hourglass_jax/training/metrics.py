@@ -1,4 +1,4 @@
-"""Curves of a run: JSON lines, TensorBoard, a picture; and what the machine can do and has used."""
+"""Curves of a run (JSON lines, TensorBoard, a figure), matrix-product speed and peak memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from hourglass_jax.files import optional_output, whole_file, write_whole
 from hourglass_jax.nn.platform import platform
 
 CURVES = "metrics.jsonl"
-RATE = "boundary_rate"  # the name of a curve, with the number of the shortening behind it from the second on
+RATE = "boundary_rate"  # name of a curve; the second shortening has boundary_rate_2
 
 
 def read_curves(directory: Path) -> list[dict[str, Any]]:
-    """The records of a run, oldest first; half-written lines are left out."""
+    """Return the records of a run, oldest first, without incomplete lines."""
     path = Path(directory) / CURVES
     lines = path.read_text().splitlines() if path.exists() else []
     records = []
@@ -35,9 +35,9 @@ def read_curves(directory: Path) -> list[dict[str, Any]]:
 
 
 class CurveWriter:
-    """Appends records to the run's JSON lines and TensorBoard files; drops what lies beyond `start_step`.
+    """Appends records to metrics.jsonl and TensorBoard files, after it removed those of steps after `start_step`.
 
-    A file that cannot be written is one warning, and written again once it can be.
+    If a file cannot be written, one warning is logged; the records are written as soon as it can be.
     """
 
     def __init__(self, directory: Path, start_step: int = 0):
@@ -47,10 +47,10 @@ class CurveWriter:
             write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
         with optional_output(board):
             board.mkdir(exist_ok=True)
-        self._lines = _Growing(path)
-        self._events = _Growing(board / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}")
+        self._lines = _AppendedFile(path)
+        self._events = _AppendedFile(board / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}")
         self._events.append(tf_record(0, file_version="brain.Event:2"))
-        self._events.append(tf_record(start_step + 1, session_log={"status": "START"}))  # TensorBoard drops the rest
+        self._events.append(tf_record(start_step + 1, session_log={"status": "START"}))  # TensorBoard drops later steps
 
     def write(self, step: int, **values: float) -> None:
         self._lines.append(json.dumps({"step": step, **values}).encode() + b"\n")
@@ -68,8 +68,8 @@ class CurveWriter:
         self._events.close()
 
 
-class _Growing:
-    """A file that grows by whole records. The buffer keeps those that a full disk does not take, for the next try."""
+class _AppendedFile:
+    """A file that complete records are appended to; the buffer keeps records that a full disk rejects."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -88,11 +88,11 @@ class _Growing:
 
 
 def tf_record(step: int, **fields: Any) -> bytes:
-    """A TensorBoard event, framed by its length and checksums.
+    """Return a TensorBoard event with its length and checksums.
 
-    tensorboardX's own writer has a thread that a full disk ends; the next events would then wait for ever.
+    tensorboardX's own writer uses a thread that ends on a full disk; later events would then block forever.
     """
-    from tensorboardX.proto.event_pb2 import Event  # with PyTorch installed it imports that, which takes seconds
+    from tensorboardX.proto.event_pb2 import Event  # slow: it imports PyTorch if that is installed
     from tensorboardX.record_writer import masked_crc32c
 
     event = Event(step=step, wall_time=time.time(), **fields).SerializeToString()
@@ -101,7 +101,7 @@ def tf_record(step: int, **fields: Any) -> bytes:
 
 
 def plot_curves(directory: Path) -> Path:
-    """Draws training and validation loss against steps, and how often events fire, to loss.png; returns its path."""
+    """Plot losses and boundary rates against steps to loss.png; return its path."""
     from matplotlib.figure import Figure
 
     records = read_curves(directory)
@@ -124,15 +124,15 @@ def plot_curves(directory: Path) -> Path:
 
 
 def plot_rates(axes: Any, records: list[dict[str, Any]]) -> None:
-    """The events a position, with their spread over the rows of a batch, and those that found no room."""
+    """Plot boundaries per position, their spread over the rows of a batch, and the suppressed fraction."""
     for level in sorted(name.removeprefix(RATE) for name in records[0] if name.startswith(RATE)):
         names = "step", RATE + level, f"boundary_spread{level}", f"boundary_suppressed{level}"
         steps, rates, spreads, suppressed = ([r[name] for r in records] for name in names)
         low, high = ([rate + sign * spread for rate, spread in zip(rates, spreads, strict=True)] for sign in (-1, 1))
         shortening = f", shortening {level[1:]}" if level else ""
         axes.fill_between(steps, low, high, alpha=0.2, lw=0)
-        axes.plot(steps, rates, lw=1, label=f"groups a position{shortening}")
-        axes.plot(steps, suppressed, lw=1, label=f"share without room{shortening}")
+        axes.plot(steps, rates, lw=1, label=f"groups per position{shortening}")
+        axes.plot(steps, suppressed, lw=1, label=f"suppressed fraction{shortening}")
     axes.set(xlabel="step", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -140,12 +140,12 @@ def plot_rates(axes: Any, records: list[dict[str, Any]]) -> None:
 
 @functools.cache
 def matmul_ceiling(dtype: str) -> float:
-    """Floating-point operations a second that one device reaches on a large square matrix product, measured."""
+    """Measure the FLOP/s of one device on a large square matrix product."""
     n = 1024 if platform() == "cpu" else 8192
     x = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
     multiply = jax.jit(jnp.matmul)
     seconds = []
-    for _ in range(6):  # the first compiles
+    for _ in range(6):  # the first one compiles
         started = time.perf_counter()
         multiply(x, x).block_until_ready()
         seconds.append(time.perf_counter() - started)
@@ -153,7 +153,7 @@ def matmul_ceiling(dtype: str) -> float:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory a device of this process has held so far; on a CPU, the process, or 0 on Windows."""
+    """Return the peak memory of any device of this process; on a CPU, that of the process, or 0 on Windows."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     try:
         import resource

@@ -1,23 +1,48 @@
-"""AdamW and its learning-rate schedule, through optax."""
+"""AdamW and its learning-rate schedule (optax), and which parameters are trained and decayed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
+from hourglass_jax.errors import UsageError
 from hourglass_jax.run_config import OptimizerConfig
+
+Filter = Callable[[Sequence[Any], Any], bool]  # of a parameter's path and value, as in Flax
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Return AdamW (Loshchilov and Hutter, arXiv:1711.05101) with gradient clipping and a schedule."""
+    adamw = optax.chain(
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
+    )
+    if config.clip_norm:
+        return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    return adamw
+
+
+def decay_mask(params: Any) -> Any:
+    """Return True for parameters with weight decay: the kernels of linear layers.
+
+    minGPT and big_vision do the same: biases, norms, embeddings and positions do not decay. The mask goes by name,
+    because the biases of stacked layers have as many axes as a matrix.
+    """
+    return jax.tree.map_with_path(lambda path, _: any(getattr(key, "key", None) == "kernel" for key in path), params)
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then cosine to 0 at `steps`, or peak * sqrt(warmup / step), or constant.
+    """Return a linear warmup, then a cosine to 0 at `steps`, peak * sqrt(warmup / step), or a constant.
 
-    All of it times a line from 1 to 0 over the last `decay_steps`: up to there, a constant rate is the same whatever
-    `steps` is, so that one long run can be branched off into shorter ones (warm-up, stable, decay).
+    Over the last `decay_steps` the rate is multiplied by a line from 1 to 0. Before them, a constant rate does not
+    depend on `steps`, so shorter runs can branch off one long run (warmup, stable, decay).
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     rise = optax.linear_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)
@@ -33,53 +58,44 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     return lambda step: schedule(step) * jnp.clip((steps - step) / config.decay_steps, 0, 1)
 
 
-def schedule_in_words(config: OptimizerConfig, steps: int) -> str:
-    """What `learning_rate_schedule` does, for people."""
+def describe_schedule(config: OptimizerConfig, steps: int) -> str:
+    """Return `learning_rate_schedule` in words."""
     warmup, peak = config.warmup_steps, config.learning_rate
-    after = {"cosine": f"cosine to 0 at step {steps}", "inverse_sqrt": "peak * sqrt(warm-up / step)"}
+    after = {"cosine": f"cosine to 0 at step {steps}", "inverse_sqrt": "peak * sqrt(warmup / step)"}
     end = f", falling to 0 over the last {config.decay_steps}" if config.decay_steps else ""
-    return f"{warmup} steps of warm-up to {peak:g}, then {after.get(config.schedule, config.schedule)}{end}"
+    return f"{warmup} warmup steps to {peak:g}, then {after.get(config.schedule, config.schedule)}{end}"
 
 
 def _inverse_sqrt(peak: float, warmup: int, step: jax.Array) -> jax.Array:
-    """`step` counts from the end of the warm-up; join_schedules also asks for negative ones, and drops them."""
+    """`step` counts from the end of the warmup; join_schedules also evaluates, and discards, negative steps."""
     return peak * jnp.sqrt(warmup / jnp.maximum(warmup + step, 1))
 
 
-def is_decayed(path: Sequence[Any]) -> bool:
-    """Whether weight decay shrinks the parameter at `path`: the kernels of linear layers, and nothing else.
+def ALL(path: Sequence[Any], value: Any) -> bool:
+    """Select every parameter."""
+    return True
 
-    Biases, the scales of norms, embeddings, learned positions and the two biases of relative attention are where they
-    are for other reasons than fitting noise, and a decayed scale is only a slower network. So does minGPT
-    (`configure_optimizers`: linear weights decay; biases, LayerNorm and embeddings do not) and big_vision (`wd_mults`:
-    ".*/kernel$"), after BERT, which excludes LayerNorm and biases. By name: the layers of a stack lie along an axis of
-    their own, so that a bias has as many axes as a matrix.
+
+def trained_parameters(params: nnx.State, train_only: str) -> Filter:
+    """Return a filter for the parameters in the modules named in `train_only`; empty: all parameters.
+
+    train_only: comma-separated module paths, e.g. "hourglass.post,head". The layers of a stack share one array, so they
+    are trained together.
+    Raises UsageError for a module without parameters.
     """
-    return any(getattr(entry, "key", None) == "kernel" for entry in path)
+    if not train_only:
+        return ALL
+    paths = [tuple(map(str, path)) for path, _ in nnx.to_flat_state(params)]
+    chosen = [tuple(name.strip().split(".")) for name in train_only.split(",")]
+    for name in chosen:
+        if not any(_within(path, name) for path in paths):
+            modules = sorted({".".join(path[: max(1, min(len(path) - 1, 3))]) for path in paths})
+            raise UsageError(
+                f"train_only={'.'.join(name)!r} has no parameters; choose from {', '.join(modules)}, or from the "
+                "modules that contain these or are part of them"
+            )
+    return lambda path, _: any(_within(tuple(map(str, path)), name) for name in chosen)
 
 
-def add_decay(weight_decay: float) -> optax.GradientTransformation:
-    """AdamW's decoupled weight decay of what `is_decayed`.
-
-    As `optax.add_decayed_weights` with a mask, but its state is empty, as that without one: checkpoints of both go on.
-    """
-
-    def update(updates: Any, params: Any) -> Any:
-        def decayed(path: Sequence[Any], update: jax.Array, param: jax.Array) -> jax.Array:
-            return update + weight_decay * param if is_decayed(path) else update
-
-        return jax.tree.map_with_path(decayed, updates, params)
-
-    return optax.stateless(update)
-
-
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), its gradients clipped before and its rate scheduled."""
-    adamw = optax.chain(
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
-        add_decay(config.weight_decay),
-        optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
-    )
-    if config.clip_norm:
-        return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
-    return adamw
+def _within(path: tuple[str, ...], module: tuple[str, ...]) -> bool:
+    return path[: len(module)] == module

@@ -1,20 +1,22 @@
-"""A run directory: what it is, who trains in it, its vocabulary, checkpoints and curves. Nobody else reads its files.
+"""A run directory: settings, vocabulary, checkpoints and curves, and a lock for the process that trains.
 
-config.json   format version, model configuration, tokenizer (and the shape of its images), the settings of the run,
-              and its history: where its training was made longer
+config.json   format version, model configuration, tokenizer (with the shape of images), settings, and the history:
+              at which step the number of steps was raised
 vocab.json    characters and their tokens (character models)
-checkpoints/  one folder a step, written by orbax's CheckpointManager and sealed by a manifest
-lock          host and process that train here; held for as long as the process lives
-and the curves, metrics.jsonl, tensorboard/ and loss.png, a profile/, samples.png, an ablation's result.json
+checkpoints/  one folder for each step, written by orbax's CheckpointManager and sealed by a manifest
+lock          host and process that train here; held while the process lives
+Also curves (metrics.jsonl, tensorboard/, loss.png), profile/, samples.png and an ablation's result.json.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,20 +32,20 @@ from hourglass_jax.model import HourglassLM
 from hourglass_jax.run_config import OptimizerConfig
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, ImageTokenizer, Tokenizer
 from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore
-from hourglass_jax.training.identity import described, differences, identity
-from hourglass_jax.training.locks import try_lock
+from hourglass_jax.training.identity import describe, differences, identity
 from hourglass_jax.training.metrics import CURVES, read_curves
-from hourglass_jax.training.optimizer import schedule_in_words
+from hourglass_jax.training.optimizer import describe_schedule
 from hourglass_jax.training.sharding import on_one_device
 
 FORMAT_VERSION = 1
 CONFIG, VOCABULARY, LOCK = "config.json", "vocab.json", "lock"
 DIRECTORIES = (CHECKPOINTS, "tensorboard", "profile")
 FILES = (VOCABULARY, CURVES, "loss.png", "samples.png", "result.json", LOCK, CONFIG)
-LONGER = "train.steps"  # the one setting that may grow
+STEPS = "train.steps"  # the only setting that may grow
+HELD = (errno.EAGAIN, errno.EACCES)  # errors of flock and msvcrt if another process holds the lock
+LOCKED_BYTE = 1 << 30  # beyond the text: on Windows other processes cannot read locked bytes
 
-
-# Of this process, by directory: an error that keeps a `Run` alive, as in a notebook, does not lock it out.
+# By directory, not in `Run`: a traceback, as in a notebook, keeps a Run alive and must not keep its lock.
 _locks: dict[Path, IO[str]] = {}
 _trainers: dict[Path, Run] = {}
 
@@ -53,7 +55,7 @@ class RunBusy(UsageError):
 
 
 class Record(NamedTuple):
-    """What config.json and vocab.json say; `tokenizer` is None where the run has bare tokens."""
+    """Content of config.json and vocab.json; `tokenizer` is None for a run on plain tokens."""
 
     config: HourglassConfig
     tokenizer: Tokenizer | None
@@ -62,14 +64,14 @@ class Record(NamedTuple):
 
 
 class Run:
-    """`Run("runs/mine")` touches nothing; `start` makes it a run or goes on with one, `read` tells what it is.
+    """A run directory. `Run(path)` writes nothing; `start` creates or resumes a run, `read` returns its settings.
 
-    Where processes train together, the first one starts it.
+    If several processes train together, only the first one calls `start`.
     """
 
     def __init__(self, directory: str | Path):
         self._given = Path(directory).expanduser()
-        self.directory = self._given.absolute()  # wherever the process goes later
+        self.directory = self._given.absolute()  # the process may change its directory
 
     def __str__(self) -> str:
         return str(self._given)
@@ -79,7 +81,7 @@ class Run:
 
     @property
     def exists(self) -> bool:
-        """Whether it reads as a run of this library, of whatever version."""
+        """Whether the directory is a run of any version of this library."""
         try:
             record = json.loads((self.directory / CONFIG).read_text(encoding="utf-8"))
             return {"format_version", "model", "tokenizer"} <= record.keys()
@@ -87,21 +89,21 @@ class Run:
             return False
 
     def read(self) -> Record:
-        """Raises UsageError where the directory is no run of this library, or one of another version."""
+        """Return the content of config.json and vocab.json. Raises UsageError unless this is a run of this version."""
         path = self.directory / CONFIG
         if not path.is_file():
             problem = "is not a checkpoint directory of this library (no config.json)"
             raise UsageError(
                 f"{self}: {problem if self.directory.exists() else 'no such directory'}; "
-                "give the directory that pretrain.py or finetune.py wrote"
+                "choose a directory that pretrain.py or finetune.py wrote"
             )
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             version = record["format_version"]
             if version != FORMAT_VERSION:
                 raise UsageError(
-                    f"{self}/{CONFIG}: format version {version}, but this library reads version {FORMAT_VERSION}; "
-                    "use the library version that wrote it"
+                    f"{self}/{CONFIG}: format version {version} is not supported, only {FORMAT_VERSION}; use the "
+                    "version of the library that wrote it"
                 )
             config = HourglassConfig(**record["model"])
             tokenizer = self._read_tokenizer(record, config)
@@ -109,11 +111,13 @@ class Run:
         except UsageError:
             raise
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UsageError(f"{self}/{CONFIG}: not a configuration of this library ({error!r})") from error
+            raise UsageError(
+                f"{self}/{CONFIG}: not a configuration of this library ({error!r}); restore it from a copy"
+            ) from error
         if tokenizer and tokenizer.vocab_size != config.tokenizer_size:
             raise UsageError(
-                f"{self}: the vocabulary has {tokenizer.vocab_size} tokens, but the checkpoint's model has "
-                f"{config.tokenizer_size}; put back the vocab.json the model was trained with"
+                f"{self}: the vocabulary has {tokenizer.vocab_size} tokens, but the model has {config.tokenizer_size}; "
+                "restore the vocab.json of its training"
             )
         return Record(config, tokenizer, settings, history)
 
@@ -125,7 +129,7 @@ class Run:
         return ByteTokenizer(config.tokenizer_size) if record["tokenizer"] == "byte" else None
 
     def write(self, record: Record) -> None:
-        """Makes the directory describe itself, with the files that `read` reads."""
+        """Write config.json and vocab.json."""
         config, tokenizer, settings, history = record
         self.directory.mkdir(parents=True, exist_ok=True)
         if isinstance(tokenizer, CharTokenizer):
@@ -150,14 +154,15 @@ class Run:
         overwrite: bool = False,
         resume: bool = True,
     ) -> None:
-        """Claims the directory for this process, then makes it a run or finds that it is this one and may go on.
+        """Lock the directory, then create the run, or check that an existing run may resume.
 
-        settings: what the run depends on, as JSON. Those that the run does not have yet are added to it; others must
-        be the same but for paths, and `train.steps`, which may grow: the run's history says since when.
-        overwrite: removes a run that is there, and of other files none. resume: whether to go on with one.
+        settings: JSON that the run depends on. New names are added to an existing run; the others must be equal, except
+            paths and `train.steps`, which may grow.
+        overwrite: remove an existing run first, but no other files.
+        resume: allow an existing run.
 
-        Raises UsageError for a directory that is no run, a run with other settings, and RunBusy where another process
-        trains.
+        Raises RunBusy if another process trains here; UsageError for a directory that is not a run, and for a run with
+        other settings.
         """
         self.claim()
         try:
@@ -177,69 +182,69 @@ class Run:
         if overwrite:
             self.clear()
         elif self.exists and not resume:
-            raise UsageError(f"{self}: holds a run; go on with --resume=auto, or pass --overwrite to remove it")
-        asked = {"model": dataclasses.asdict(config)} | json.loads(json.dumps(dict(settings)))
+            raise UsageError(f"{self}: contains a run; pass --resume=auto to resume it, or --overwrite to remove it")
+        given = {"model": dataclasses.asdict(config)} | json.loads(json.dumps(dict(settings)))
         if overwrite or not self.exists:
-            self.write(Record(config, tokenizer, asked, history=[]))
+            self.write(Record(config, tokenizer, given, history=[]))
             return
         found = self.read()
-        if "train" in asked and "train" not in found.settings and self.has_checkpoints:
+        if "train" in given and "train" not in found.settings and self.has_checkpoints:
             raise UsageError(
-                f"{self}: holds a model without the state of a training; start a new run from it, with "
+                f"{self}: contains a model without optimizer state, so training cannot resume; start a new run with "
                 f"--init_from={self}"
             )
-        known = {"model": dataclasses.asdict(found.config)} | found.settings
-        changes = differences(identity({name: known.get(name) for name in asked}), identity(asked))
-        changes = {name: values for name, values in changes.items() if name.partition(".")[0] in known}
+        stored = {"model": dataclasses.asdict(found.config)} | found.settings
+        changes = differences(identity({name: stored.get(name) for name in given}), identity(given))
+        changes = {name: values for name, values in changes.items() if name.partition(".")[0] in stored}
         if None not in (tokenizer, found.tokenizer) and vars(tokenizer) != vars(found.tokenizer):
-            changes["vocabulary"] = (f"{found.config.tokenizer_size} tokens", "another one")
-        longer = changes.get(LONGER, (0, 0))
-        if changes.keys() - {LONGER} or longer[0] > longer[1]:
+            changes["vocabulary"] = (f"{found.config.tokenizer_size} tokens", "another one with other characters")
+        steps = changes.get(STEPS, (0, 0))
+        if changes.keys() - {STEPS} or steps[0] > steps[1]:
             raise UsageError(
-                f"{self}: holds a run with another configuration ({described(changes)}); choose another "
-                "directory, or pass --overwrite to remove it"
+                f"{self}: contains a run with other settings ({describe(changes)}); choose another directory, or "
+                "pass --overwrite to remove the run"
             )
-        history = found.history + ([self._lengthened(*longer, asked)] if changes else [])
-        self.write(Record(config, tokenizer or found.tokenizer, known | asked, history))
+        history = found.history + ([self._more_steps(*steps, given)] if changes else [])
+        self.write(Record(config, tokenizer or found.tokenizer, stored | given, history))
 
-    def _lengthened(self, old: int, new: int, asked: dict[str, Any]) -> dict[str, Any]:
-        """The history's line about more steps."""
+    def _more_steps(self, old: int, new: int, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return the entry of the history for a larger number of steps."""
         step = 0
         if self.has_checkpoints:
             store = self.checkpoints()
             step = store.sound_step() or 0
             store.close()
-        schedule = schedule_in_words(OptimizerConfig(**asked["optimizer"]), new) if "optimizer" in asked else ""
-        logging.warning("%s: %d steps instead of %d; from step %d on: %s", self, new, old, step, schedule)
+        schedule = describe_schedule(OptimizerConfig(**settings["optimizer"]), new) if "optimizer" in settings else ""
+        logging.warning("%s: steps raised from %d to %d; schedule from step %d: %s", self, old, new, step, schedule)
         return {"after_step": step, "steps": [old, new], "schedule": schedule}
 
     def claim(self) -> None:
-        """Until `release` or the end of this process, however that ends, no other process can; it may be repeated.
+        """Lock the directory until `release` or the end of this process; further calls have no effect.
 
-        Where the file system or the platform has no locks, that is only a warning.
+        Warns if the file system or the platform has no locks.
 
-        Raises RunBusy, a UsageError, where another one has, and UsageError where there is something else than a run.
+        Raises RunBusy if another process holds the lock, and UsageError if the directory contains anything but a run.
         """
         here = self.directory
         if lock := _locks.get(self._key):
             if (here / LOCK).exists() and os.path.samestat(os.fstat(lock.fileno()), os.stat(here / LOCK)):
                 return
-            self.release()  # its directory was removed, and what is there now may be another process's
+            self.release()  # the directory was replaced; the new one may belong to another process
         if here.exists() and not here.is_dir():
             raise UsageError(f"{self}: is a file; choose another output directory")
-        strange = [path.name for path in here.iterdir() if not _begins_a_run(path)] if here.is_dir() else []
-        if strange and not self.exists:
+        foreign = [path.name for path in here.iterdir() if not _is_first_file(path)] if here.is_dir() else []
+        if foreign and not self.exists:
             raise UsageError(
-                f"{self}: exists and is not a run of this library (it holds {', '.join(sorted(strange)[:3])}); "
+                f"{self}: exists and is not a run of this library (it contains {', '.join(sorted(foreign)[:3])}); "
                 "choose another output directory"
             )
         here.mkdir(parents=True, exist_ok=True)
         lock = (here / LOCK).open("a+")
         if not try_lock(lock):
             lock.seek(0)
-            who = lock.read() or "its name is not written yet"
+            holder = lock.read() or "unknown"
             lock.close()
-            raise RunBusy(f"{self}: another process trains here ({who}); wait for it, or stop it")
+            raise RunBusy(f"{self}: another process trains here ({holder}); wait for it, or stop it")
         with optional_output(here / LOCK):
             lock.truncate(0)
             lock.write(f"{socket.gethostname()}, process {os.getpid()}")
@@ -247,14 +252,14 @@ class Run:
         _locks[self._key] = lock
 
     def release(self) -> None:
-        """Lets other processes claim it."""
+        """Release the lock."""
         if lock := _locks.pop(self._key, None):
             with optional_output(Path(lock.name)), lock:
                 lock.truncate(0)
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """For the body no other process, and no other thread of this one, can train here; released after it."""
+        """Lock the directory for other processes, and for other threads of this process."""
         self.claim()
         if _trainers.setdefault(self._key, self) is not self:
             raise RunBusy(f"{self}: another thread of this process trains here; wait for it")
@@ -269,61 +274,92 @@ class Run:
         return self.directory.resolve()
 
     def clear(self) -> None:
-        """Removes what this library wrote, but config.json, by which the rest is known as a run; warns of others."""
+        """Remove the files of the run except config.json, which identifies a run; warn about other files."""
         for path in list(self.directory.iterdir()):
             if _is_ours(path) and path.name not in (CONFIG, LOCK):
                 path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
-        left = sorted(path.name for path in self.directory.iterdir() if not _is_ours(path))
-        if left:
-            logging.warning("%s: %s stays, being no part of a run", self, ", ".join(left))
+        kept = sorted(path.name for path in self.directory.iterdir() if not _is_ours(path))
+        if kept:
+            logging.warning("%s: kept files that are not part of a run: %s", self, ", ".join(kept))
 
     @property
     def has_checkpoints(self) -> bool:
-        """Whether there is any."""
+        """Whether the run has any checkpoint, complete or not."""
         return any(path.name.isdigit() for path in (self.directory / CHECKPOINTS).glob("*"))
 
     def checkpoints(self, *, for_training: bool = False, keep: int = 2) -> CheckpointStore:
-        """See `CheckpointStore`."""
+        """Return the `CheckpointStore` of the run."""
         return CheckpointStore(self.directory, for_training=for_training, keep=keep)
 
     def curves(self) -> list[dict[str, Any]]:
-        """The records of the run, oldest first."""
+        """Return the records of metrics.jsonl, oldest first."""
         return read_curves(self.directory)
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Lock `file`; return False if another process holds the lock.
+
+    Warn, and return True, if the platform or the file system has no locks.
+    """
+    try:
+        _lock(file.fileno())
+    except (OSError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno in HELD:
+            return False
+        reason = getattr(error, "strerror", None) or error
+        logging.warning(
+            "%s: exclusive use is not guaranteed, since no lock is available (%s); run one process per directory",
+            file.name,
+            reason,
+        )
+    return True
+
+
+def _lock(descriptor: int) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_ours(path: Path) -> bool:
     return is_temporary(path, FILES) or path.name in (DIRECTORIES if path.is_dir() else FILES)
 
 
-def _begins_a_run(path: Path) -> bool:
-    """Whether it is all that there may be where a run was killed as it started, or as it was removed."""
+def _is_first_file(path: Path) -> bool:
+    """Whether the file can exist without config.json: in a run that was killed while it started or was removed."""
     return path.name in (LOCK, VOCABULARY) or is_temporary(path, FILES)
 
 
 def load_run(path: str | Path, step: int | None = None) -> tuple[HourglassLM, Any, HourglassConfig]:
-    """Any run directory of this library -> (model, tokenizer, config), at the step of lowest validation loss.
+    """Return (model, tokenizer, config) of a run directory.
 
-    step: another step of those that were kept; see `RuntimeConfig.keep_checkpoints`.
+    step: default: the step of lowest validation loss. `RuntimeConfig.keep_checkpoints` decides which are kept.
 
     The model is on the first device and in evaluation mode: no dropout until `model.train()`. The tokenizer is None
-    for a run of bare tokens.
+    for a run on plain tokens.
 
-    Raises UsageError where `path` is no such directory, holds no whole checkpoint or not that of `step`, or does not
-    match its vocabulary.
+    Raises UsageError if `path` is not a run directory, has no complete checkpoint (of `step`), or does not match its
+    vocabulary.
     """
     run = Run(path)
     config, tokenizer, _, _ = run.read()
     graph, params = nnx.split(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))
-    nothing = UsageError(f"{path}: holds no checkpoint yet; let pretrain.py reach its first evaluation")
+    no_checkpoint = UsageError(f"{path}: contains no checkpoint yet; train until the first evaluation")
     if not run.has_checkpoints:
-        raise nothing
+        raise no_checkpoint
     store = run.checkpoints()
     if step is not None:
         store.check(step)
     else:
         step = store.sound_step(best=True)
     if step is None:
-        raise nothing
+        raise no_checkpoint
     params = store.restore(step, params=on_one_device(params))["params"]
     store.close()
     model = nnx.merge(graph, params)

@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM, SIGINT and the end of a time become a flag that training, evaluation, sampling poll."""
+"""SIGTERM, SIGINT and a time limit set a flag that training, evaluation and sampling poll."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """A signal, or the end of its time, asked the program to stop; the message says which."""
+    """A signal or a time limit stopped the program; the message says which."""
 
 
 class Signals:
-    """As a context manager, notes SIGTERM and SIGINT instead of dying; a second one interrupts as usual.
+    """Context manager that records SIGTERM and SIGINT; a second signal raises KeyboardInterrupt.
 
-    Outside the main thread, where Python delivers no signals, it changes nothing.
+    It handles no signals outside the main thread, where Python delivers none.
 
-    seconds: from now on; then it is as if a signal had come.
+    seconds: time limit from now.
     """
 
     def __init__(self, seconds: float = math.inf) -> None:
@@ -29,26 +29,26 @@ class Signals:
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._note)
+                self._previous[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
     @property
     def reason(self) -> str:
-        """To stop, in words; empty where there is none."""
+        """Why to stop; empty if there is no reason."""
         if self.received is not None:
             return f"stopped by {self.received.name}"
-        return "stopped at the end of its time" if time.monotonic() >= self.end else ""
+        return "stopped by the time limit" if time.monotonic() >= self.end else ""
 
     def check(self) -> None:
-        """Raises Interrupted if there is a reason to stop."""
+        """Raise Interrupted if there is a reason to stop."""
         if reason := self.reason:
             raise Interrupted(reason)

@@ -12,16 +12,16 @@ import optax
 from flax import nnx
 
 from hourglass_jax.evaluation import log_probabilities
-from hourglass_jax.masking import Task, task_of
 from hourglass_jax.nn.layers import keys_of_rows
 from hourglass_jax.nn.platform import platform
-from hourglass_jax.training.selection import ALL, Filter
+from hourglass_jax.objective import Task, task_of
+from hourglass_jax.training.optimizer import ALL, Filter
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything a step changes."""
+    """State of training that a step updates."""
 
     step: jax.Array  # int32 []
     params: nnx.State
@@ -29,12 +29,12 @@ class TrainState:
 
 
 def first_state(params: nnx.State, optimizer: optax.GradientTransformation, trained: Filter = ALL) -> TrainState:
-    """Before any step; the optimizer's state is of the parameters that are `trained`."""
+    """Return the state before the first step; the optimizer state covers only the `trained` parameters."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(nnx.filter_state(params, trained)))
 
 
 class Part(NamedTuple):
-    """A batch, or some rows of it: what to predict, the key of its dropout, and of each row for what has its own."""
+    """Rows of a batch: targets, the dropout key, and a key for each row for the noise of learned boundaries."""
 
     task: Task
     key: jax.Array
@@ -55,18 +55,19 @@ def make_train_step(
     shardings: TrainState | None = None,
     trained: Filter = ALL,
 ) -> jax.stages.Wrapped:
-    """A jitted (state, tokens [B, L + 1], weights [B, L]) -> (state, metrics); the state's buffers are donated.
+    """Return a jitted (state, tokens [B, L + 1], weights [B, L]) -> (state, metrics) that donates the state.
 
-    `accumulate` takes the batch in so many parts, one after another: the gradient of the whole in the memory of a
-    part. What is random comes from (seed, step), the same however the batch is divided among devices; in parts, only
-    dropout is another, which each part draws by itself. `shardings` pins where the new state lies. Gradients, updates
-    and norms are of the parameters that are `trained`.
+    accumulate: number of parts of a batch, computed one after another with the memory of one part.
+    shardings: of the new state.
+    trained: filter for the parameters that have gradients, updates and norms; the others are frozen.
 
-    What is minimised has the losses of learned boundaries, too, each part's by itself; the metrics have it apart.
+    Random numbers depend on (seed, step) only, not on the devices; with `accumulate`, each part has its own dropout
+    key and its own boundary losses. The boundary losses of learned boundaries are minimized too, and logged apart from
+    train_loss.
     """
 
     def loss_of(params: nnx.State, part: Part) -> tuple[jax.Array, Metrics]:
-        """What is minimised and the metrics, summed over the predictions."""
+        """Return the total loss and the metrics, summed over predictions."""
         model, task = nnx.merge(graph, params), part.task
         logits, boundary_loss, metrics = model.forward_with_aux(
             task.inputs, part.key, task.weights, mask=task.mask, row_keys=part.row_keys
@@ -81,7 +82,7 @@ def make_train_step(
         params = nnx.merge_state(params, frozen)
         if shardings is None:
             return loss_of(params, part)
-        # Parameters whole, as the step's number is, or XLA may divide activations as it divides them.
+        # All-gather the parameters (`step` is replicated), or XLA may shard activations like parameters.
         params = jax.lax.with_sharding_constraint(params, shardings.step)
         with jax.sharding.use_abstract_mesh(jax.tree.leaves(shardings)[0].mesh.abstract_mesh):
             return loss_of(params, part)
@@ -93,14 +94,14 @@ def make_train_step(
             gradients, metrics = gradient_of(params, frozen, part)
             return jax.tree.map(jnp.add, total, gradients), metrics
 
-        # Every accumulate-th row: so each device keeps the rows it has.
-        def divided(x):
+        # A part takes every accumulate-th row, so no rows move between devices.
+        def split(x):
             return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
 
-        task, row_keys = jax.tree.map(divided, (whole.task, whole.row_keys))
-        nothing = jax.tree.map(jnp.zeros_like, params)
+        task, row_keys = jax.tree.map(split, (whole.task, whole.row_keys))
+        zeros = jax.tree.map(jnp.zeros_like, params)
         parts = Part(task, jax.vmap(partial(jax.random.fold_in, whole.key))(jnp.arange(accumulate)), row_keys)
-        gradients, metrics = jax.lax.scan(add_part, nothing, parts)
+        gradients, metrics = jax.lax.scan(add_part, zeros, parts)
         return gradients, jax.tree.map(lambda values: values.sum(axis=0), metrics)
 
     out_shardings = None if shardings is None else (shardings, None)

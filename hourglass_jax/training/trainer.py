@@ -1,4 +1,4 @@
-"""The loop around the training step: logs, evaluates, samples, saves, and goes on after anything."""
+"""The training loop: restores a run, trains, logs, samples, saves and evaluates."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,24 +22,31 @@ from hourglass_jax.costs import training_flops
 from hourglass_jax.data.mapped import FileChanged
 from hourglass_jax.data.pipeline import Batch, BatchAt, evenly_spaced, stream
 from hourglass_jax.errors import UsageError
-from hourglass_jax.evaluation import Evaluation, evaluate_batches
+from hourglass_jax.evaluation import Evaluation, evaluate_batches, mean_evaluation
 from hourglass_jax.factors import at_shorten_factor, drawn_factor
 from hourglass_jax.files import optional_output
 from hourglass_jax.memory import release_memory
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.run_config import OptimizerConfig, RuntimeConfig, TrainConfig
 from hourglass_jax.training import sharding
-from hourglass_jax.training.identity import of_first_batch
-from hourglass_jax.training.metrics import CurveWriter, matmul_ceiling, peak_memory_bytes
-from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from hourglass_jax.training.progress import Progress
+from hourglass_jax.training.hooks import (
+    Hook,
+    Patience,
+    Profile,
+    Progress,
+    ReleaseMemory,
+    ShowProgress,
+    WarnOfSuppression,
+    WriteCurves,
+)
+from hourglass_jax.training.identity import first_batch_fingerprint
+from hourglass_jax.training.metrics import matmul_ceiling, peak_memory_bytes
+from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimizer, trained_parameters
 from hourglass_jax.training.run import Run
-from hourglass_jax.training.selection import trained_parameters
 from hourglass_jax.training.signals import Interrupted, Signals
 from hourglass_jax.training.step import TrainState, first_state, make_train_step
 
 LOG_INTERVAL = 10  # steps between records of the training loss
-MOST_SUPPRESSED = 0.01  # of the groups' ends that are wanted, without a word
 
 
 class Diverged(UsageError):
@@ -55,219 +63,226 @@ def fit(
     train_config: TrainConfig,
     runtime_config: RuntimeConfig | None = None,
     sample: Callable[[HourglassLM], str] | None = None,
+    hooks: Sequence[Hook] = (),
     unit: str = "BPC",
     signals: Signals | None = None,
 ) -> Evaluation:
-    """Trains `model` in place to `train_config.steps` and returns its evaluation on the whole validation set.
+    """Train `model` in place to `train_config.steps`; return its evaluation on all of `validation`.
 
-    run: a run, or its directory. What is not a run yet becomes one; it goes on from its newest whole checkpoint if
-    there is one and the model, both configurations and the first batch are those of the run, but that `steps` may
-    grow. Writes checkpoints and curves there, and what `sample` returns; shows bits a prediction as `unit`. To make
-    the directory one that `load` reads with its tokenizer, `Run(directory).start(config, tokenizer)` first.
+    run: a run or its directory. Training resumes from the newest complete checkpoint if model, configurations and first
+        batch are those of the run; only `steps` may grow. Checkpoints and curves are written there. Call
+        `Run(directory).start(config, tokenizer)` first to store a tokenizer for `load`.
+    sample: returns a text to show and log every `runtime_config.sample_interval` steps.
+    hooks: see `Hook`.
+    unit: the name of bits per prediction in the progress line.
 
-    On return the model holds the parameters of lowest validation loss. With `shorten_factors`, validation is at each
-    of them and its loss their mean.
+    At the end the model has the parameters of lowest validation loss. With `shorten_factors`, validation runs at each
+    factor, and its loss is their mean.
 
-    Raises Interrupted, after a checkpoint, where `signals` noted one; UsageError for a run of other settings, another
-    process in it, an empty validation, a loss that is not finite (Diverged), a text on disk that is changed in place
-    (FileChanged, after a checkpoint), a checkpoint that cannot be written, or devices that the batch cannot be divided
-    among.
+    Raises Interrupted, after a checkpoint, if `signals` received one; Diverged if the loss is not finite; FileChanged,
+    after a checkpoint, if a memory-mapped text was changed in place; UsageError for a run with other settings, a run in
+    which another process trains, an empty validation, a checkpoint that cannot be written, or a batch that the devices
+    cannot divide.
     """
-    runtime_config = runtime_config or RuntimeConfig()
     if not len(validation):
         raise UsageError("validation has no batch; give at least one")
-    run = run if isinstance(run, Run) else Run(run)
     training = _Training(
-        model, batch_at, validation, run, optimizer_config, train_config, runtime_config, sample, unit, signals
+        model,
+        batch_at,
+        validation,
+        run if isinstance(run, Run) else Run(run),
+        optimizer_config,
+        train_config,
+        runtime_config or RuntimeConfig(),
+        sample,
+        list(hooks),
+        unit,
+        signals or Signals(),
     )
-    with run.training() if jax.process_index() == 0 else nullcontext():
-        training.begin()
-        return training.complete()
+    with training.run.training() if jax.process_index() == 0 else nullcontext():
+        return training.train()
 
 
+@dataclasses.dataclass(eq=False)
 class _Training:
-    """One run, from where its directory stands to its last step."""
+    """The arguments of `fit`, and the state of the run between its newest checkpoint and its last step."""
 
-    def __init__(
-        self,
-        model: HourglassLM,
-        batch_at: BatchAt,
-        validation: Sequence[Batch],
-        run: Run,
-        optimizer_config: OptimizerConfig,
-        train_config: TrainConfig,
-        runtime_config: RuntimeConfig,
-        sample: Callable[[HourglassLM], str] | None,
-        unit: str,
-        signals: Signals | None,
-    ):
-        self.model, self.batch_at, self.validation, self.run = model, batch_at, validation, run
-        self.config, self.runtime = train_config, runtime_config
-        self.sample, self.unit, self.signals = sample, unit, signals or Signals()
-        self.optimizer_config = optimizer_config
+    model: HourglassLM
+    batch_at: BatchAt
+    validation: Sequence[Batch]
+    run: Run
+    optimizer_config: OptimizerConfig
+    config: TrainConfig
+    runtime: RuntimeConfig
+    sample: Callable[[HourglassLM], str] | None
+    hooks: list[Hook]
+    unit: str
+    signals: Signals
 
-        self.mesh = sharding.make_mesh(runtime_config)
+    def __post_init__(self) -> None:
+        self.mesh = sharding.make_mesh(self.runtime)
         self.batch_sharding = sharding.batch_sharding(self.mesh)
-        tokens, weights = batch_at(0)
+        tokens, weights = self.batch_at(0)
         self.batch_size, self.block_size = weights.shape
         self.settings = {
-            "optimizer": dataclasses.asdict(optimizer_config),
-            "train": dataclasses.asdict(train_config),
-            **of_first_batch(tokens),
+            "optimizer": dataclasses.asdict(self.optimizer_config),
+            "train": dataclasses.asdict(self.config),
+            **first_batch_fingerprint(tokens),
         }
-        sharding.check_batch(self.mesh, self.batch_size, runtime_config.accumulate)
+        sharding.check_batch(self.mesh, self.batch_size, self.runtime.accumulate)
         self.rows = sharding.local_rows(self.batch_sharding, self.batch_size)
 
-        self.trained = trained_parameters(nnx.state(model), optimizer_config.train_only)
-        model.train()
-        factors = train_config.shorten_factors
-        models: dict[int | None, HourglassLM] = {k: at_shorten_factor(model, k) for k in factors} or {None: model}
+        self.trained = trained_parameters(nnx.state(self.model), self.optimizer_config.train_only)
+        self.model.train()
+        factors = self.config.shorten_factors
+        models: dict[int | None, HourglassLM] = {k: at_shorten_factor(self.model, k) for k in factors}
+        models = models or {None: self.model}
         self.graphs = {k: nnx.split(model_at_k)[0] for k, model_at_k in models.items()}
         flops = [training_flops(model_at_k.config, self.block_size) for model_at_k in models.values()]
         self.flops = statistics.mean(flops) * self.batch_size
-        self.profiling = False
-        self.valid_losses: dict[int, float] = {}  # by step
-        self.recent: list[tuple[int, dict[str, jax.Array]]] = []  # metrics not yet looked at
-        self.suppressed: list[float] = []  # of each learned boundary, by the newest of them
+        self.unread: list[tuple[int, dict[str, jax.Array]]] = []  # metrics of the steps since the last check
 
-    def begin(self) -> None:
-        """Makes the directory a run, or takes up the state of the one that is there."""
-        run, config, optimizer_config = self.run, self.config, self.optimizer_config
+    def train(self) -> Evaluation:
+        """Train from the newest checkpoint to the last step."""
+        self.start_run()
+        self.restore()
+        self.add_hooks()
+        batches = stream(self.batch_at, self.step, self.config.steps, self.rows)
+        with self.closing(), self.saving():
+            self.check_signals()
+            if self.step and self.evaluation_due and not self.store.evaluated(self.step):
+                self.evaluate()  # the process ended between this checkpoint and its evaluation
+            for step, batch in enumerate(batches, self.step + 1):
+                if self.stop:
+                    logging.warning("training ends at step %d: %s", self.step, self.stop)
+                    break
+                self.train_on(step, batch)
+                if self.due(LOG_INTERVAL) or self.is_last_step:
+                    self.log()
+                if self.sample and self.due(self.runtime.sample_interval):
+                    self.write_sample(self.sample)
+                if self.evaluation_due or self.due(self.runtime.checkpoint_interval):
+                    self.save()
+                if self.evaluation_due:
+                    self.evaluate()
+                self.check_signals()
+        return self.take_best_parameters()
+
+    def start_run(self) -> None:
+        """Make the directory a run, or check that it is this one."""
         if jax.process_index() == 0:
-            run.start(self.model.config, settings=self.settings)
+            self.run.start(self.model.config, settings=self.settings)
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("the run is found to be this one")
-        if 0 < config.steps <= optimizer_config.warmup_steps:
+            multihost_utils.sync_global_devices("the run has started")
+        if 0 < self.config.steps <= self.optimizer_config.warmup_steps:
             logging.warning(
-                "warmup_steps=%d is not shorter than the run of %d steps: the learning rate never reaches its peak",
-                optimizer_config.warmup_steps,
-                config.steps,
+                "warmup_steps=%d is not less than steps=%d: the learning rate never reaches its peak",
+                self.optimizer_config.warmup_steps,
+                self.config.steps,
             )
-        self.schedule = learning_rate_schedule(optimizer_config, config.steps)
-        optimizer = make_optimizer(optimizer_config, config.steps)
+
+    def restore(self) -> None:
+        """Restore the newest complete checkpoint, or create the initial state; make the training steps."""
+        self.schedule = learning_rate_schedule(self.optimizer_config, self.config.steps)
+        optimizer = make_optimizer(self.optimizer_config, self.config.steps)
         self.graph, params = nnx.split(self.model)
         params = jax.device_get(params)  # host arrays may go to the devices of any process
-
         start = partial(first_state, optimizer=optimizer, trained=self.trained)
         state = jax.eval_shape(start, params)
         shardings = sharding.state_shardings(self.mesh, state)
-        self.store = run.checkpoints(for_training=True, keep=self.runtime.keep_checkpoints)
+
+        self.store = self.run.checkpoints(for_training=True, keep=self.runtime.keep_checkpoints)
         self.saved_step = self.store.sound_step()
         self.step = self.saved_step or 0
         self.store.rewind(self.step)
         if self.saved_step is None:
             self.state = jax.jit(start, out_shardings=shardings)(params)
         else:
-            places = sharding.abstract(state, shardings)
-            items = self.store.restore(self.step, params=places.params, opt_state=places.opt_state)
+            template = sharding.abstract(state, shardings)
+            items = self.store.restore(self.step, params=template.params, opt_state=template.opt_state)
             self.state = TrainState(jax.device_put(np.int32(self.step), shardings.step), **items)
+
         make_step = partial(
             make_train_step,
             optimizer=optimizer,
-            seed=config.seed,
+            seed=self.config.seed,
             accumulate=self.runtime.accumulate,
             shardings=shardings,
             trained=self.trained,
         )
         self.train_steps = {k: make_step(graph) for k, graph in self.graphs.items()}
         self.compiled: set[int | None] = set()
-        records = [record for record in run.curves() if record["step"] <= self.step]
-        self.valid_losses = {record["step"]: record["valid_loss"] for record in records if "valid_loss" in record}
-        self.curves = CurveWriter(run.directory, self.step) if jax.process_index() == 0 else None
         self.ceiling = matmul_ceiling(self.model.config.dtype) * jax.device_count()
         self.start_clock()
 
-    def complete(self) -> Evaluation:
-        steps = range(self.step + 1, self.config.steps + 1)
-        batches = stream(self.batch_at, self.step, self.config.steps, self.rows)
-        # Of the processes, the first one shows it.
-        self.progress = Progress(self.config.steps, self.step, "none" if jax.process_index() else self.runtime.log)
+    def add_hooks(self) -> None:
+        records = [record for record in self.run.curves() if record["step"] <= self.step]
+        self.valid_losses = {record["step"]: record["valid_loss"] for record in records if "valid_loss" in record}
+        self.hooks = [
+            Profile(self.run.directory / "profile", *self.runtime.profiled),
+            Patience(self.config.patience, self.valid_losses),
+            WarnOfSuppression(self.model.config),
+            ReleaseMemory(),
+            *self.hooks,
+        ]
+        if jax.process_index() == 0:
+            progress = Progress(self.config.steps, self.step, self.runtime.log)
+            self.hooks = [WriteCurves(self.run.directory, self.step), ShowProgress(progress, self.unit), *self.hooks]
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Call `on_end` of all hooks, then close the checkpoints, also if one of these raises."""
+        error: BaseException | None = None
         try:
-            self.check_signals()
-            if self.step and self.evaluation_due and not self.store.evaluated(self.step):
-                self.evaluate()
-            for step, batch in zip(steps, batches, strict=True):
-                if self.out_of_patience():
-                    break
-                self.train_on(step, batch)
-                self.check_signals()
+            yield
+        except BaseException as problem:
+            error = problem
+            raise
+        finally:
+            with ExitStack() as stack:
+                stack.callback(self.store.close)
+                for hook in reversed(self.hooks):
+                    stack.callback(hook.on_end, error)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Save the last step at the end, at an interruption, and if the text was changed."""
+        try:
+            yield
+            if self.saved_step != self.step:
+                self.save()
         except Interrupted as interruption:
             if self.saved_step != self.step:
                 self.save()
-            raise Interrupted(
-                f"{interruption} after step {self.step}, which is saved in {self.run}; the same command goes on"
-            ) from None
-        except FileChanged as problem:  # after the last batch: what was read until then is what was there
+            raise Interrupted(f"{interruption} after step {self.step}, which is saved in {self.run}") from None
+        except FileChanged as problem:  # raised by a later batch: the steps so far have read the file as it was
             if self.saved_step != self.step and jax.process_count() == 1:
                 self.save()
             saved = "no step is saved" if self.saved_step is None else f"step {self.saved_step} is saved in {self.run}"
             raise FileChanged(f"{problem}; {saved}") from None
-        finally:
-            self.end_profile()
-            self.progress.close()
-            if self.curves:
-                self.curves.close()
-            self.store.close()
-        return self.finish()
 
-    def train_on(self, step: int, batch: Batch) -> None:
-        first, last = self.runtime.profiled
-        if first <= step <= last and not self.profiling:
-            jax.profiler.start_trace(str(self.run.directory / "profile"))
-            self.profiling = True
-        placed = sharding.place(batch, self.batch_sharding, self.batch_size)
-        factors = self.config.shorten_factors
-        factor = drawn_factor(factors, self.config.seed, step) if factors else None
-        self.compile(factor, placed)
-        self.state, metrics = self.train_steps[factor](self.state, *placed)
-        self.step = step
-        self.recent.append((step, metrics))
-        self.characters += np.count_nonzero(batch[1]) * jax.process_count()
-        if step == last:
-            self.end_profile()
+    def call_hooks(self, event: str, step: int, *arguments: Any) -> None:
+        for hook in self.hooks:
+            getattr(hook, event)(step, *arguments)
 
-        self.progress.advance()
-        if self.due(LOG_INTERVAL) or step == self.config.steps:
-            self.log()
-        if self.due(self.runtime.sample_interval) and self.sample:
-            self.write_sample(self.sample)
-        if self.evaluation_due or self.due(self.runtime.checkpoint_interval):
-            self.save()
-        if self.evaluation_due:
-            self.evaluate()
+    @property
+    def stop(self) -> str:
+        """Why a hook ends training; empty if none does."""
+        return next((hook.stop for hook in self.hooks if hook.stop), "")
 
-    def compile(self, factor: int | None, batch: tuple[jax.Array, ...]) -> None:
-        """Compile the step of a factor before its first call, which then finds it in the cache of `jax.jit`."""
-        if factor not in self.compiled:
-            self.train_steps[factor].lower(self.state, *batch).compile()
-            self.compiled.add(factor)
-            release_memory()
+    @property
+    def is_last_step(self) -> bool:
+        return self.step == self.config.steps or bool(self.stop)
 
-    def end_profile(self) -> None:
-        """Writes it, if there is one: a run may end before the last step to profile, and go on after the first."""
-        if self.profiling:
-            jax.block_until_ready(self.state)
-            with optional_output(self.run.directory / "profile", RuntimeError):
-                jax.profiler.stop_trace()
-            self.profiling = False
+    @property
+    def evaluation_due(self) -> bool:
+        return self.due(self.config.eval_interval) or self.is_last_step
 
     def due(self, interval: int) -> bool:
         return bool(interval) and self.step % interval == 0
 
-    @property
-    def evaluation_due(self) -> bool:
-        return self.due(self.config.eval_interval) or self.step == self.config.steps
-
-    def out_of_patience(self) -> bool:
-        """Whether the last `patience` evaluations are no better than the best one before them."""
-        losses, patience = list(self.valid_losses.values()), self.config.patience
-        if not 0 < patience < len(losses) or min(losses[-patience:]) < min(losses[:-patience]):
-            return False
-        logging.warning("training ends at step %d: %d evaluations without a better one", self.step, patience)
-        return True
-
     def check_signals(self) -> None:
-        """Several processes stop together, at the steps at which they log: to ask the others costs time."""
+        """Raise Interrupted after a signal. Several processes agree at log steps only, since asking takes time."""
         if jax.process_count() == 1:
             self.signals.check()
         elif self.step % LOG_INTERVAL == 0 and sharding.any_process(bool(self.signals.reason)):
@@ -276,10 +291,29 @@ class _Training:
     def start_clock(self) -> None:
         self.started, self.characters, self.clock_step = time.perf_counter(), 0, self.step
 
-    def look(self) -> dict[str, float]:
-        """The newest metrics. Raises UsageError at the first step, since the last look, with one that is not finite."""
+    def train_on(self, step: int, batch: Batch) -> None:
+        self.call_hooks("before_step", step)
+        placed = sharding.place(batch, self.batch_sharding, self.batch_size)
+        factors = self.config.shorten_factors
+        factor = drawn_factor(factors, self.config.seed, step) if factors else None
+        self.compile(factor, placed)
+        self.state, metrics = self.train_steps[factor](self.state, *placed)
+        self.step = step
+        self.unread.append((step, metrics))
+        self.characters += np.count_nonzero(batch[1]) * jax.process_count()
+        self.call_hooks("after_step", step, metrics)
+
+    def compile(self, factor: int | None, batch: tuple[jax.Array, ...]) -> None:
+        """Compile the step of a factor before its first call, and release the memory that the compiler used."""
+        if factor not in self.compiled:
+            self.train_steps[factor].lower(self.state, *batch).compile()
+            self.compiled.add(factor)
+            release_memory()
+
+    def check_metrics(self) -> dict[str, float]:
+        """Return the newest metrics. Raises Diverged at the first step since the last check that is not finite."""
         values: dict[str, float] = {}
-        for step, metrics in self.recent:
+        for step, metrics in self.unread:
             values = {name: float(value) for name, value in metrics.items()}
             for name, value in values.items():
                 if not math.isfinite(value):
@@ -290,53 +324,52 @@ class _Training:
                         f"step {step}: {name} is {value}, on batch {step - 1} in the order of seed {self.config.seed}; "
                         f"{saved} in {self.run}; lower the learning rate or set a clip_norm"
                     )
-        self.recent = []
+        self.unread = []
         return values
 
     def log(self) -> None:
-        values = self.look()
-        seconds = (time.perf_counter() - self.started) / max(self.step - self.clock_step, 1)
-        rate = self.characters / (time.perf_counter() - self.started)
-        if self.curves:
-            self.curves.write(
-                self.step,
-                **values,
-                learning_rate=float(self.schedule(self.step - 1)),
-                characters_per_second=rate,
-                step_seconds=seconds,
-                flop_utilisation=self.flops / seconds / self.ceiling,
-                peak_memory_bytes=peak_memory_bytes(),
-            )
-        self.progress.show({"loss": f"{values['train_loss']:.3f}", "tokens/s": f"{rate:,.0f}"})
-        if values.get("boundary_rate"):
-            self.progress.show({"tokens/group": f"{1 / values['boundary_rate']:.1f}"})
-        learned = [name for name in values if name.startswith("boundary_loss")]
-        self.suppressed = [values[name.replace("loss", "suppressed")] for name in learned]
+        metrics = self.check_metrics()
+        seconds = time.perf_counter() - self.started
+        step_seconds = seconds / max(self.step - self.clock_step, 1)
+        metrics |= {
+            "learning_rate": float(self.schedule(self.step - 1)),
+            "characters_per_second": self.characters / seconds,
+            "step_seconds": step_seconds,
+            "flop_utilisation": self.flops / step_seconds / self.ceiling,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        self.call_hooks("on_log", self.step, metrics)
         self.start_clock()
 
-    def check_room(self, suppressed: float) -> None:
-        """Warns where learned boundaries, once they are trained, want more than there is room for."""
-        if suppressed > MOST_SUPPRESSED:
-            config = self.model.config
-            logging.warning(
-                "%.1f %% of the groups' ends find no room and wait for the next; raise boundary_slack=%s or "
-                "boundary_weight=%s, or choose a smaller factor than that of hierarchy='%s'",
-                100 * suppressed,
-                config.boundary_slack,
-                config.boundary_weight,
-                config.hierarchy,
-            )
+    def write_sample(self, sample: Callable[[HourglassLM], str]) -> None:
+        model = nnx.merge(self.graph, sharding.gather(self.state.params))
+        model.eval()
+        if jax.process_index() == 0:
+            with optional_output(self.run.directory):  # a sample may be a picture
+                self.call_hooks("on_sample", self.step, sample(model))
+        self.start_clock()
 
-    def placed(self, batches: Sequence[Batch]) -> Iterator[tuple[jax.Array, ...]]:
-        """Validation batches on the mesh, with rows of no weight added where the devices do not divide them."""
-        for batch in batches:
-            self.check_signals()
-            size = -(-len(batch[0]) // self.mesh.size) * self.mesh.size
-            padded = [np.pad(part, [(0, size - len(part)), (0, 0)]) for part in batch]
-            rows = sharding.local_rows(self.batch_sharding, size)
-            yield sharding.place(tuple(part[rows] for part in padded), self.batch_sharding, size)
+    def save(self) -> None:
+        self.check_metrics()  # a state that is not finite must not replace a good checkpoint
+        self.store.save(self.step, self.state.params, self.state.opt_state)
+        self.saved_step = self.step
+        self.call_hooks("on_checkpoint", self.step)
+        self.start_clock()
 
-    def at_each_factor(self, params: nnx.State, batches: Sequence[Batch]) -> dict[int | None, Evaluation]:
+    def evaluate(self) -> None:
+        """Log the validation loss and add it to the checkpoint of this step."""
+        if self.step not in self.valid_losses:  # else an earlier process has logged it and ended before it added it
+            results = self.evaluate_factors(self.state.params, evenly_spaced(self.validation, self.config.eval_batches))
+            mean = mean_evaluation(results.values())
+            metrics = {f"valid_bpc_at_{k}": result.bits_per_character for k, result in results.items() if k is not None}
+            metrics = {"valid_loss": mean.loss, "valid_bpc": mean.bits_per_character} | metrics
+            self.valid_losses[self.step] = mean.loss
+            self.call_hooks("on_evaluation", self.step, metrics)
+        self.store.set_valid_loss(self.step, self.valid_losses[self.step])
+        self.start_clock()
+
+    def evaluate_factors(self, params: nnx.State, batches: Sequence[Batch]) -> dict[int | None, Evaluation]:
+        """Evaluate the model at each of `shorten_factors`; without any, the only key is None."""
         results: dict[int | None, Evaluation] = {}
         for factor, graph in self.graphs.items():
             model = nnx.merge(graph, params)
@@ -344,55 +377,25 @@ class _Training:
             results[factor] = evaluate_batches(model, self.placed(batches))
         return results
 
-    def evaluate(self) -> None:
-        """Adds the validation loss to the curves, then to the checkpoint of this step, which is saved already."""
-        if self.step not in self.valid_losses:  # a run that was killed between the two has it in the curves
-            results = self.at_each_factor(self.state.params, evenly_spaced(self.validation, self.config.eval_batches))
-            result = mean(results)
-            if self.curves:
-                each = {f"valid_bpc_at_{k}": at_k.bits_per_character for k, at_k in results.items() if k is not None}
-                self.curves.write(self.step, valid_loss=result.loss, valid_bpc=result.bits_per_character, **each)
-            self.valid_losses[self.step] = result.loss
-            self.progress.show({f"valid {self.unit}": f"{result.bits_per_character:.3f}"}, now=True)
-        self.store.set_valid_loss(self.step, self.valid_losses[self.step])
-        release_memory()
-        self.start_clock()
+    def placed(self, batches: Sequence[Batch]) -> Iterator[tuple[jax.Array, ...]]:
+        """Place validation batches on the mesh; rows of weight 0 make them divisible by the number of devices."""
+        for batch in batches:
+            self.check_signals()
+            size = -(-len(batch[0]) // self.mesh.size) * self.mesh.size
+            padded = [np.pad(part, [(0, size - len(part)), (0, 0)]) for part in batch]
+            rows = sharding.local_rows(self.batch_sharding, size)
+            yield sharding.place(tuple(part[rows] for part in padded), self.batch_sharding, size)
 
-    def write_sample(self, sample: Callable[[HourglassLM], str]) -> None:
-        model = nnx.merge(self.graph, sharding.gather(self.state.params))
-        model.eval()
-        with optional_output(self.run.directory):  # a sample may be a picture
-            text = sample(model) if jax.process_index() == 0 else ""
-            if self.curves:
-                self.curves.write_text(self.step, text)
-            self.progress.write(f"step {self.step}: {text}")
-        release_memory()
-        self.start_clock()
-
-    def save(self) -> None:
-        self.look()  # nothing that is not finite may replace a good checkpoint
-        self.store.save(self.step, self.state.params, self.state.opt_state)
-        self.saved_step = self.step
-        self.start_clock()
-
-    def finish(self) -> Evaluation:
-        """Puts the best parameters into the model and evaluates them on all of the validation data."""
-        for share in self.suppressed:
-            self.check_room(share)
+    def take_best_parameters(self) -> Evaluation:
+        """Copy the parameters of lowest validation loss into the model; evaluate them on all of the validation data."""
         store = self.run.checkpoints()
         params = self.state.params
-        places = sharding.abstract(params, jax.tree.map(lambda leaf: leaf.sharding, params))
+        template = sharding.abstract(params, jax.tree.map(lambda leaf: leaf.sharding, params))
         step = store.sound_step(best=True)
-        assert step is not None  # the last one was saved
-        params = store.restore(step, params=places)["params"]
+        assert step is not None  # the last step is saved
+        params = store.restore(step, params=template)["params"]
         store.close()
-        result = mean(self.at_each_factor(params, self.validation))
+        result = mean_evaluation(self.evaluate_factors(params, self.validation).values())
         self.model.eval()
         nnx.update(self.model, sharding.gather(params))
         return result
-
-
-def mean(results: Mapping[int | None, Evaluation]) -> Evaluation:
-    """Over the shorten factors, of the same predictions."""
-    evaluations = list(results.values())
-    return Evaluation(statistics.mean(each.loss for each in evaluations), evaluations[0].n_characters)
