@@ -29,10 +29,10 @@ class Level:
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """Stages (n_layers, total shorten factor) in the order in which a sequence passes them.
+    """Stages (n_layers, total shorten factor) in the order of computation.
 
     `Hierarchy.parse("2@1 8@3 2@1")` has 2 layers on the tokens, 8 at a third of the length, 2 on the tokens.
-    Raises UsageError where the factors do not go up and come down again through the same values.
+    Raises UsageError unless the factors rise and fall through the same values.
     """
 
     stages: tuple[tuple[int, int], ...]
@@ -62,7 +62,7 @@ class Hierarchy:
 
     @classmethod
     def parse(cls, text: str | Hierarchy) -> Hierarchy:
-        """Reads the paper's notation, stages separated by spaces."""
+        """Parse the paper's notation: stages separated by spaces."""
         if isinstance(text, Hierarchy):
             return text
         stages = []

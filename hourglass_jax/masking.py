@@ -1,8 +1,7 @@
-"""What a model is asked to predict: the next token, or where it sees both sides, masked ones.
+"""Training objective: predict the next token, or masked tokens if the model is not causal.
 
-The second is BERT's (arXiv:1810.04805, section 3.1). The mask token is the last one of the model's vocabulary, and its
-tokenizer has none. As in BERT it is in the softmax like all others; since it is never the answer, it soon gets no
-probability.
+Masking follows BERT (arXiv:1810.04805, section 3.1). The mask token is the last one of the model's vocabulary; the
+tokenizer lacks it. The softmax includes it, as in BERT; since it is never a target, its probability soon vanishes.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ import jax.numpy as jnp
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.nn.layers import hashed
 
-SHARE = 0.15  # of the tokens, chosen to be predicted
-MASKED, REPLACED = 0.8, 0.1  # of the chosen: the mask token instead, a random token instead; the others stay
+SHARE = 0.15  # of tokens that are predicted
+MASKED, REPLACED = 0.8, 0.1  # of those: become the mask token, a random token; the others stay
 EVALUATION_SEED = 0
-_STREAM = 0x4D41534B  # sets the draws apart from dropout's of the same step
+_STREAM = 0x4D41534B  # separates these draws from those of dropout in the same step
 
 
 class Task(NamedTuple):
-    """Of a batch, what is read and what is predicted at each position, all [B, L].
+    """Model inputs and prediction targets of a batch, all [B, L].
 
     inputs, targets: int.
-    weights: float, how much each prediction counts.
-    mask: bool, which inputs are no padding; None where the model is causal.
+    weights: float, loss weight of each prediction.
+    mask: bool, False for padding; None for a causal model.
     """
 
     inputs: jax.Array
@@ -37,9 +36,10 @@ class Task(NamedTuple):
 
 
 def task_of(config: HourglassConfig, tokens: jax.Array, weights: jax.Array, key: jax.Array | None = None) -> Task:
-    """Of tokens [B, L + 1] and weights [B, L], as `data.pipeline` has them: the last L from the first, or masked ones.
+    """Return the task for tokens [B, L + 1] and weights [B, L] of `data.pipeline`.
 
-    `key` draws those; without it, as in evaluation, they are always the same. What has no weight is padding then.
+    A causal model predicts the next token. Otherwise the last L tokens are masked with `key`; those of weight 0 are
+    padding. Without a key, as in evaluation, the mask is deterministic.
     """
     if config.causal:
         return Task(tokens[:, :-1], tokens[:, 1:], weights)
@@ -52,11 +52,13 @@ def task_of(config: HourglassConfig, tokens: jax.Array, weights: jax.Array, key:
 def corrupt(
     tokens: jax.Array, key: jax.Array, mask_token: int, mask: jax.Array | None = None, *, share: float = SHARE
 ) -> tuple[jax.Array, jax.Array]:
-    """int [B, L] -> what is read instead, int32 [B, L], and which of them were chosen to be predicted, bool [B, L].
+    """Mask tokens int [B, L] as BERT does: return model inputs int32 [B, L], and which to predict, bool [B, L].
 
-    Of each row's tokens a `share` is chosen, at least one; `mask` bool [B, L] leaves out padding. Of the chosen 80 %
-    become the mask token, 10 % a random one below it, 10 % stay. Drawn from `key` and the row's own tokens: the same
-    whatever batch it sits in.
+    mask: bool [B, L], False for padding.
+    share: of the tokens of each row that are predicted, at least one. 80 % of them become the mask token, 10 % a random
+        token; 10 % stay.
+
+    The draws depend on `key` and on the tokens of the row, not on other rows of the batch.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)

@@ -1,11 +1,11 @@
-"""Checks of single options: one line with what was given and what is allowed."""
+"""Checks of options: one line with the given value and the allowed ones."""
 
 from __future__ import annotations
 
 import numbers
 import os
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from hourglass_jax.errors import UsageError
 
 
 def take_plain_values(config: Any) -> None:
-    """Makes NumPy's numbers and dtypes and paths in a frozen dataclass what JSON takes: Python's own, and text."""
+    """Convert NumPy scalars, dtypes and paths in a frozen dataclass to Python values that JSON supports."""
     for name, value in vars(config).items():
         object.__setattr__(config, name, plain(value))
 
@@ -26,6 +26,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return value.item() if isinstance(value, np.generic) else value
+
+
+def literals(cls: type) -> dict[str, tuple[Any, ...]]:
+    """The allowed values of the fields of a dataclass that have a Literal type."""
+    hints = get_type_hints(cls)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+
+
+def check_literals(config: Any) -> None:
+    """Raise UsageError for a field of Literal type with another value."""
+    for name, allowed in literals(type(config)).items():
+        check_choice(name, getattr(config, name), allowed)
 
 
 def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
@@ -42,7 +54,7 @@ def check_range(
     open_low: bool = False,
     open_high: bool = False,
 ) -> None:
-    """Raises unless low <= value <= high, and `value` is whole where `low` is an int; an open end is out of range."""
+    """Raise UsageError unless low <= value <= high; if `low` is an int, `value` must be. An open end is excluded."""
     kind, wanted = (numbers.Integral, "a whole number of ") if isinstance(low, int) else (numbers.Real, "")
     number = isinstance(value, kind) and not isinstance(value, bool)
     if not number or not low <= value <= high or (open_low and value == low) or (open_high and value == high):
