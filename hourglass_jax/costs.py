@@ -26,7 +26,7 @@ from hourglass_jax.ranges import check_range
 
 
 class Work(NamedTuple):
-    """Work per position of a level, in numbers of vectors."""
+    """Number of vectors that one position of a level processes."""
 
     queries: float  # each with an output projection and a feed-forward
     keys: float  # each with a value
@@ -38,7 +38,7 @@ class Work(NamedTuple):
 def product_flops(jaxpr: Jaxpr) -> int:
     """Count the FLOPs of matrix products in a program, including all branches of conditions."""
     total = 0
-    equation: Any  # JAX types its variables without their shapes
+    equation: Any  # `jax.extend` declares variables without shapes
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
@@ -50,7 +50,7 @@ def product_flops(jaxpr: Jaxpr) -> int:
 
 
 class Resampling(NamedTuple):
-    """Work of shortening by k, upsampling and boundaries, with `Work.mixed` per group and per position."""
+    """Work of shortening by k, upsampling and boundaries; `Work.mixed` is split by group and position."""
 
     k: int
     down_attends: bool
@@ -104,7 +104,7 @@ def call_flops(module: nnx.Module, call: Callable[..., Any], *inputs: jax.ShapeD
 
 
 class Seen(NamedTuple):
-    """Average positions visible to a query; relative keys per query; number of queries."""
+    """Averages of a query: visible positions, relative keys; and the number of queries."""
 
     positions: float
     distances: float
@@ -192,11 +192,11 @@ def head_flops(config: HourglassConfig) -> int:
 
 
 def decoding_flops(config: HourglassConfig, length: int) -> dict[int, float]:
-    """Return FLOPs of matrix products per decoding step of each level, by its factor f: one step every f tokens.
+    """Return FLOPs of matrix products when a level runs in cached decoding, by its factor f: once every f tokens.
 
     length: tokens in the cache.
 
-    The average per token is sum(flops / factor). The shortening that produces a level counts with it, the head with the
+    The average per token is sum(flops / f). The shortening that produces a level counts with it, the head with the
     tokens. Raises UsageError for a model without cached decoding.
     """
     check_decodes(config)
@@ -246,7 +246,7 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
     d, d_heads = config.d_model, config.n_heads * config.head_dim
     hidden = config.d_ff * (2 if config.activation == "relu" else 3)
     relative = config.positions == "relative"
-    stored = recomputed = 0.0  # in numbers, not bytes
+    stored = recomputed = 0.0  # array elements
     lengths = level_lengths(config, length)
 
     def seen(level: Level, window: int) -> Seen:
@@ -261,7 +261,7 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
             shared = work.distances * d_heads * relative
             return positions * (batch * (vectors * d + heads * d_heads + work.queries * hidden) + shared)
 
-        block = intermediates(layer, key_norms=0)  # layers normalize queries and keys at once, resampling does not
+        block = intermediates(layer, key_norms=0)  # layers normalize queries and keys together
         stored += intermediates(resampling, key_norms=1) + positions * batch * 3 * d
         for n_layers in (level.pre_layers, level.post_layers):
             if config.remat_of(unrolled=is_unrolled(config, n_layers)) != "full":

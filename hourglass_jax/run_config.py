@@ -28,14 +28,14 @@ def check_image_size(dataset: str, image_size: int) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Data set and batches. Images have their own order, split and length.
+    """Data set and batches. `order` and `split` apply only to text.
 
     path: a UTF-8 text file, a directory of .txt files, a pattern such as "books/*.txt", or several of these with commas
         in between; texts are joined in the order of their names. With tokenizer="byte", any files. For images, their
         directory. Empty: the built-in corpus.
     dataset: text | cifar10 | imagenet32 | imagenet64 | folder (of image files).
-    image_size: side in pixels after averaging, which must divide the stored one; 0: as stored. Images of a folder are
-        cropped to squares first, and resized to any side.
+    image_size: side in pixels to which images are averaged down; must divide the stored side. 0: as stored. Images of a
+        folder are cropped to squares, and may be resized to any side.
     tokenizer: char | byte.
     clean: lower-case, strip accents, keep only "\\n !&'$,-.:;?" and a-z. Ignored by tokenizer="byte".
     block_size: tokens per training window; for cifar10, imagenet32 and imagenet64, tokens per image.
@@ -154,7 +154,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Devices, memory, checkpoints and logs. Training results do not depend on it, and it may change on resuming.
+    """Devices, memory, checkpoints and logs. They do not affect what is learned and may change when a run resumes.
 
     data: devices that share a batch; -1: all devices, divided by fsdp.
     fsdp: devices that share parameters, optimizer state and batch.

@@ -18,7 +18,7 @@ CLEAN_CHARACTERS = "\n !&'$,-.:;?abcdefghijklmnopqrstuvwxyz"
 
 
 def clean(text: str) -> str:
-    """Lower-case, strip accents, and drop other characters than `CLEAN_CHARACTERS`, as the original project does."""
+    """Lower-case, strip accents, and drop characters outside `CLEAN_CHARACTERS`, as the original project does."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode("ascii").lower()
     return "".join(c for c in ascii_text if c in CLEAN_CHARACTERS)
 
@@ -223,9 +223,9 @@ Tokenizer = TextTokenizer | ImageTokenizer
 
 
 def boundary_tokens(tokenizer: Tokenizer, boundaries: str) -> tuple[int, ...]:
-    """Return the `boundary_tokens` of a configuration for these boundaries; empty for bytes and other boundaries.
+    """Return the tokens that end groups with whitespace or spacelike boundaries; () for bytes and other boundaries.
 
-    Raises UsageError for text boundaries with images.
+    Raises UsageError for images with such boundaries.
     """
     [name, *_] = [*boundaries.split(), "fixed"]
     if name not in ("whitespace", "spacelike") or isinstance(tokenizer, ByteTokenizer):

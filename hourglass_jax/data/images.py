@@ -1,4 +1,4 @@
-"""Image data sets, or a folder of images, as uint8 [N, H, W, C] with C = 1 or 3; batches of their pixels.
+"""Image data sets, or a folder of images, as uint8 [N, H, W, C] with C = 1 or 3; batches of pixels.
 
 A row is BOS, then the pixels in raster order; a pixel is red, green, blue, or one gray value. With shorten factor 3,
 each group of a color image is one pixel: the shift by k-1 leaves BOS alone in the first group.
@@ -26,7 +26,7 @@ from hourglass_jax.run_config import IMAGE_SIZES, check_image_size
 from hourglass_jax.tokenizers import ImageTokenizer
 
 CIFAR_RECORD = 1 + 3 * 32 * 32  # bytes: label and image
-# All that a pickled array needs. Any other name in a pickle could run code.
+# The names in a pickled array. Any other name could run code.
 ARRAY_PARTS = {("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # names in Pillow
 # Pillow's modes of 8 bits per channel.
@@ -148,7 +148,7 @@ LAYOUTS = {"cifar10": _CIFAR10} | {
 
 
 def channel_last(data: Any, size: int, path: Path) -> np.ndarray:
-    """Convert color planes uint8 [N, 3 * size * size] to [N, size, size, 3], and return the latter as it is."""
+    """Convert color planes uint8 [N, 3 * size * size] to [N, size, size, 3]; return that shape unchanged."""
     shape, dtype = getattr(data, "shape", ()), getattr(data, "dtype", type(data).__name__)
     if dtype == np.uint8 and np.size(data):
         if shape[1:] == (size, size, 3):
@@ -190,8 +190,8 @@ def load_folder(
 
     image_size: side in pixels, to which the central square of each image is resized. 0: as stored; requires images of
         equal size.
-    train_fraction: the share of training images; each split has at least one image. Images are assigned in the order of
-        a hash of their relative path: splits mix classes and barely change when images are added.
+    train_fraction: share of training images; each split has at least one. A hash of its relative path decides the split
+        of an image, so that splits mix classes and barely change when images are added.
     background: gray level behind transparent pixels, 0 to 255.
 
     Raises UsageError for fewer than two images, damaged images and different sizes.

@@ -21,18 +21,20 @@ Rows = slice | np.ndarray  # of a global batch: a slice, or row indices int [R]
 
 
 class BatchAt(Protocol):
+    """A function from a step to its batch."""
+
     def __call__(self, step: int, rows: Rows = slice(None)) -> Batch:
         """Return rows of the batch of `step`. Other rows are not read, so each host reads only its own."""
 
 
 def training_batches(tokens: np.ndarray, config: DataConfig, seed: int) -> BatchAt:
-    """Return windows of a text in the order `config.order`."""
+    """Return batches of windows of a text, in the order `config.order`."""
     windows = {"random": random_windows, "epochs": shuffled_windows}[config.order]
     return windows(tokens, config.block_size, config.batch_size, seed)
 
 
 def random_windows(tokens: np.ndarray, block_size: int, batch_size: int, seed: int) -> BatchAt:
-    """Return windows of block_size + 1 tokens that start at random positions."""
+    """Return batches of windows of block_size + 1 tokens, which start at random positions."""
 
     def batch_at(step: int, rows: Rows = slice(None)) -> Batch:
         rng = np.random.default_rng((seed, step))
@@ -43,7 +45,7 @@ def random_windows(tokens: np.ndarray, block_size: int, batch_size: int, seed: i
 
 
 def shuffled_windows(tokens: np.ndarray, block_size: int, batch_size: int, seed: int) -> BatchAt:
-    """Return consecutive windows of block_size predictions, reshuffled each epoch.
+    """Return batches of consecutive windows of block_size predictions, reshuffled each epoch.
 
     An incomplete window at the end of the text is dropped.
     """
@@ -57,7 +59,7 @@ def shuffled_windows(tokens: np.ndarray, block_size: int, batch_size: int, seed:
 
 
 def shuffled_examples(examples: Batch, batch_size: int, seed: int) -> BatchAt:
-    """Return rows of `examples`, reshuffled each epoch."""
+    """Return batches of rows of `examples`, reshuffled each epoch."""
     tokens, weights = examples
     order = shuffled_order(len(tokens), seed)
 
@@ -142,8 +144,8 @@ def consecutive_windows(tokens: np.ndarray, block_size: int, batch_size: int) ->
 def sliding_windows(tokens: np.ndarray, window: int, step: int, batch_size: int) -> LazyBatches:
     """Return the whole text in windows of at most `window` predictions, which start every `step` tokens.
 
-    Each prediction has weight 1 in the first window that contains it, and 0 in later ones. So all predictions but those
-    of the first window have at least `window - step` tokens of context.
+    Each prediction has weight 1 in the first window that contains it, and 0 in later ones. So predictions after the
+    first window have at least `window - step` tokens of context.
 
     Raises UsageError if the step is larger than the window.
     """
@@ -163,6 +165,6 @@ def sliding_windows(tokens: np.ndarray, window: int, step: int, batch_size: int)
 
 
 def stream(batch_at: BatchAt, start: int, stop: int, rows: Rows = slice(None)) -> Iterator[Batch]:
-    """Iterate over rows of the batches of steps start .. stop - 1, prefetched in background threads."""
+    """Iterate over the batches of steps start .. stop - 1, limited to `rows` and prefetched in background threads."""
     steps = grain.MapDataset.range(start, stop).map(lambda step: batch_at(step, rows))
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))

@@ -1,6 +1,6 @@
 """Parameters of a model by dotted names, such as `hourglass.inner.pre.layers.attention.query.kernel`.
 
-The layers of a stack share an array, along its first axis; kernels are [in, out].
+The first axis of an array in a stack is the layer; kernels are [in, out].
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ WEIGHTS = "model.safetensors"
 def save(directory: str | Path, model: HourglassLM, tokenizer: Tokenizer | None = None) -> None:
     """Write a model and its tokenizer to a new directory, which `load` reads: parameters, configuration, vocabulary.
 
-    tokenizer: None for a model of bare tokens.
+    tokenizer: None for a model without one.
 
     Raises UsageError unless `directory` is empty or absent, and for a tokenizer of another size than the model's.
     """
@@ -46,7 +46,7 @@ def export_safetensors(model: HourglassLM, tokenizer: Tokenizer, directory: str 
 
 
 def import_safetensors(directory: str | Path) -> tuple[HourglassLM, Tokenizer, HourglassConfig]:
-    """Load what `export_safetensors` saved -> (model, tokenizer, config); parameters are equal to the bit.
+    """Load what `export_safetensors` saved -> (model, tokenizer, config); parameters are bit-identical.
 
     Raises UsageError for missing and damaged files, and for tensors that do not match the configuration.
     """

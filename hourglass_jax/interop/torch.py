@@ -131,14 +131,13 @@ def from_pypi(
     n_heads, shorten_factor, causal: as in its constructor; weights do not contain them. Linear resampling does not
         require `shorten_factor`.
 
-    A model that is not causal gets a mask token, see `masking`; here, but not there, padding is zero in shortening.
+    With causal=False the model gets a mask token, see `masking`, and shortening ignores padding, unlike in the package.
     Raises UsageError for attention resampling, which differs from this library's, and for files of other models.
     """
     state, _ = read_state_dict(path)
     if any(".attn_resampling_" in name for name in state):
         raise UsageError(
-            f"{path}: attention resampling is not supported, since there it attends to one group, here to all earlier "
-            "groups; give a model with attn_resampling=False"
+            f"{path}: attention resampling within a group is not supported; give a model with attn_resampling=False"
         )
     tensors = assemble(rename(state, PYPI_NAMES, path), path)
     n_factors = max(name.count(".inner") for name in tensors)
