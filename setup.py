@@ -58,6 +58,7 @@ setup(
         "bench": ["hourglass-transformer-pytorch>=0.0.6", "torch==2.13.0"],
         "cuda": ["jax[cuda]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0", "latex2mathml>=3.78"],
         "notebooks": NOTEBOOKS,
         "torch": ["torch>=2.4"],  # to convert its checkpoints; 2.3 was the first for numpy 2
         "test": ["pytest>=8.0", "pytest-xdist>=3.8", "ruff>=0.9", "mypy>=1.11", "setuptools>=68", *NOTEBOOKS],
