@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hourglass_jax import CharTokenizer, DataConfig, UsageError
+from hourglass_jax import CharTokenizer, DataConfig, OptimizerConfig, RuntimeConfig, UsageError
 from hourglass_jax.data import overlap
 from hourglass_jax.data.corpora import (
     builtin_text,
@@ -32,6 +32,7 @@ from hourglass_jax.data.haiku import (
     without_held_out,
 )
 from hourglass_jax.data.overlap import repeated_share
+from hourglass_jax.ranges import literals
 from hourglass_jax.tokenizers import ByteTokenizer
 from hourglass_jax.training.identity import N_PIECES, PIECE, fingerprint
 
@@ -403,10 +404,13 @@ def test_a_fingerprint_reads_little_of_a_huge_file(tmp_path):
     assert fingerprint(map_bytes(path)) != empty
 
 
-@pytest.mark.parametrize("name", ["order", "split"])
-def test_unknown_choices_are_refused(name):
-    with pytest.raises(UsageError, match=f"{name}='other'"):
-        DataConfig(**{name: "other"})
+@pytest.mark.parametrize("config", [DataConfig, OptimizerConfig, RuntimeConfig])
+def test_unknown_choices_are_refused_and_the_allowed_ones_documented(config):
+    assert literals(config)
+    for name, allowed in literals(config).items():
+        with pytest.raises(UsageError, match=f"{name}='other' is unknown; choose one of {', '.join(allowed)}"):
+            config(**{name: "other"})
+        assert all(value in config.__doc__ for value in allowed)
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.9])
