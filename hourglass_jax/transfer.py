@@ -58,9 +58,7 @@ def extend_vocabulary(model: HourglassLM, tokenizer: Tokenizer, text: str) -> tu
     new = tokenizer.unknown(text)
     if not new or not isinstance(tokenizer, CharTokenizer):
         return model, tokenizer
-    check_causal(
-        model.config, "and its mask is the last token, so none can be added; give a text without unknown characters"
-    )
+    check_causal(model.config, "and its mask is the last token, so none can be added; give a text of known characters")
     extended = type(tokenizer)([*tokenizer.characters, *new], clean=tokenizer.clean)
     config = replace(model.config, vocab_size=extended.vocab_size)
     if config.boundary_tokens == boundary_tokens(tokenizer, config.boundaries):  # not a user's own list
