@@ -31,7 +31,7 @@ from hourglass_jax.training.optimizer import trained_parameters
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import fit
-from hourglass_jax.vocabulary import extend_vocabulary
+from hourglass_jax.transfer import extend_vocabulary
 
 EPOCHS_OF_MANY, MIN_STEPS = 3, 100  # defaults; with few haiku, training runs more epochs
 MAX_WARMUP = 0.1  # share of the steps

@@ -22,16 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 from hourglass_jax.causality import CausalityError, check_causality
 from hourglass_jax.config import HourglassConfig
-from hourglass_jax.cuts import group_ends
 from hourglass_jax.errors import UsageError
-from hourglass_jax.factors import at_shorten_factor
 from hourglass_jax.generation import generate, init_cache
 from hourglass_jax.hierarchy import Hierarchy
+from hourglass_jax.inspection import group_ends, summary
 from hourglass_jax.model import Hourglass, HourglassLM
 from hourglass_jax.nn.resampling import Shortening, Upsampling
 from hourglass_jax.run_config import DataConfig, OptimizerConfig, RuntimeConfig, TrainConfig
-from hourglass_jax.summary import summary
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, ImageTokenizer
+from hourglass_jax.transfer import at_shorten_factor
 
 if TYPE_CHECKING:
     from hourglass_jax.evaluation import Evaluation, evaluate, evaluate_sliding, score

@@ -1,4 +1,4 @@
-"""What a configuration costs, before it is built: FLOPs and memory, from its shapes alone."""
+"""FLOPs and memory of a configuration, from shapes; nothing is allocated or compiled."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from hourglass_jax.ranges import check_range
 
 
 class Work(NamedTuple):
-    """What one position of a level takes part in, counted in vectors."""
+    """Number of vectors that one position of a level processes."""
 
-    queries: float  # each with an output and a feed-forward
+    queries: float  # each with an output projection and a feed-forward
     keys: float  # each with a value
-    pairs: float  # of a query and a key it sees
-    distances: float  # relative keys, the same for every sequence of a batch
-    mixed: float = 0  # d_model x d_model projections of shortening and upsampling, attention aside
+    pairs: float  # of a query and a visible key
+    distances: float  # relative keys, shared by the sequences of a batch
+    mixed: float = 0  # d_model x d_model products of shortening, upsampling and boundaries, without attention
 
 
 def product_flops(jaxpr: Jaxpr) -> int:
-    """FLOPs of the matrix products of a program; of a condition, those of all branches."""
+    """Count the FLOPs of matrix products in a program, including all branches of conditions."""
     total = 0
-    equation: Any  # JAX types its variables without their shapes
+    equation: Any  # `jax.extend` declares variables without shapes
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
@@ -50,16 +50,13 @@ def product_flops(jaxpr: Jaxpr) -> int:
 
 
 class Resampling(NamedTuple):
-    """Shortening by k and upsampling: whether each attends, and what else they project for a group; see `Work`.
-
-    decided: what boundaries project for each position.
-    """
+    """Work of shortening by k, upsampling and boundaries; `Work.mixed` is split by group and position."""
 
     k: int
     down_attends: bool
     up_attends: bool
-    mixed: float
-    decided: float
+    mixed_per_group: float
+    mixed_per_position: float
 
 
 NO_RESAMPLING = Resampling(0, False, False, 0, 0)
@@ -73,12 +70,11 @@ def resampling_of(
     config: HourglassConfig,
     level: Level,
 ) -> Resampling:
-    """Read off the methods themselves, so that a new one needs no entry here: a call on one group is traced.
+    """Count the work of resampling methods by tracing a call on one group.
 
-    An estimate for a method that looks at other groups in a way of its own, not that of `AttentionShortening` or
-    `AttentionUpsampling`: it is counted as if it saw its group alone.
+    The result is exact for methods that look at one group, and for subclasses of `AttentionShortening` and
+    `AttentionUpsampling`; it is an underestimate for other methods that look at several groups.
     """
-
     k = level.shorten_factor
 
     def build(method: Callable[..., Any]) -> nnx.Module:
@@ -93,22 +89,22 @@ def resampling_of(
     down, up = build(shortening), build(upsampling)
     pool = down.pool if isinstance(down, AttentionShortening) else down
     base = up.base if isinstance(up, AttentionUpsampling) else up
-    mixing = flops(pool, (1, k, d)) + flops(base, (1, k, d), (1, 1, d))
+    group_flops = flops(pool, (1, k, d)) + flops(base, (1, k, d), (1, 1, d))
     rule = nnx.eval_shape(lambda: boundaries(config, level, rngs=nnx.Rngs(0)))
     x, tokens = jax.ShapeDtypeStruct((1, k, d), jnp.float32), jax.ShapeDtypeStruct((1, k), jnp.int32)
-    deciding = call_flops(rule, lambda rule, *inputs: rule(*inputs).when, x, tokens)
-    return Resampling(k, pool is not down, base is not up, mixing / (2 * d**2), deciding / (2 * d**2 * k))
+    boundary_flops = call_flops(rule, lambda rule, *inputs: rule(*inputs).when, x, tokens)
+    return Resampling(k, pool is not down, base is not up, group_flops / (2 * d**2), boundary_flops / (2 * d**2 * k))
 
 
 def call_flops(module: nnx.Module, call: Callable[..., Any], *inputs: jax.ShapeDtypeStruct) -> int:
-    """Of call(module, *inputs), which is traced."""
+    """Count the FLOPs of matrix products in call(module, *inputs) by tracing it."""
     graph, params = nnx.split(module)
     traced = jax.make_jaxpr(lambda params, *inputs: call(nnx.merge(graph, params), *inputs))
     return product_flops(traced(params, *inputs).jaxpr)
 
 
 class Seen(NamedTuple):
-    """Positions that a query sees on average, distances for which there is a relative key, per query; and queries."""
+    """Averages of a query: visible positions, relative keys; and the number of queries."""
 
     positions: float
     distances: float
@@ -116,27 +112,27 @@ class Seen(NamedTuple):
 
     @classmethod
     def causally(cls, length: int, window: int = 0) -> Seen:
-        """Each of `length` queries sees itself and what comes before it, as far as a window of so many allows."""
+        """Causal attention over `length` positions, limited to the newest `window` (0: all)."""
         width = min(window or length, length)
         return cls(width - width * (width - 1) / (2 * length), width / length, length)
 
     @classmethod
     def by(cls, config: HourglassConfig, length: int, window: int = 0) -> Seen:
-        """As the model has it: causally, or all of them, before and after."""
+        """Causal or full attention, as the configuration says."""
         return cls.causally(length, window) if config.causal else cls(length, (2 * length - 1) / length, length)
 
 
-SeenAt = Callable[[Level, int], Seen]  # a level, and the window of its layers or 0
+SeenAt = Callable[[Level, int], Seen]  # from a level and the window of its layers (0: none)
 
 
 def work_by_level(config: HourglassConfig, seen: SeenAt) -> Iterator[tuple[Level, Work, Work]]:
-    """Each level with the work of one of its layers and of its resampling.
+    """Yield each level with the work of one layer and of resampling.
 
-    The shortening that feeds a level counts as its own, and so do the keys that it offers to the upsampling.
+    The shortening that produces a level, and its keys for the upsampling, count with that level.
     """
     methods = SHORTENINGS[config.shortening], UPSAMPLINGS[config.upsampling]
     levels = config.parsed_hierarchy.levels
-    above = NO_RESAMPLING  # nothing feeds the tokens
+    above = NO_RESAMPLING  # tokens are not the result of a shortening
     rules = [BOUNDARIES[name] for name in config.boundaries_by_level]
     for level, inner, rule in zip(levels, (*levels[1:], None), (*rules, None), strict=True):
         layer, rows = seen(level, config.window if level.factor == 1 else 0), seen(level, 0)
@@ -148,17 +144,17 @@ def work_by_level(config: HourglassConfig, seen: SeenAt) -> Iterator[tuple[Level
             keys=down_keys + above.up_attends,
             pairs=down_keys * rows.positions + below.up_attends * inner_rows.positions,
             distances=down_keys * rows.distances + below.up_attends * inner_rows.distances,
-            mixed=above.mixed + below.decided,
+            mixed=above.mixed_per_group + below.mixed_per_position,
         )
         work = Work(queries=1, keys=1, pairs=layer.positions, distances=layer.distances)
-        if config.token_attention == "lsh" and level.factor == 1:  # keys are the queries
+        if config.token_attention == "lsh" and level.factor == 1:  # keys equal queries
             work = Work(queries=1, keys=0.5, pairs=lsh_pairs(config, layer.length), distances=0)
         yield level, work, resampling
         above = below
 
 
 def position_flops(config: HourglassConfig, seen: SeenAt) -> dict[int, float]:
-    """FLOPs of matrix products for one position of each level, by its factor."""
+    """Return FLOPs of matrix products per position, by the factor of the level."""
     d, d_heads = config.d_model, config.n_heads * config.head_dim
     relative = config.positions == "relative"
 
@@ -176,10 +172,10 @@ def position_flops(config: HourglassConfig, seen: SeenAt) -> dict[int, float]:
 
 
 def level_lengths(config: HourglassConfig, length: int) -> dict[int, int]:
-    """Positions of each level for a sequence of `length` tokens, by its factor.
+    """Return the number of positions of each level for `length` tokens, by the factor of the level.
 
-    Where groups have any length, as many as there is room for, used or not: what a program of fixed shapes computes.
-    Raises UsageError for a length below 1.
+    With variable groups that is the capacity, since compiled programs have fixed shapes. Raises UsageError for a length
+    below 1.
     """
     check_range("length", length, 1)
     levels = config.parsed_hierarchy.levels
@@ -191,26 +187,27 @@ def level_lengths(config: HourglassConfig, length: int) -> dict[int, int]:
 
 
 def head_flops(config: HourglassConfig) -> int:
-    """Of one token's logits."""
+    """Return the FLOPs of the logits of one token."""
     return 2 * config.d_model * config.vocab_size
 
 
 def decoding_flops(config: HourglassConfig, length: int) -> dict[int, float]:
-    """Floating-point operations of matrix products each time a level runs, by its factor f: once every f tokens.
+    """Return FLOPs of matrix products when a level runs in cached decoding, by its factor f: once every f tokens.
 
-    With `length` tokens in the cache; the shortening that feeds a level counts as its own, the head as the tokens'.
-    So a token costs the sum of flops / factor: the point of the hierarchy. Raises UsageError for a model that sees both
-    sides.
+    length: tokens in the cache.
+
+    The average per token is sum(flops / f). The shortening that produces a level counts with it, the head with the
+    tokens. Raises UsageError for a model without cached decoding.
     """
     check_decodes(config)
     return position_flops(config, lambda level, window: Seen(min(length / level.factor, window or length), 0, length))
 
 
 def forward_flops(config: HourglassConfig, length: int) -> dict[int, float]:
-    """Floating-point operations of matrix products over one sequence of `length` tokens, by level as its factor.
+    """Return FLOPs of matrix products in a forward pass over one sequence of `length` tokens, by factor of the level.
 
-    Attention counts the pairs that the causal mask, if there is one, and the window leave. Relative keys, which a batch
-    shares, count in full, and so does the room for groups of any length; see `level_lengths`.
+    Attention counts only pairs that the causal mask and the window allow. Relative keys count for each sequence, but a
+    batch shares them. Variable groups count with their capacity; see `level_lengths`.
     """
     positions = level_lengths(config, length)
     flops = position_flops(config, lambda level, window: Seen.by(config, positions[level.factor], window))
@@ -218,38 +215,38 @@ def forward_flops(config: HourglassConfig, length: int) -> dict[int, float]:
 
 
 def training_flops(config: HourglassConfig, length: int) -> float:
-    """Of a training step for each sequence: three forward passes, as model FLOP utilisation is commonly defined.
+    """Return model FLOPs of a training step per sequence: forward, plus twice as much for backward.
 
-    The backward pass is two; what deep stacks and attention compute again is not counted.
+    Recomputation is not counted, as is usual for model FLOP utilization (MFU).
     """
     return 3 * sum(forward_flops(config, length).values())
 
 
 def count_parameters(config: HourglassConfig) -> int:
-    """Trainable parameters, embeddings and head included; allocates nothing."""
+    """Count the trainable parameters, including embedding and head."""
     return n_parameters(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))
 
 
 def state_bytes(config: HourglassConfig) -> int:
-    """Of the float32 parameters and AdamW's two moments; gradients take a third as much again during a step."""
+    """Return the bytes of float32 parameters and both AdamW moments; gradients add a third during a step."""
     return 3 * 4 * count_parameters(config)
 
 
 def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> int:
-    """Estimate of the activations that a gradient over [batch, length] tokens needs at its peak.
+    """Estimate the peak bytes of activations for a gradient over [batch, length] tokens; a lower bound.
 
-    A block keeps its input, both norms, queries, keys, values, what attention returns, the sum after it and the
-    feed-forward's hidden vector before and after the activation, for GELU its tanh or erf too; attention scores are
-    computed again, 64 queries at a time. A stack that `remat` recomputes in full keeps one vector a layer; its
-    blocks are computed again, and the largest of them counts once. Around them: the norms of stacks and upsampling,
-    relative keys (once a batch) and float32 logits. Left out are dropout's masks, gradients and the copies that the
-    compiler makes, so it is a lower bound: XLA:CPU takes 1.0 to 1.9 times as much for a further layer or
-    shortening of short sequences, and more for long ones, of which each segment of queries copies its keys.
+    A block stores its input, both norms, queries, keys, values, the attention output, the residual sum, and the hidden
+    vector of the feed-forward before and after the activation (for GELU also its tanh or erf). Attention scores are
+    recomputed in segments of 64 queries. A rematerialized stack stores one vector per layer, plus the largest block
+    once. The rest: norms of stacks and upsampling, relative keys (once per batch), float32 logits.
+
+    Excludes dropout masks, gradients and copies by the compiler. XLA:CPU uses 1.0 to 1.9 times as much for each layer
+    or shortening of short sequences; more for long ones, since each segment of queries copies its keys.
     """
     d, d_heads = config.d_model, config.n_heads * config.head_dim
     hidden = config.d_ff * (2 if config.activation == "relu" else 3)
     relative = config.positions == "relative"
-    kept = recomputed = 0.0  # numbers
+    stored = recomputed = 0.0  # array elements
     lengths = level_lengths(config, length)
 
     def seen(level: Level, window: int) -> Seen:
@@ -264,19 +261,19 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
             shared = work.distances * d_heads * relative
             return positions * (batch * (vectors * d + heads * d_heads + work.queries * hidden) + shared)
 
-        block = intermediates(layer, key_norms=0)  # keys share the queries' norm; resampling has one for them
-        kept += intermediates(resampling, key_norms=1) + positions * batch * 3 * d
+        block = intermediates(layer, key_norms=0)  # layers normalize queries and keys together
+        stored += intermediates(resampling, key_norms=1) + positions * batch * 3 * d
         for n_layers in (level.pre_layers, level.post_layers):
             if config.remat_of(unrolled=is_unrolled(config, n_layers)) != "full":
-                kept += n_layers * block
+                stored += n_layers * block
             else:
-                kept += n_layers * positions * batch * d
+                stored += n_layers * positions * batch * d
                 recomputed = max(recomputed, block)
     logits = 4 * batch * length * config.vocab_size
-    return round((kept + recomputed) * jnp.dtype(config.dtype).itemsize) + logits
+    return round((stored + recomputed) * jnp.dtype(config.dtype).itemsize) + logits
 
 
 def cache_bytes(config: HourglassConfig, length: int, batch: int = 1) -> int:
-    """Of the cache in which `batch` rows of up to `length` tokens decode, a multiple of the total factor."""
+    """Return the bytes of a decoding cache for [batch, length] tokens; the total factor must divide `length`."""
     cache = jax.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0)).init_cache(batch, length))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))

@@ -29,10 +29,10 @@ class Level:
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """Stages (n_layers, total shorten factor) in the order in which a sequence passes them.
+    """Stages (n_layers, total shorten factor) in the order of computation.
 
     `Hierarchy.parse("2@1 8@3 2@1")` has 2 layers on the tokens, 8 at a third of the length, 2 on the tokens.
-    Raises UsageError where the factors do not go up and come down again through the same values.
+    Raises UsageError unless the factors rise and fall through the same values.
     """
 
     stages: tuple[tuple[int, int], ...]
@@ -62,7 +62,7 @@ class Hierarchy:
 
     @classmethod
     def parse(cls, text: str | Hierarchy) -> Hierarchy:
-        """Reads the paper's notation, stages separated by spaces."""
+        """Parse the paper's notation: stages separated by spaces."""
         if isinstance(text, Hierarchy):
             return text
         stages = []
@@ -77,10 +77,10 @@ class Hierarchy:
 
     @classmethod
     def from_factors(cls, factors: Sequence[int], *, relative: bool = False) -> Hierarchy:
-        """The original project's list: pairs (layers, factor) going down, mirrored on the way up.
+        """Build a hierarchy from the original project's list of layers and factors, mirrored on the way up.
 
-        `[3, 1, 8, 4]` is `3@1 8@4 3@1`. Factors are total ones; with `relative=True` each multiplies those
-        before it, which is how the original project's code applies them.
+        `[3, 1, 8, 4]` is `3@1 8@4 3@1`. Factors are total; with `relative=True` each one multiplies those before it,
+        as in the original project's code.
         """
         factors = list(factors)
         if len(factors) < 2 or len(factors) % 2:
@@ -113,10 +113,10 @@ class Hierarchy:
         return tuple(levels)
 
     def with_shorten_factor(self, k: int) -> Hierarchy:
-        """The same layers with another factor. Raises UsageError unless there is exactly one shortening."""
+        """Return the same layers with another factor. Raises UsageError unless there is exactly one shortening."""
         if len(self.stages) != 3:
             raise UsageError(
-                f"hierarchy '{self}': another shorten factor is for exactly one shortening, e.g. '2@1 8@3 2@1'"
+                f"hierarchy '{self}': a shorten factor can be set only for exactly one shortening, e.g. '2@1 8@3 2@1'"
             )
         (pre, _), (inner, _), (post, _) = self.stages
         return Hierarchy(((pre, 1), (inner, k), (post, 1)))

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.nn.layers import hashed
 
-SHARE = 0.15  # of tokens that are predicted
-MASKED, REPLACED = 0.8, 0.1  # of those: become the mask token, a random token; the others stay
+SHARE = 0.15  # of the tokens are predicted
+MASKED, REPLACED = 0.8, 0.1  # of these become the mask token, a random token; the others stay
 EVALUATION_SEED = 0
 _STREAM = 0x4D41534B  # separates these draws from those of dropout in the same step
 
@@ -38,8 +38,8 @@ class Task(NamedTuple):
 def task_of(config: HourglassConfig, tokens: jax.Array, weights: jax.Array, key: jax.Array | None = None) -> Task:
     """Return the task for tokens [B, L + 1] and weights [B, L] of `data.pipeline`.
 
-    A causal model predicts the next token. Otherwise the last L tokens are masked with `key`; those of weight 0 are
-    padding. Without a key, as in evaluation, the mask is deterministic.
+    A causal model predicts each next token. Otherwise some of the last L tokens are masked and predicted; tokens of
+    weight 0 are padding. `key` draws the masked tokens; without a key, as in evaluation, they are always the same.
     """
     if config.causal:
         return Task(tokens[:, :-1], tokens[:, 1:], weights)
@@ -55,10 +55,10 @@ def corrupt(
     """Mask tokens int [B, L] as BERT does: return model inputs int32 [B, L], and which to predict, bool [B, L].
 
     mask: bool [B, L], False for padding.
-    share: of the tokens of each row that are predicted, at least one. 80 % of them become the mask token, 10 % a random
-        token; 10 % stay.
+    share: of the tokens of a row to predict, at least one. 80 % of these become the mask token, 10 % a random token;
+        10 % stay.
 
-    The draws depend on `key` and on the tokens of the row, not on other rows of the batch.
+    The draws of a row depend on `key` and its tokens, not on other rows.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)

@@ -1,78 +1,81 @@
-"""What can be chosen of a run: its data, optimiser, length and machine, as plain frozen dataclasses."""
+"""Configuration of a run: data, optimizer, training and runtime, as validated, frozen dataclasses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from hourglass_jax.errors import UsageError
-from hourglass_jax.ranges import check_choice, check_range, take_plain_values
+from hourglass_jax.ranges import check_literals, check_range, take_plain_values
 
-MAX_SEED = 2**32 - 1  # of a larger one, a key of JAX keeps the last 32 bits, so that two would share it
-IMAGE_SIZES = {"cifar10": 32, "imagenet32": 32, "imagenet64": 64}  # side of a data set's images, in pixels
-FOLDER = "folder"  # the data set of one's own images
+MAX_SEED = 2**32 - 1  # JAX keys keep the low 32 bits, so larger seeds would collide
+IMAGE_SIZES = {"cifar10": 32, "imagenet32": 32, "imagenet64": 64}  # side of the images of a data set, in pixels
+FOLDER = "folder"  # data set name for a folder of images
 
 
 def check_image_size(dataset: str, image_size: int) -> None:
-    """Raises unless images of `dataset` can be averaged down to this side; 0 leaves them as they are."""
+    """Raise UsageError unless images of `dataset` can be resized to this side; 0 keeps their size."""
     if dataset == FOLDER:
         check_range("image_size", image_size, 0)
         return
     size = IMAGE_SIZES[dataset]
     check_range("image_size", image_size, 0, size)
     if image_size and size % image_size:
-        raise UsageError(f"image_size={image_size} does not divide the side {size} of {dataset}'s images")
+        raise UsageError(
+            f"image_size={image_size} does not divide {size}, the side of {dataset} images; choose a divisor, or 0"
+        )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text or images, and how they are cut into batches. Images have their own order, split and length.
+    """Data set and batches. `order` and `split` apply only to text.
 
     path: a UTF-8 text file, a directory of .txt files, a pattern such as "books/*.txt", or several of these with commas
-        between, joined in the order of their names; any files where `tokenizer` is byte; the images' directory; empty:
-        the built-in corpus.
-    dataset: text | cifar10 | imagenet32 | imagenet64 | folder (image files of one's own).
-    image_size: averages images down to this side in pixels, which divides their own; 0: as stored. Images of a folder
-        are first cut to squares, and take any side.
+        in between; texts are joined in the order of their names. With tokenizer="byte", any files. For images, their
+        directory. Empty: the built-in corpus.
+    dataset: text | cifar10 | imagenet32 | imagenet64 | folder (of image files).
+    image_size: side in pixels to which images are averaged down; must divide the stored side. 0: as stored. Images of a
+        folder are cropped to squares, and may be resized to any side.
     tokenizer: char | byte.
-    clean: lower-case, strip accents, keep "\\n !&'$,-.:;?" and a-z (characters only).
-    block_size: tokens a training window; images have their own length.
-    batch_size: windows or images a step.
-    order: random (windows start anywhere) | epochs (consecutive windows, each once an epoch).
-    split: fraction (by train_fraction, no test) | enwik8 (90M train, 5M validation, 5M test).
-    train_fraction: the rest is for validation, of a text or a folder.
-    valid_path: another text for validation, given as `path` is; then `path` is for training, without the files for
-        validation and copies of them.
-    background: the gray level, 0 (black) to 255 (white), behind transparent pixels of a folder's images.
+    clean: lower-case, strip accents, keep only "\\n !&'$,-.:;?" and a-z. Ignored by tokenizer="byte".
+    block_size: tokens per training window; for cifar10, imagenet32 and imagenet64, tokens per image.
+    batch_size: windows or images per step.
+    order: random (windows start anywhere) | epochs (consecutive windows, each once per epoch).
+    split: fraction (at train_fraction, no test split) | enwik8 (90M train, 5M validation, 5M test).
+    train_fraction: share of training tokens, or of images in a folder; the rest is for validation.
+    valid_path: validation text, in the same form as `path`. Its files, and copies of them, are excluded from training.
+    background: gray level behind transparent pixels of a folder's images, from 0 (black) to 255 (white).
     """
 
     path: str = ""
-    dataset: str = "text"
+    dataset: Literal["text", "cifar10", "imagenet32", "imagenet64", "folder"] = "text"
     image_size: int = 0
-    tokenizer: str = "char"
+    tokenizer: Literal["char", "byte"] = "char"
     clean: bool = False
     block_size: int = 128
     batch_size: int = 16
-    order: str = "random"
-    split: str = "fraction"
+    order: Literal["random", "epochs"] = "random"
+    split: Literal["fraction", "enwik8"] = "fraction"
     train_fraction: float = 0.9
     valid_path: str = ""
     background: int = 255
 
     def __post_init__(self) -> None:
         take_plain_values(self)
-        check_choice("dataset", self.dataset, ("text", *IMAGE_SIZES, FOLDER))
+        check_literals(self)
         if self.dataset != "text":
             check_image_size(self.dataset, self.image_size)
         if self.dataset in IMAGE_SIZES:
             object.__setattr__(self, "block_size", 3 * (self.image_size or IMAGE_SIZES[self.dataset]) ** 2)
         if self.dataset == "text" and self.image_size:
-            raise UsageError(f"image_size={self.image_size} is for images; choose them by dataset")
+            raise UsageError(
+                f"image_size={self.image_size} requires images; leave it out, or choose another dataset than text"
+            )
         if self.valid_path and (self.dataset != "text" or self.split != "fraction"):
             other = f"dataset={self.dataset!r}" if self.dataset != "text" else f"split={self.split!r}"
-            raise UsageError(f"valid_path={self.valid_path!r}: {other} has a validation split; leave out one of them")
-        check_choice("tokenizer", self.tokenizer, ("char", "byte"))
-        check_choice("order", self.order, ("random", "epochs"))
-        check_choice("split", self.split, ("fraction", "enwik8"))
+            raise UsageError(
+                f"valid_path={self.valid_path!r} excludes {other}, which has a validation split; leave out one"
+            )
         check_range("background", self.background, 0, 255)
         check_range("block_size", self.block_size, 1)
         check_range("batch_size", self.batch_size, 1)
@@ -81,21 +84,21 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a schedule; the defaults are the paper's (section 3): no weight decay, no clipping.
+    """AdamW with a learning rate schedule; the defaults are the paper's (section 3): no weight decay, no clipping.
 
-    learning_rate: the peak.
-    schedule: cosine (to 0) | inverse_sqrt | constant, after the warm-up.
-    warmup_steps: from 0 to the peak, linearly.
-    decay_steps: the last ones of the training, over which the rate of any schedule falls to 0, linearly.
-    beta1, beta2, eps: Adam's.
-    weight_decay: of the matrices of linear layers alone; see `training.optimizer.is_decayed`.
-    clip_norm: of the gradient of all parameters that are trained; 0: no clipping.
-    train_only: modules that are trained, with commas between, as "hourglass.post,head"; the others stay as they are,
-        and have no optimizer state. Empty: all.
+    learning_rate: maximum, after the warm-up.
+    schedule: after the warm-up. cosine (to 0) | inverse_sqrt | constant.
+    warmup_steps: length of the linear warm-up from 0.
+    decay_steps: length of a linear decay to 0 at the end of training, with any schedule.
+    beta1, beta2, eps: of Adam.
+    weight_decay: applies only to linear kernels; see `training.optimizer.is_decayed`.
+    clip_norm: maximum global norm of the gradient of trained parameters; 0: no clipping.
+    train_only: modules to train, separated by commas, e.g. "hourglass.post,head". Other parameters are frozen and have
+        no optimizer state. Empty: all.
     """
 
     learning_rate: float = 4e-4
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
     warmup_steps: int = 100
     decay_steps: int = 0
     beta1: float = 0.9
@@ -107,7 +110,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         take_plain_values(self)
-        check_choice("schedule", self.schedule, ("cosine", "inverse_sqrt", "constant"))
+        check_literals(self)
         check_range("learning_rate", self.learning_rate, 0.0, open_low=True)
         check_range("eps", self.eps, 0.0, open_low=True)
         for name in ("warmup_steps", "decay_steps"):
@@ -120,14 +123,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long to train, and how often to look.
+    """Length of training, evaluation and seed.
 
-    steps: batches.
-    eval_interval: steps between evaluations, each with a checkpoint.
-    eval_batches: batches an evaluation during training, evenly spaced; the last one reads the whole split.
-    patience: evaluations in a row without a better one after which training ends early; 0: it never does.
-    seed: of initialisation, order and dropout.
-    shorten_factors: one of them is drawn each step (section 4.1); none: the hierarchy's own.
+    steps: number of batches.
+    eval_interval: steps between evaluations, each of which saves a checkpoint.
+    eval_batches: batches of an evaluation during training, evenly spaced; the final evaluation uses the whole split.
+    patience: evaluations without improvement until training stops early; 0: never.
+    seed: of initialization, data order and dropout.
+    shorten_factors: one of them is drawn for each step (section 4.1). Empty: the factor of the hierarchy.
     """
 
     steps: int = 1000
@@ -144,23 +147,23 @@ class TrainConfig:
         check_range("patience", self.patience, 0)
         check_range("seed", self.seed, 0, MAX_SEED)
         if not isinstance(self.shorten_factors, tuple):
-            raise UsageError(f"shorten_factors={self.shorten_factors!r}: give factors, as (2, 3)")
+            raise UsageError(f"shorten_factors={self.shorten_factors!r} is not a tuple; give factors, e.g. (2, 3)")
         for factor in self.shorten_factors:
             check_range("shorten_factors", factor, 2)
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Where and how watched a run is. None of it changes what is learned: it may differ when a run goes on.
+    """Devices, memory, checkpoints and logs. They do not affect what is learned and may change when a run resumes.
 
-    data: devices among which a batch is divided; -1: all that fsdp leaves.
-    fsdp: devices among which parameters and optimiser state are divided, and the batch too.
-    accumulate: parts a batch is taken in, one after another, to save memory.
-    checkpoint_interval: steps between checkpoints beside those of each evaluation; 0: none.
-    keep_checkpoints: the latest that are kept, 2 at least, beside the best one; 0: all.
+    data: devices that share a batch; -1: all devices, divided by fsdp.
+    fsdp: devices that share parameters, optimizer state and batch.
+    accumulate: sequential parts of a batch, to save memory.
+    checkpoint_interval: steps between checkpoints, in addition to those of evaluations; 0: none.
+    keep_checkpoints: latest checkpoints to keep, at least 2, in addition to the best one; 0: all.
     sample_interval: steps between samples during training; 0: none.
     profile_steps: first:last steps to profile, e.g. 10:12; empty: none.
-    log: bar | plain (lines) | none | auto: a bar on a terminal, lines elsewhere.
+    log: bar | plain (lines) | none | auto (a bar in a terminal, otherwise lines).
     """
 
     data: int = -1
@@ -170,27 +173,31 @@ class RuntimeConfig:
     keep_checkpoints: int = 2
     sample_interval: int = 0
     profile_steps: str = ""
-    log: str = "auto"
+    log: Literal["auto", "bar", "plain", "none"] = "auto"
 
     def __post_init__(self) -> None:
         take_plain_values(self)
+        check_literals(self)
         for name in ("fsdp", "accumulate"):
             check_range(name, getattr(self, name), 1)
         for name in ("checkpoint_interval", "sample_interval", "keep_checkpoints"):
             check_range(name, getattr(self, name), 0)
         if self.keep_checkpoints == 1:
-            raise UsageError("keep_checkpoints=1 leaves none while the next is written; give 2 or more, or 0 for all")
-        check_choice("log", self.log, ("auto", "bar", "plain", "none"))
+            raise UsageError(
+                "keep_checkpoints=1 would leave none while the next one is saved; give 2 or more, or 0 for all"
+            )
         if self.data != -1:
             check_range("data", self.data, 1)
-        self.profiled  # noqa: B018 - read for its check
+        self.profiled  # noqa: B018 - validates profile_steps
 
     @property
     def profiled(self) -> tuple[int, int]:
-        """First and last step to profile; (0, 0) for none."""
+        """First and last step to profile; (0, 0): none."""
         if not self.profile_steps:
             return 0, 0
         first, colon, last = self.profile_steps.partition(":")
         if not (colon and first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
-            raise UsageError(f"profile_steps={self.profile_steps!r}: give the first and last step, e.g. 10:12")
+            raise UsageError(
+                f"profile_steps={self.profile_steps!r} is not a range; give the first and last step, e.g. 10:12"
+            )
         return int(first), int(last)

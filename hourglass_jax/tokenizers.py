@@ -1,4 +1,4 @@
-"""Text and images to integers and back: characters with a JSON vocabulary, bytes, pixels."""
+"""Tokenizers of characters (with a JSON vocabulary), bytes and images."""
 
 from __future__ import annotations
 
@@ -18,110 +18,116 @@ CLEAN_CHARACTERS = "\n !&'$,-.:;?abcdefghijklmnopqrstuvwxyz"
 
 
 def clean(text: str) -> str:
-    """Lower-cases, strips accents to ASCII and keeps only `CLEAN_CHARACTERS`, as the original project does."""
+    """Lower-case, strip accents, and drop characters outside `CLEAN_CHARACTERS`, as the original project does."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode("ascii").lower()
     return "".join(c for c in ascii_text if c in CLEAN_CHARACTERS)
 
 
 def check_text(text: str) -> None:
     if not isinstance(text, str):
-        raise UsageError(f"{type(text).__name__} is no text; give a str, of bytes e.g. data.decode('utf-8')")
+        raise UsageError(f"text is {type(text).__name__}; give a str, e.g. data.decode('utf-8')")
 
 
 def to_utf8(text: str) -> bytes:
-    """Raises UsageError for a lone surrogate, half of a character, of which there is no UTF-8."""
+    """Encode as UTF-8. Raises UsageError for a lone surrogate."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"character {error.start} of the text is {text[error.start]!a}, half of a surrogate pair and no character; "
-            "leave it out, or decode the text as what it is"
+            f"character {error.start} of the text is {text[error.start]!a}, half of a surrogate pair; remove it, or "
+            "decode the text with its actual encoding"
         ) from None
 
 
 def read_tokens(tokens: Sequence[int] | np.ndarray, vocab_size: int) -> list[int]:
-    """int [L] as a list; raises UsageError for another shape or type, and for tokens outside 0 .. vocab_size - 1."""
+    """Convert integers [L] to a list. Raises UsageError for other shapes and types, and for unknown tokens."""
     try:
         array = np.asarray(tokens)
     except ValueError:
-        raise UsageError("tokens are rows of different lengths; give integers [L], of one text at a time") from None
+        raise UsageError("tokens has rows of different lengths; give integers [L], one text per call") from None
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise UsageError(f"tokens are {array.dtype} {list(array.shape)}; give integers [L], of one text at a time")
+        raise UsageError(f"tokens is {array.dtype} {list(array.shape)}; give integers [L], one text per call")
     if array.size and not (array.min() >= 0 and array.max() < vocab_size):
-        raise UsageError(f"tokens {array.min()} .. {array.max()} are outside 0 .. {vocab_size - 1}, the vocabulary")
+        raise UsageError(f"tokens has values {array.min()} .. {array.max()}; give values from 0 to {vocab_size - 1}")
     return array.tolist()
 
 
 class CharTokenizer:
-    """One token a character: the sorted characters of a text after <EOS>, <UNK> and <BOS>."""
+    """One token per character: <EOS>, <UNK>, <BOS>, then the sorted characters of a text."""
 
     kind = "char"
     SPECIALS = ("<EOS>", "<UNK>", "<BOS>")
 
     def __init__(self, characters: Sequence[str], *, clean: bool = False):
-        """`characters` in the order of their tokens, without the specials; `clean` cleans what is encoded."""
+        """Tokenizer with these characters, in the order of their tokens, after the special tokens.
+
+        clean: apply `clean` to text before encoding.
+
+        Raises UsageError for duplicates, and for strings that are not one character.
+        """
         self.characters = list(characters)
         self.clean = clean
-        if any(not isinstance(c, str) or len(c) != 1 for c in self.characters) or len(set(self.characters)) != len(
-            self.characters
-        ):
-            raise UsageError("a vocabulary must list different single characters after <EOS>, <UNK>, <BOS>")
-        to_utf8("".join(self.characters))  # in which the vocabulary is saved
+        single = all(isinstance(c, str) and len(c) == 1 for c in self.characters)
+        if not single or len(set(self.characters)) != len(self.characters):
+            raise UsageError(
+                "characters are not different single characters; list each once, without <EOS>, <UNK>, <BOS>"
+            )
+        to_utf8("".join(self.characters))  # the encoding of the saved vocabulary
         self.eos_id, self.unk_id, self.bos_id = range(3)
         self._ids = {c: i + len(self.SPECIALS) for i, c in enumerate(self.characters)}
 
     @classmethod
     def from_text(cls, text: str, *, clean: bool = False) -> CharTokenizer:
-        """With the characters of `text`, of its cleaned form with `clean`."""
+        """Tokenizer with the characters of `text`, cleaned first if `clean`."""
         check_text(text)
         return cls(sorted(set(_clean(text) if clean else text)), clean=clean)
 
     @property
     def vocab_size(self) -> int:
-        """Specials included."""
+        """Number of tokens, including the special ones."""
         return len(self.SPECIALS) + len(self.characters)
 
     def encode(self, text: str) -> np.ndarray:
-        """-> int32 [L]; characters outside the vocabulary become <UNK>. Raises UsageError for what is no str."""
+        """Encode text as int32 [L]; unknown characters become <UNK>. Raises UsageError unless it is a str."""
         check_text(text)
         text = _clean(text) if self.clean else text
         return np.fromiter((self._ids.get(c, self.unk_id) for c in text), np.int32)
 
     def unknown(self, text: str) -> list[str]:
-        """The characters of `text` that `encode` would map to <UNK>, sorted."""
+        """Return the sorted characters that `encode` maps to <UNK>."""
         return sorted(set(_clean(text) if self.clean else text) - set(self._ids))
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """int [L] -> text, without the special tokens. Raises UsageError for tokens outside the vocabulary."""
+        """Decode int [L] to text, without special tokens. Raises UsageError for tokens outside the vocabulary."""
         n = len(self.SPECIALS)
         return "".join(self.characters[t - n] for t in read_tokens(tokens, self.vocab_size) if t >= n)
 
     def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
-        """The UTF-8 of `decode`."""
+        """Decode int [L] to UTF-8, without special tokens."""
         return self.decode(tokens).encode("utf-8")
 
     def stream_decoder(self) -> Callable[..., str]:
-        """A function from the next tokens to the text they complete; `final=True` ends the stream."""
+        """Return a function that decodes a stream: from the next tokens to their text; `final=True` ends it."""
         return lambda tokens, final=False: self.decode(tokens)
 
     def save(self, path: str | Path) -> None:
-        """JSON: token string to token id, and whether text is cleaned."""
+        """Write JSON with the token of each character, and `clean`."""
         names = [*self.SPECIALS, *self.characters]
         record = {"clean": self.clean, "vocabulary": {name: i for i, name in enumerate(names)}}
         write_whole(Path(path), json.dumps(record, ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> CharTokenizer:
-        """What `save` wrote; raises UsageError for another file."""
+        """Read a vocabulary that `save` wrote. Raises UsageError for other files."""
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             names = sorted(record["vocabulary"], key=record["vocabulary"].get)
             ids = sorted(record["vocabulary"].values())
             cleaned = bool(record["clean"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path} is not a vocabulary of this library: {error}") from error
+            raise UsageError(f"{path} is not a saved CharTokenizer: {error}") from error
         if tuple(names[:3]) != cls.SPECIALS or ids != list(range(len(ids))):
-            raise UsageError(f"{path}: tokens 0, 1, 2 must be <EOS>, <UNK>, <BOS> and the ids must have no gaps")
+            raise UsageError(f"{path}: tokens must be 0, 1, 2, ... without gaps, starting with <EOS>, <UNK>, <BOS>")
         try:
             return cls(names[3:], clean=cleaned)
         except UsageError as error:
@@ -132,11 +138,10 @@ _clean = clean  # `clean` is also a parameter above
 
 
 class ByteTokenizer:
-    """One token a byte, 0 .. 255; BOS and EOS, 256 and 257, begin and end examples.
+    """One token per byte, 0 .. 255; 256 and 257 are BOS and EOS, which begin and end examples.
 
-    They are tokens of their own, since any byte may stand in a file, and there is no <UNK>, since none is unknown.
-    `ByteTokenizer(256)` has bytes alone, as the vocabulary of the paper's tables and of older models of this library:
-    there, the control bytes STX and ETX, 2 and 3, are BOS and EOS, and stand in no text.
+    `ByteTokenizer(256)` has no separate special tokens, for models of the paper's tables and older models of this
+    library. Its BOS and EOS are the control bytes STX (2) and ETX (3), which do not occur in text.
     """
 
     kind = "byte"
@@ -144,71 +149,72 @@ class ByteTokenizer:
     unk_id = None
 
     def __init__(self, vocab_size: int = N_BYTES + 2):
-        """`vocab_size`: 258, or 256 for bytes alone. Raises UsageError for another."""
+        """`vocab_size`: 258, or 256 without separate BOS and EOS. Raises UsageError for other sizes."""
         if vocab_size not in (self.N_BYTES, self.N_BYTES + 2):
-            raise UsageError(f"vocab_size={vocab_size!r} is out of range; bytes with BOS and EOS are 258, alone 256")
+            raise UsageError(f"vocab_size={vocab_size!r} is not 258 (bytes, BOS and EOS) or 256 (bytes)")
         self.vocab_size = vocab_size
         self.bos_id, self.eos_id = (2, 3) if vocab_size == self.N_BYTES else (256, 257)
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """-> int32 [L], the bytes of a text's UTF-8, or those given. Raises UsageError for what has none."""
+        """Encode UTF-8 text or bytes as int32 [L]. Raises UsageError for lone surrogates and other types."""
         if not isinstance(text, bytes):
             check_text(text)
             text = to_utf8(text)
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
     def unknown(self, text: str) -> list[str]:
-        """None: every text has bytes."""
+        """Return []: all text can be encoded."""
         return []
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """int [L] -> text, without BOS and EOS; bytes that are not UTF-8 become the replacement character."""
+        """Decode int [L] to text, without BOS and EOS; invalid UTF-8 becomes the replacement character."""
         return self.decode_bytes(tokens).decode("utf-8", errors="replace")
 
     def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
-        """int [L] -> the bytes themselves, without BOS and EOS. Raises UsageError for tokens outside the vocabulary."""
+        """Decode int [L] to bytes, without BOS and EOS. Raises UsageError for tokens outside the vocabulary."""
         specials = (self.bos_id, self.eos_id)
         return bytes(t for t in read_tokens(tokens, self.vocab_size) if t not in specials)
 
     def stream_decoder(self) -> Callable[..., str]:
-        """As `CharTokenizer.stream_decoder`; a split character waits for its rest, or for `final=True`."""
+        """As `CharTokenizer.stream_decoder`; an incomplete character is held back until it is complete or `final`."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda tokens, final=False: decoder.decode(self.decode_bytes(tokens), final)
 
 
 class ImageTokenizer:
-    """One token a channel of a pixel, its intensity, in raster order; BOS comes before the first."""
+    """One token per intensity, in the order row, column, channel; BOS starts a sequence."""
 
     kind = "image"
     vocab_size = 257
     bos_id, eos_id, unk_id = 256, None, None
 
     def __init__(self, shape: Sequence[int]):
-        """`shape` of an image: height, width, channels."""
+        """`shape`: height, width, channels of an image."""
         if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-            raise UsageError(f"image shape {shape!r} is unknown; give height, width and channels")
+            raise UsageError(f"shape={shape!r} is not an image shape; give height, width and channels")
         self.shape = tuple(shape)
 
     @property
     def n_tokens(self) -> int:
-        """Of an image, without BOS."""
+        """Tokens of an image, without BOS."""
         return math.prod(self.shape)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [..., H, W, C] -> int32 [..., H*W*C]. Raises UsageError for another shape or type."""
+        """Encode uint8 [..., H, W, C] as int32 [..., H*W*C]. Raises UsageError for other shapes and types."""
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.shape[-3:] != self.shape:
-            raise UsageError(
-                f"images are {images.dtype} {list(images.shape)}; give uint8 [..., H, W, C] of {self.shape}"
-            )
+            shape = ", ".join(map(str, self.shape))
+            raise UsageError(f"images is {images.dtype} {list(images.shape)}; give uint8 [..., {shape}]")
         return images.reshape(*images.shape[:-3], self.n_tokens).astype(np.int32)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """int [..., H*W*C] -> uint8 [..., H, W, C]. Raises UsageError for another length, or BOS among the tokens."""
+        """Decode int [..., H*W*C] to uint8 [..., H, W, C]. Raises UsageError for other lengths and for BOS."""
         tokens = np.asarray(tokens)
         whole = tokens.dtype.kind in "iu" and tokens.shape[-1:] == (self.n_tokens,)
         if not whole or not ((tokens >= 0) & (tokens < self.bos_id)).all():
-            raise UsageError(f"tokens {list(tokens.shape)} are no images of {self.n_tokens} intensities from 0 to 255")
+            raise UsageError(
+                f"tokens is {tokens.dtype} {list(tokens.shape)}; give integers [..., {self.n_tokens}] from 0 to 255"
+            )
         return tokens.astype(np.uint8).reshape(*tokens.shape[:-1], *self.shape)
 
 
@@ -217,15 +223,15 @@ Tokenizer = TextTokenizer | ImageTokenizer
 
 
 def boundary_tokens(tokenizer: Tokenizer, boundaries: str) -> tuple[int, ...]:
-    """The tokens at which `boundaries` of a configuration end a group; none where they read bytes, or no tokens.
+    """Return the tokens that end groups with whitespace or spacelike boundaries; () for bytes and other boundaries.
 
-    Raises UsageError for images, in which nothing is whitespace.
+    Raises UsageError for images with such boundaries.
     """
     [name, *_] = [*boundaries.split(), "fixed"]
     if name not in ("whitespace", "spacelike") or isinstance(tokenizer, ByteTokenizer):
         return ()
     if isinstance(tokenizer, ImageTokenizer):
-        raise UsageError(f"boundaries={boundaries!r} are read off a text; images have none, so choose fixed")
+        raise UsageError(f"boundaries={boundaries!r} requires text, not images; choose fixed")
     ends_group = str.isspace if name == "whitespace" else lambda c: not c.isalnum()
     listed = (i for i, c in enumerate(tokenizer.characters, len(tokenizer.SPECIALS)) if ends_group(c))
     return (tokenizer.eos_id, tokenizer.bos_id, *listed)

@@ -8,7 +8,7 @@ import pytest
 
 from hourglass_jax import DataConfig
 from hourglass_jax.data.corpora import load_tokens, map_bytes, split_tokens
-from hourglass_jax.data.mapped import FileChanged
+from hourglass_jax.data.files import FileChanged
 from hourglass_jax.data.pipeline import (
     LazyBatches,
     consecutive_windows,
@@ -200,7 +200,7 @@ def test_a_file_on_disk_that_is_changed_in_place_is_no_longer_read(tmp_path, cha
             file.seek(0, 2 if change == "extended" else 0)
             file.write(b"other")
     for read in readers:
-        with pytest.raises(FileChanged, match=r"bytes: was changed in place .* renaming"):
+        with pytest.raises(FileChanged, match=r"bytes: was changed in place .* rename a new file"):
             read(1)
     assert in_memory[:3].tolist() == [1000 % 256, 1001 % 256, 1002 % 256]
 

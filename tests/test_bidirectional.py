@@ -25,7 +25,7 @@ from hourglass_jax.nn.attention.pattern import Inputs, Pattern
 from hourglass_jax.nn.attention.plain import plain_attention
 from hourglass_jax.objective import SHARE, corrupt, task_of
 from hourglass_jax.training.trainer import fit
-from hourglass_jax.vocabulary import extend_vocabulary
+from hourglass_jax.transfer import extend_vocabulary
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -13,7 +13,7 @@ from launching import run_forked
 import hourglass_jax as hg
 from hourglass_jax import generation
 from hourglass_jax.costs import forward_flops, level_lengths
-from hourglass_jax.cuts import count_groups
+from hourglass_jax.inspection import count_groups
 from hourglass_jax.nn import boundaries
 from hourglass_jax.nn.boundaries import SPACELIKE, WHITESPACE, Boundaries
 from hourglass_jax.prompts import AlignedPrompts

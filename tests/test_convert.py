@@ -92,7 +92,7 @@ def test_a_model_of_one_s_own_images_comes_back_as_one_of_a_folder(tmp_path, sha
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--from=original", "evil.pth", "vocab.json", "new"], "nothing in it was run"),
+        (["--from=original", "evil.pth", "vocab.json", "new"], "no code in it was run"),
         (["--from=original", "model.pth", "text.txt", "new"], "not a vocabulary"),
         (["--from=original", "model.pth", "new"], "requires the model's vocabulary"),
         (["--from=original", "model.pth", "vocab.json", "out"], "out: exists"),

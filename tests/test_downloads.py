@@ -195,6 +195,6 @@ def test_every_failure_is_one_even_without_words(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(downloads, "download", fail)
-    with pytest.raises(UsageError, match=rf"did not come through: .*({type(error).__name__}|type 99)"):
+    with pytest.raises(UsageError, match=rf"download of enwik8 failed: .*({type(error).__name__}|type 99)"):
         downloads.fetch("enwik8", tmp_path)
     assert not any(tmp_path.iterdir())

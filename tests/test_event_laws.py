@@ -9,7 +9,7 @@ from flax import nnx
 from test_boundaries import ATTENTION, LooksAhead, event_config, largest_difference, tokens_of
 from test_learned import learned_config
 
-from hourglass_jax.cuts import boundaries_of_rows, count_groups
+from hourglass_jax.inspection import boundaries_of_rows, count_groups
 from hourglass_jax.model import Hourglass
 from hourglass_jax.nn.boundaries import Boundaries
 from hourglass_jax.registry import BOUNDARIES

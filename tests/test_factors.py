@@ -10,9 +10,9 @@ from flax import nnx
 
 import hourglass_jax as hg
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
-from hourglass_jax.factors import drawn_factor
 from hourglass_jax.training.metrics import read_curves
 from hourglass_jax.training.trainer import fit
+from hourglass_jax.transfer import drawn_factor
 
 FREE = {
     "average",

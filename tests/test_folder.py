@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hourglass_jax import DataConfig, UsageError
-from hourglass_jax.data.folder import load_folder
+from hourglass_jax.data.images import load_folder
 from hourglass_jax.training.identity import identity
 
 RNG = np.random.default_rng(0)
@@ -80,7 +80,7 @@ def test_files_passed_over_are_counted_by_kind_in_one_line(tmp_path, caplog):
     (tmp_path / "gone.png").symlink_to("nowhere.png")
     load_folder(tmp_path)
     kinds = "3 .psd, 1 no suffix, 1 no regular file"
-    assert caplog.messages == [f"{tmp_path}: files passed over: 5 of 8 ({kinds})"]
+    assert caplog.messages == [f"{tmp_path}: ignored 5 of 8 files ({kinds})"]
 
 
 def hidden(alpha, color):
@@ -145,7 +145,7 @@ def test_copies_of_validation_images_are_left_out_of_training(tmp_path, caplog):
     assert len(valid) == 40 and 0 < len(train) < 40
     assert not set(train) & set(valid) and set(train) | set(valid) == set(range(40))
     [line] = caplog.messages
-    assert line.startswith(f"{tmp_path}: {40 - len(train)} of 40 files left out of training")
+    assert line.startswith(f"{tmp_path}: {40 - len(train)} of 40 training files excluded")
 
 
 @pytest.mark.parametrize("make", [shutil.copy, lambda old, new: new.hardlink_to(old)])
@@ -218,10 +218,10 @@ def write_damaged(path):
     ("write", "words"),
     [
         (lambda path: None, "1 image files (PNG, JPEG, WEBP"),
-        (lambda path: path.write_text("no image"), "b.png: cannot be read as an image"),
-        (lambda path: save(path, noise(64, 63, 3)), "b.png: is 63x64, but a.png is 64x64; give the side"),
-        (lambda path: save(path, noise(64, 64).astype(np.uint16)), "8 bits a channel"),
-        (write_damaged, "b.png: cannot be read as an image"),
+        (lambda path: path.write_text("no image"), "b.png: not an image, or damaged"),
+        (lambda path: save(path, noise(64, 63, 3)), "b.png: is 63x64, but a.png is 64x64; set image_size"),
+        (lambda path: save(path, noise(64, 64).astype(np.uint16)), "8 bits per channel"),
+        (write_damaged, "b.png: not an image, or damaged"),
     ],
 )
 def test_images_that_cannot_be_read_are_told(tmp_path, write, words):

@@ -21,7 +21,7 @@ from experiments.common.characters import check_characters
 from experiments.common.recorded import recorded_text
 from experiments.common.sources import HaikuSource
 from hourglass_jax.data.corpora import load_tokens
-from hourglass_jax.data.mapped import FileChanged
+from hourglass_jax.data.files import FileChanged
 from hourglass_jax.data.pipeline import consecutive_windows, training_batches
 from hourglass_jax.training.checkpoints import CheckpointStore
 from hourglass_jax.training.identity import fingerprint
@@ -261,7 +261,10 @@ BAD_INPUT = [
         ("finetune", "--load_model_path=text", "--data_path=text.txt", "--valid_path=./text.txt", "--format=text"),
         "every",
     ),
-    (("finetune", "--load_model_path=text", "--data_path=haiku.txt", "--valid_path=./haiku.txt"), "every haiku"),
+    (
+        ("finetune", "--load_model_path=text", "--data_path=haiku.txt", "--valid_path=./haiku.txt"),
+        "every training haiku",
+    ),
     (("pretrain", "--data_path=text.txt,text.txt", "--valid_path=moved.txt"), "text.txt,text.txt: every training file"),
     (("pretrain", "--vocab_path=text/vocab.json", "--data_path=chinese.txt", "--block_size=16"), "--allow_unknown"),
     (("pretrain", "--vocab_path=other.json", "--init_from=text", "--data_path=text.txt"), "for another vocabulary"),

@@ -94,7 +94,7 @@ def test_configurations_explain_every_field(name):
         ("load", ["model, tokenizer, config", "UsageError"]),
         ("summary", ["length", "millions", "UsageError"]),
         ("check_causality", ["length", "CausalityError"]),
-        ("at_shorten_factor", ["same parameters", "UsageError"]),
+        ("at_shorten_factor", ["parameters", "UsageError"]),
         ("group_ends", ["[L]", "[S, L]", "UsageError"]),
         ("save", ["directory", "tokenizer", "UsageError"]),
         ("fit", ["validation", "checkpoint", "UsageError"]),

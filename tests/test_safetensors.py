@@ -129,7 +129,7 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(shared, mo
     "change, message",
     [
         (lambda tensors: tensors.pop(KERNEL), f"lacks {KERNEL}"),
-        (lambda tensors: tensors.update(extra=np.zeros(2)), "no place for: extra"),
+        (lambda tensors: tensors.update(extra=np.zeros(2)), "unknown parameters: extra"),
         (lambda tensors: tensors.update({KERNEL: np.zeros((1, 16, 8), np.float32)}), f"{KERNEL} is float32.1, 16, 8."),
         (lambda tensors: tensors.update({KERNEL: np.zeros((1, 16, 16))}), f"{KERNEL} is float64"),
     ],

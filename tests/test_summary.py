@@ -9,7 +9,7 @@ from flax import nnx
 
 import hourglass_jax as hg
 from hourglass_jax.costs import count_parameters, forward_flops
-from hourglass_jax.summary import summary_rows
+from hourglass_jax.inspection import summary_rows
 
 
 def abstract(config):

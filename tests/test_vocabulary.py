@@ -9,7 +9,7 @@ import hourglass_jax as hg
 from hourglass_jax.tokenizers import boundary_tokens
 from hourglass_jax.training.checkpoints import CheckpointStore
 from hourglass_jax.training.run import Record, Run
-from hourglass_jax.vocabulary import extend_vocabulary
+from hourglass_jax.transfer import extend_vocabulary
 
 
 def small_model(tokenizer, **options):

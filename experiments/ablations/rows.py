@@ -26,11 +26,11 @@ from hourglass_jax import (
     UsageError,
     at_shorten_factor,
 )
-from hourglass_jax.cuts import GroupCounts, count_groups
 from hourglass_jax.data import letters
 from hourglass_jax.data.pipeline import Batch, BatchAt, LazyBatches, evenly_spaced
 from hourglass_jax.evaluation import accuracy, evaluate_batches
 from hourglass_jax.files import write_whole
+from hourglass_jax.inspection import GroupCounts, count_groups
 from hourglass_jax.ranges import check_choice
 from hourglass_jax.training.identity import describe, differences, identity
 from hourglass_jax.training.run import Run, RunBusy

@@ -10,9 +10,9 @@ from absl import logging
 
 from experiments.common.characters import token_names
 from hourglass_jax import HourglassLM, UsageError
-from hourglass_jax.cuts import boundaries_of_rows, count_groups
 from hourglass_jax.data.pipeline import Batch
 from hourglass_jax.files import whole_file
+from hourglass_jax.inspection import boundaries_of_rows, count_groups
 from hourglass_jax.nn.learned import LearnedBoundaries
 from hourglass_jax.tokenizers import TextTokenizer
 from hourglass_jax.training.hooks import MAX_SUPPRESSED

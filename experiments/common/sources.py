@@ -14,9 +14,8 @@ from experiments.common.characters import check_characters
 from experiments.common.pictures import COLUMNS, draw_images, nothing, save_grid, top_halves
 from hourglass_jax import CharTokenizer, DataConfig, HourglassConfig, HourglassLM, ImageTokenizer, UsageError
 from hourglass_jax.data.corpora import load_splits, load_text, load_tokens
-from hourglass_jax.data.folder import load_folder
 from hourglass_jax.data.haiku import make_examples
-from hourglass_jax.data.images import ImageSplits, image_batches, image_validation, load_images
+from hourglass_jax.data.images import ImageSplits, image_batches, image_validation, load_folder, load_images
 from hourglass_jax.data.pipeline import (
     BatchAt,
     LazyBatches,

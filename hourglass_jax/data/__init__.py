@@ -1,1 +1,1 @@
-"""Corpora, and the batches that training reads from them."""
+"""Data sets and training batches."""

@@ -1,4 +1,4 @@
-"""Standard corpora from the network: enwik8 and text8, checked to the last byte."""
+"""Download enwik8 and text8, with a check of size and SHA-256."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import NamedTuple
 from hourglass_jax.errors import UsageError
 from hourglass_jax.ranges import check_choice
 
-TIMEOUT = 60  # seconds without an answer
+TIMEOUT = 60  # seconds without data
 
 
 class Corpus(NamedTuple):
-    """A zip archive at `url` with one file, named as the corpus; size and SHA-256 are the unpacked file's."""
+    """A zip archive with one file, which has the name of the corpus; size and SHA-256 of that file."""
 
     url: str
     n_bytes: int
@@ -41,19 +41,19 @@ CORPORA = {
 
 
 def fetch(name: str, directory: str | Path) -> Path:
-    """The path of corpus `name` (enwik8 | text8) in `directory`, downloaded first where it is not there yet.
+    """Return the path of corpus `name` (enwik8 | text8) in `directory`; download it if it is missing.
 
-    Checks the file either way, and raises UsageError where it is not the true one. What fails or is interrupted
-    leaves no file behind.
+    Raises UsageError if the download fails or the file differs from the original. A failed or interrupted download
+    leaves no file.
     """
     check_choice("corpus", name, CORPORA)
     corpus, path = CORPORA[name], Path(directory).expanduser() / name
     if path.exists():
         if problem := file_problem(path, corpus):
-            raise UsageError(f"{path}: not the true {name}: {problem}; remove it to download it again")
+            raise UsageError(f"{path}: differs from the original {name}: {problem}; remove it to download it again")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place, so that the rename at the end is within one file system and happens at once or not at all.
+    # In the same file system as the target, so that the final rename is atomic.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{name}-") as temporary:
         archive = Path(temporary) / "archive.zip"
         unpacked = Path(temporary) / name
@@ -66,14 +66,14 @@ def fetch(name: str, directory: str | Path) -> Path:
             problem = " ".join(str(error).split()) or type(error).__name__
         if problem:
             raise UsageError(
-                f"{corpus.url}: {name} did not come through: {problem}; try again, or put the unpacked file at {path}"
+                f"{corpus.url}: download of {name} failed: {problem}; try again, or put the unpacked file at {path}"
             )
         unpacked.replace(path)
     return path
 
 
 def download(url: str, path: Path) -> None:
-    """Writes what is at `url` to `path`; raises OSError where less arrives than the server announced."""
+    """Download `url` to `path`. Raises OSError if fewer bytes arrive than the server announced."""
     with urllib.request.urlopen(url, timeout=TIMEOUT) as response, path.open("wb") as file:
         shutil.copyfileobj(response, file)
         announced = response.headers["Content-Length"]
@@ -83,7 +83,7 @@ def download(url: str, path: Path) -> None:
 
 
 def file_problem(path: Path, corpus: Corpus) -> str:
-    """How size or SHA-256 differ from the corpus's; empty where both agree."""
+    """Return how size or SHA-256 differ from those of the corpus; empty if both agree."""
     n_bytes = path.stat().st_size
     if n_bytes != corpus.n_bytes:
         return f"{n_bytes:,} bytes instead of {corpus.n_bytes:,}"

@@ -1,4 +1,4 @@
-"""Three-line haiku: read from a file, encoded as training examples, recognised in samples."""
+"""Three-line haiku: parsing, encoding as training examples, recognition in samples."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import numpy as np
 from absl import logging
 
 from hourglass_jax.data.corpora import read_text
-from hourglass_jax.data.listing import warn_once
+from hourglass_jax.data.files import warn_once
 from hourglass_jax.data.pipeline import Batch, pack_examples
 from hourglass_jax.errors import UsageError
 from hourglass_jax.tokenizers import TextTokenizer
 
 
 def parse_haiku(text: str, source: str) -> list[str]:
-    """Three-line haiku, all with a blank line between them or none -> one string of three lines each."""
+    """Parse haiku of three lines each, separated by blank lines or by nothing. `source` is named in errors."""
     blocks = [[line.strip() for line in block.split("\n")] for block in re.split(r"\n\s*\n", text.strip())]
     if len(blocks) == 1:
         [lines] = blocks
         blocks = [lines[i : i + 3] for i in range(0, len(lines), 3)]
     for i, block in enumerate(blocks, 1):
         if len(block) != 3 or not all(block):
-            raise UsageError(f"{source}: haiku {i} ({block[0]!r}) has {len(block)} lines; every haiku has three lines")
+            raise UsageError(f"{source}: haiku {i} ({block[0]!r}) has {len(block)} lines; give haiku of three lines")
     return ["\n".join(block) for block in blocks]
 
 
 def load_haiku(path: str) -> list[str]:
-    """The haiku in the file at `path`, or the library's own where it is empty."""
+    """Read the haiku in the file at `path`; an empty `path` gives the built-in ones."""
     if path:
         return parse_haiku(read_text(path), path)
     packaged = resources.files("hourglass_jax.data") / "haiku.txt"
@@ -36,14 +36,17 @@ def load_haiku(path: str) -> list[str]:
 
 
 def encode_haiku(haiku: str, tokenizer: TextTokenizer, form: str = "haiku") -> tuple[np.ndarray, int]:
-    """BOS + three lines + EOS, and the first token that carries loss: with form 'prompt' the second line's."""
+    """Encode BOS, three lines and EOS. Return also the index of the first token with loss.
+
+    form: haiku (loss on all tokens after BOS) | prompt (loss from the second line).
+    """
     first_line = tokenizer.encode(haiku.split("\n")[0] + "\n")
     tokens = np.concatenate([[tokenizer.bos_id], tokenizer.encode(haiku), [tokenizer.eos_id]])
     return tokens, 1 + len(first_line) if form == "prompt" else 1
 
 
 def usable_haiku(haiku: list[str], tokenizer: TextTokenizer, block_size: int) -> list[str]:
-    """Without those too long for a block, and those with a line of which cleaning leaves nothing."""
+    """Return the haiku that fit a block and have no empty line after cleaning; log how many do not."""
     kept = [
         poem
         for poem in haiku
@@ -51,18 +54,20 @@ def usable_haiku(haiku: list[str], tokenizer: TextTokenizer, block_size: int) ->
         and all(len(tokenizer.encode(line)) for line in poem.split("\n"))
     ]
     if len(kept) < len(haiku):
-        logging.warning("%d of %d haiku left out: too long, or with an empty line", len(haiku) - len(kept), len(haiku))
+        logging.warning("%d of %d haiku excluded: too long, or with an empty line", len(haiku) - len(kept), len(haiku))
     return kept
 
 
 def without_held_out(train: list[str], valid: list[str]) -> list[str]:
-    """Return the training haiku that are not for validation, too. Raises UsageError if that leaves none of them."""
+    """Return the training haiku that are not in `valid`; log how many are. Raises UsageError if all are."""
     held_out = set(valid)
     kept = [poem for poem in train if poem not in held_out]
     if train and not kept:
-        raise UsageError("every haiku for training is also one for validation; give others for one of the two")
+        raise UsageError(
+            "every training haiku is also a validation haiku; give different ones for training and validation"
+        )
     if len(kept) < len(train):
-        warn_once(f"{len(train) - len(kept)} of {len(train)} haiku left out of training: also used for validation")
+        warn_once(f"{len(train) - len(kept)} of {len(train)} training haiku excluded, used for validation")
     return kept
 
 

@@ -1,4 +1,4 @@
-"""The L#L task of the paper's appendix A.1: which predictions need a layer before or after the shortening."""
+"""The L#L task of the paper's appendix A.1, which tests the layers before and after shortening."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ TOKENIZER = CharTokenizer(["#", *string.ascii_uppercase])
 
 
 def letter_batches(n_chunks: int, batch_size: int, seed: int) -> BatchAt:
-    """<BOS>, then chunks of a random letter, # and the same letter: tokens int32 [B, 3 * n_chunks + 1].
+    """Return batches of rows int32 [B, 3 * n_chunks + 1]: <BOS>, then chunks "L#L" with a random letter L each.
 
-    With <BOS> first and shortening by 3, groups match chunks. The first letter of a chunk cannot be known, so the
-    best accuracy is 2/3.
+    With shorten factor 3, groups match chunks. The first letter of a chunk is unpredictable, so the best accuracy
+    is 2/3.
     """
     separator, first, *_ = TOKENIZER.encode("#A").tolist()
 

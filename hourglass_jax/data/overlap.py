@@ -1,4 +1,4 @@
-"""Validation data that is also training data: the same file, a copy of it, or a passage of its text."""
+"""Overlap of validation and training data: shared files, copies of files, repeated passages."""
 
 from __future__ import annotations
 
@@ -8,36 +8,37 @@ from pathlib import Path
 
 import numpy as np
 
-from hourglass_jax.data.listing import place, warn_once
+from hourglass_jax.data.files import file_id, warn_once
 from hourglass_jax.errors import UsageError
 
 WINDOW = 64  # tokens
-N_SAMPLES = 256  # of the validation text; each has WINDOW windows, so that one lies at a multiple of WINDOW in a copy
-PIECE, MAX_PIECES = 2**20, 128  # tokens that are searched at once, and pieces of a training text that are searched
-MIN_DISTINCT = 4  # tokens in a window: rules and blanks repeat themselves in any text
-MAX_SHARE = 0.1  # of repeated samples; measured: books 0.4 %, Python's reference 8 %
+N_SAMPLES = 256  # passages of the validation text
+PIECE, MAX_PIECES = 2**20, 128  # tokens in a piece of the training text; pieces searched
+MIN_DISTINCT = 4  # tokens in a window: blank lines and rules of dashes occur in any text
+MAX_SHARE = 0.1  # of repeated samples; measured: 0.4 % in books, 8 % in Python's reference
 
 
 def without_copies(train: list[Path], valid: Collection[Path], source: object) -> list[Path]:
-    """Return the files of `train` that are neither in `valid` nor copies of a file that is; log the others.
+    """Return the files of `train` without those of `valid` and their copies; log the excluded files.
 
-    Raises UsageError, which names the source, where none is left.
+    Raises UsageError if no file is left. `source` is named in messages.
     """
-    left_out = copies(train, valid)
-    if len(left_out) == len(train):
+    excluded = copies(train, valid)
+    if len(excluded) == len(train):
         raise UsageError(
-            f"{source}: every training file is a validation file or a copy of one; give other files for one of the two"
+            f"{source}: every training file is a validation file or a copy of one; give different files for training "
+            "and validation"
         )
-    if left_out:
-        names = ", ".join(sorted(map(str, left_out))[:3]) + ", ..." * (len(left_out) > 3)
-        warn_once(f"{source}: {len(left_out)} of {len(train)} files left out of training, used for validation: {names}")
-    return [file for file in train if file not in left_out]
+    if excluded:
+        names = ", ".join(sorted(map(str, excluded))[:3]) + ", ..." * (len(excluded) > 3)
+        warn_once(f"{source}: {len(excluded)} of {len(train)} training files excluded, used for validation: {names}")
+    return [file for file in train if file not in excluded]
 
 
 def copies(files: Collection[Path], originals: Collection[Path]) -> set[Path]:
-    """Return the files that are one of `originals` or have the same bytes; reads only files of equal size."""
-    places = set(map(place, originals))
-    same = {file for file in files if place(file) in places}
+    """Return the files that are, or have the same bytes as, one of `originals`; reads only files of equal size."""
+    ids = set(map(file_id, originals))
+    same = {file for file in files if file_id(file) in ids}
     others = [file for file in files if file not in same]
     sizes = {file.stat().st_size for file in others} & {file.stat().st_size for file in originals}
     digests = {sha256(file) for file in originals if file.stat().st_size in sizes}
@@ -53,16 +54,16 @@ def warn_of_repeats(train: np.ndarray, valid: np.ndarray, source: object) -> Non
     """Log a warning if many sampled passages of the validation tokens [M] occur in the training tokens [N]."""
     if (share := repeated_share(train, valid)) > MAX_SHARE:
         warn_once(
-            f"{source}: {share:.0%} of the sampled validation passages of {WINDOW} tokens are also in the training "
-            "text, so the validation loss rewards memorization; give another text as valid_path"
+            f"{source}: {share:.0%} of sampled validation passages ({WINDOW} tokens each) also occur in the training "
+            "text, so the validation loss rewards memorization; set valid_path to another text"
         )
 
 
 def repeated_share(train: np.ndarray, valid: np.ndarray) -> float:
     """Return the share of sampled validation passages that occur in the training text.
 
-    A sample is 2 * WINDOW - 1 tokens and counts if one of its windows equals a window at a multiple of WINDOW in
-    `train`. Of more than PIECE * MAX_PIECES training tokens, evenly spaced pieces are searched.
+    Training windows start at multiples of WINDOW. A sample has 2 * WINDOW - 1 tokens: a copy of such a passage contains
+    one whole training window, wherever it starts. In long texts evenly spaced pieces are searched.
     """
     n_starts = len(valid) - 2 * WINDOW + 2
     if n_starts < 1:
@@ -84,7 +85,7 @@ def repeated_share(train: np.ndarray, valid: np.ndarray) -> float:
 
 
 def hash_windows(windows: np.ndarray) -> np.ndarray:
-    """Tokens [N, WINDOW] of any integer type -> uint64 [N]."""
+    """Hash tokens [N, WINDOW] of any integer type to uint64 [N]."""
     words = np.ascontiguousarray(windows).view(np.uint64)
     factors = np.random.default_rng(0).integers(0, 2**64, words.shape[1], np.uint64) | np.uint64(1)
     return words @ factors

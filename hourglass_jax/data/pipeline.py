@@ -1,8 +1,8 @@
-"""Batches as functions of (seed, step), so that a resumed run needs nothing but its step.
+"""Batches as pure functions of (seed, step), so that resuming requires only the step.
 
-A batch is a pair: tokens int32 [B, L + 1] and weights float32 [B, L], the weight of predicting token t + 1
-at position t. A text is an array [N] of any integer type, a memory-mapped file too: only what a batch needs is
-read of it. Grain prefetches the batches.
+A batch is a pair: tokens int32 [B, L + 1] and weights float32 [B, L], the loss weight of predicting token t + 1 at
+position t. A text is an array [N] of any integer type; of a memory-mapped file only the tokens of a batch are read.
+Grain prefetches the batches.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from hourglass_jax.ranges import check_range
 from hourglass_jax.run_config import DataConfig
 
 Batch = tuple[np.ndarray, np.ndarray]
-Rows = slice | np.ndarray  # of a global batch: a slice, or row numbers int [R]
+Rows = slice | np.ndarray  # of a global batch: a slice, or row indices int [R]
 
 
 class BatchAt(Protocol):
+    """A function from a step to its batch."""
+
     def __call__(self, step: int, rows: Rows = slice(None)) -> Batch:
-        """The given rows of the batch of `step`; the others are not read, so each host can ask for its own."""
+        """Return rows of the batch of `step`. Other rows are not read, so each host reads only its own."""
 
 
 def training_batches(tokens: np.ndarray, config: DataConfig, seed: int) -> BatchAt:
-    """Windows of a text in the order `config.order`."""
+    """Return batches of windows of a text, in the order `config.order`."""
     windows = {"random": random_windows, "epochs": shuffled_windows}[config.order]
     return windows(tokens, config.block_size, config.batch_size, seed)
 
 
 def random_windows(tokens: np.ndarray, block_size: int, batch_size: int, seed: int) -> BatchAt:
-    """Windows of block_size + 1 tokens that start anywhere."""
+    """Return batches of windows of block_size + 1 tokens, which start at random positions."""
 
     def batch_at(step: int, rows: Rows = slice(None)) -> Batch:
         rng = np.random.default_rng((seed, step))
@@ -43,9 +45,9 @@ def random_windows(tokens: np.ndarray, block_size: int, batch_size: int, seed: i
 
 
 def shuffled_windows(tokens: np.ndarray, block_size: int, batch_size: int, seed: int) -> BatchAt:
-    """Consecutive windows of block_size predictions, each once an epoch, every epoch in another order.
+    """Return batches of consecutive windows of block_size predictions, reshuffled each epoch.
 
-    Fewer than block_size predictions at the end of the text are left out.
+    An incomplete window at the end of the text is dropped.
     """
     order = shuffled_order((len(tokens) - 1) // block_size, seed)
 
@@ -57,7 +59,7 @@ def shuffled_windows(tokens: np.ndarray, block_size: int, batch_size: int, seed:
 
 
 def shuffled_examples(examples: Batch, batch_size: int, seed: int) -> BatchAt:
-    """Rows of `examples`, each once an epoch, every epoch in another order."""
+    """Return batches of rows of `examples`, reshuffled each epoch."""
     tokens, weights = examples
     order = shuffled_order(len(tokens), seed)
 
@@ -69,11 +71,11 @@ def shuffled_examples(examples: Batch, batch_size: int, seed: int) -> BatchAt:
 
 
 def shuffled_order(n_items: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Positions int [R] -> the items that stand there; n_items positions are an epoch and hold each item once.
+    """Return a function from positions int [R] to item indices; each epoch of n_items positions is a permutation.
 
-    No permutation is stored: memory and the time of a position do not depend on n_items.
+    Permutations are computed, not stored: time and memory do not depend on n_items.
     """
-    # Grain shuffles epoch e by seed + e: without hashing, neighbouring seeds would share all but one of their orders.
+    # Grain shuffles epoch e with seed + e. Unhashed, seeds 0 and 1 would share all orders but one.
     [hashed] = np.random.SeedSequence(seed).generate_state(1).tolist()
     order = grain.MapDataset.range(n_items).shuffle(seed=hashed).repeat()
     return lambda positions: np.fromiter((order[i] for i in positions.tolist()), np.int64, len(positions))
@@ -85,9 +87,9 @@ def _full_windows(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> Ba
 
 
 def pack_examples(sequences: Sequence[np.ndarray], loss_from: Sequence[int], pad_id: int) -> Batch:
-    """Pads sequences on the right to one batch; the loss counts from token `loss_from[i]` to the sequence's end.
+    """Pad sequences on the right to one batch. The loss covers token `loss_from[i]` to the end of sequence i.
 
-    Padding carries no loss, and later positions cannot reach earlier ones, so it changes nothing.
+    In a causal model padding on the right does not affect other positions.
     """
     length = max(map(len, sequences))
     tokens = np.full((len(sequences), length), pad_id, np.int32)
@@ -99,7 +101,7 @@ def pack_examples(sequences: Sequence[np.ndarray], loss_from: Sequence[int], pad
 
 
 class LazyBatches(Sequence[Batch]):
-    """A sequence of batches, each made when it is asked for; a slice of it is one too."""
+    """A sequence of batches, each computed on access; slices are lazy, too."""
 
     def __init__(self, batch_at: Callable[[int], Batch], steps: Sequence[int]):
         self._batch_at = batch_at
@@ -119,7 +121,7 @@ class LazyBatches(Sequence[Batch]):
 
 
 def all_examples(examples: Batch, batch_size: int) -> LazyBatches:
-    """All rows of `examples` once, in their order; the last batch may be smaller."""
+    """Return all rows of `examples` once, in order; the last batch may be smaller."""
 
     def batch_at(step: int) -> Batch:
         tokens, weights = (part[step * batch_size : (step + 1) * batch_size] for part in examples)
@@ -129,21 +131,23 @@ def all_examples(examples: Batch, batch_size: int) -> LazyBatches:
 
 
 def evenly_spaced(batches: Sequence[Batch], n: int) -> LazyBatches:
-    """`n` of the batches, each from the middle of one of `n` equal stretches; all of them where there are no more."""
+    """Return `n` of the batches, from the middle of `n` equal parts; all of them if there are fewer."""
     n = min(n, len(batches))
     return LazyBatches(batches.__getitem__, [(2 * i + 1) * len(batches) // (2 * n) for i in range(n)])
 
 
 def consecutive_windows(tokens: np.ndarray, block_size: int, batch_size: int) -> LazyBatches:
-    """The whole text once, in windows of at most block_size predictions without context before them."""
+    """Return the whole text once, in windows of at most block_size predictions without earlier context."""
     return sliding_windows(tokens, block_size, block_size, batch_size)
 
 
 def sliding_windows(tokens: np.ndarray, window: int, step: int, batch_size: int) -> LazyBatches:
-    """The whole text once, in windows of at most `window` predictions that start every `step` tokens.
+    """Return the whole text in windows of at most `window` predictions, which start every `step` tokens.
 
-    Each window carries weight for what the ones before it do not predict: the first for all of it, the others for
-    their last `step` predictions, fewer at the end of the text. Raises UsageError for a step beyond the window.
+    Each prediction has weight 1 in the first window that contains it, and 0 in later ones. So predictions after the
+    first window have at least `window - step` tokens of context.
+
+    Raises UsageError if the step is larger than the window.
     """
     check_range("window", window, 1)
     check_range("step", step, 1, window)
@@ -161,6 +165,6 @@ def sliding_windows(tokens: np.ndarray, window: int, step: int, batch_size: int)
 
 
 def stream(batch_at: BatchAt, start: int, stop: int, rows: Rows = slice(None)) -> Iterator[Batch]:
-    """The batches of steps start .. stop - 1, of each the given rows, prepared ahead in a background thread."""
+    """Iterate over the batches of steps start .. stop - 1, limited to `rows` and prefetched in background threads."""
     steps = grain.MapDataset.range(start, stop).map(lambda step: batch_at(step, rows))
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))

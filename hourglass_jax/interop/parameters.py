@@ -1,6 +1,6 @@
-"""A model's parameters as flat dotted names, e.g. `hourglass.inner.pre.layers.attention.query.kernel`.
+"""Parameters of a model by dotted names, such as `hourglass.inner.pre.layers.attention.query.kernel`.
 
-The layers of a stack lie along the first axis; kernels are [in, out].
+The first axis of an array in a stack is the layer; kernels are [in, out].
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from hourglass_jax.model import HourglassLM
 
 
 def named_parameters(model: HourglassLM) -> dict[str, np.ndarray]:
+    """Return the parameters of a model by name."""
     return {name: np.asarray(leaf[...]) for name, leaf in _named(nnx.state(model, nnx.Param)).items()}
 
 
 def build_model(
     config: HourglassConfig, tensors: Mapping[str, np.ndarray], source: object, *, add_biases: bool = False
 ) -> HourglassLM:
-    """The model with these parameters, in evaluation mode; `source` is named in errors.
+    """Build a model with these parameters, in evaluation mode. `source` is named in errors.
 
-    With `add_biases`, a kind of bias of which there is none, e.g. `feed_forward.up.bias`, is zero in all layers.
-    Raises UsageError for tensors that are missing, left over, or of another shape or type.
+    add_biases: sets biases to zero if no layer has them.
+
+    Raises UsageError for missing and unknown tensors, and for other shapes and types.
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))
     expected = _named(state)
@@ -37,7 +39,7 @@ def build_model(
     if missing := expected.keys() - tensors.keys():
         raise UsageError(f"{source}: lacks {listed(missing)}")
     if unknown := tensors.keys() - expected.keys():
-        raise UsageError(f"{source}: holds what the model has no place for: {listed(unknown)}")
+        raise UsageError(f"{source}: has unknown parameters: {listed(unknown)}")
     for name, leaf in expected.items():
         found = tensors[name]
         if (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
@@ -49,13 +51,14 @@ def build_model(
 
 
 def listed(names: Iterable[str], at_most: int = 4) -> str:
-    """The first names in order, and how many more there are."""
+    """Join the first names in alphabetical order, and the number of others."""
     names = sorted(names)
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return ", ".join(names[:at_most]) + more
 
 
 def _kind(name: str) -> str:
+    """Return the name within a layer, such as `feed_forward.up.bias`."""
     return ".".join(name.split(".")[-3:])
 
 

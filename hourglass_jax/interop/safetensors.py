@@ -1,8 +1,8 @@
-"""Models as safetensors: a directory to share, without code to run and without a training's state.
+"""Save and load models as a directory with safetensors, without optimizer state and executable code.
 
-model.safetensors   parameters, named as in `interop.parameters`
-config.json         as of a run directory: format version, model configuration, tokenizer; no settings
-vocab.json          characters and their tokens (character models)
+model.safetensors   parameters by the names of `interop.parameters`
+config.json         format version, model configuration, tokenizer
+vocab.json          tokens of characters (character models)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WEIGHTS = "model.safetensors"
 def save(directory: str | Path, model: HourglassLM, tokenizer: Tokenizer | None = None) -> None:
     """Write a model and its tokenizer to a new directory, which `load` reads: parameters, configuration, vocabulary.
 
-    tokenizer: None for a model of bare tokens.
+    tokenizer: None for a model without one.
 
     Raises UsageError unless `directory` is empty or absent, and for a tokenizer of another size than the model's.
     """
@@ -34,31 +34,31 @@ def save(directory: str | Path, model: HourglassLM, tokenizer: Tokenizer | None 
         check_tokenizer(tokenizer, model.config)
     with whole_directory(Path(directory)) as temporary:
         save_file(named_parameters(model), temporary / WEIGHTS, metadata={"format": "flax"})
-        (temporary / WEIGHTS).chmod(0o644)  # it is to be shared
+        (temporary / WEIGHTS).chmod(0o644)  # save_file makes it private
         Run(temporary).write(Record(model.config, tokenizer, settings={}, history=[]))
 
 
 def export_safetensors(model: HourglassLM, tokenizer: Tokenizer, directory: str | Path) -> None:
-    """As `save`, but raises UsageError where there is no tokenizer."""
+    """Save a model and its tokenizer, which is required; see `save`."""
     if tokenizer is None:
-        raise UsageError("tokenizer is None, as of a run of bare tokens; give one, such as hg.ByteTokenizer()")
+        raise UsageError("tokenizer is None; give a tokenizer, such as hg.ByteTokenizer()")
     save(directory, model, tokenizer)
 
 
 def import_safetensors(directory: str | Path) -> tuple[HourglassLM, Tokenizer, HourglassConfig]:
-    """What `export_safetensors` wrote -> (model, tokenizer, config), bit for bit.
+    """Load what `export_safetensors` saved -> (model, tokenizer, config); parameters are bit-identical.
 
-    Raises UsageError where files or tensors are missing, damaged, left over, or do not fit the configuration.
+    Raises UsageError for missing and damaged files, and for tensors that do not match the configuration.
     """
     run = Run(directory)
     config, tokenizer, _, _ = run.read()
     path = run.directory / WEIGHTS
     if tokenizer is None:
-        raise UsageError(f"{run}: says nothing of its tokens; give a directory that was exported as safetensors")
+        raise UsageError(f"{run}: has no tokenizer; give a directory that export_safetensors saved")
     if not path.is_file():
-        raise UsageError(f"{path}: no such file; give a directory that was exported as safetensors")
+        raise UsageError(f"{path}: no such file; give a directory that export_safetensors saved")
     try:
         tensors = load_file(path)
-    except Exception as error:  # of many kinds, as the damage
+    except Exception as error:  # damaged files raise many types
         raise UsageError(f"{path}: not a safetensors file, or damaged ({error})") from error
     return build_model(config, tensors, path), tokenizer, config

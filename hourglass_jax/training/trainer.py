@@ -19,11 +19,10 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from hourglass_jax.costs import training_flops
-from hourglass_jax.data.mapped import FileChanged
+from hourglass_jax.data.files import FileChanged
 from hourglass_jax.data.pipeline import Batch, BatchAt, evenly_spaced, stream
 from hourglass_jax.errors import UsageError
 from hourglass_jax.evaluation import Evaluation, evaluate_batches, mean_evaluation
-from hourglass_jax.factors import at_shorten_factor, drawn_factor
 from hourglass_jax.files import optional_output
 from hourglass_jax.memory import release_memory
 from hourglass_jax.model import HourglassLM
@@ -45,6 +44,7 @@ from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimi
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Interrupted, Signals
 from hourglass_jax.training.step import TrainState, first_state, make_train_step
+from hourglass_jax.transfer import at_shorten_factor, drawn_factor
 
 LOG_INTERVAL = 10  # steps between records of the training loss
 
