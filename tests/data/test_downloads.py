@@ -163,6 +163,7 @@ downloads.CORPORA["enwik8"] = downloads.Corpus("{url}", 0, "")
 """
 
 
+@pytest.mark.launchers
 def test_ctrl_c_in_a_launcher_s_download_is_one_line_and_leaves_nothing(serve, tmp_path):
     asked, answer = threading.Event(), threading.Event()
 

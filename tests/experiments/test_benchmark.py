@@ -44,7 +44,6 @@ def test_every_attention_is_checked_before_anything_is_timed():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_rows_of_each_kind_are_measured_and_shown(monkeypatch):
     monkeypatch.setattr(accelerator, "WINDOWS", (0,))
     monkeypatch.setattr("experiments.benchmarks.accelerator.matmul_ceiling", lambda dtype: 1e9)
@@ -61,7 +60,6 @@ def test_rows_of_each_kind_are_measured_and_shown(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_a_wrong_kernel_does_not_pass(monkeypatch):
     monkeypatch.setattr(accelerator, "WINDOWS", (0,))
     right = IMPLEMENTATIONS["blocked"]

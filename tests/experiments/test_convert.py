@@ -13,7 +13,7 @@ from hourglass_jax.interop import export_safetensors, import_safetensors
 from hourglass_jax.interop.parameters import named_parameters
 
 torch = pytest.importorskip("torch")
-from test_interop import TOKENS, Malicious, original  # noqa: E402
+from original_torch import TOKENS, Malicious, original  # noqa: E402
 
 
 def succeed(script, *flags, cwd):

@@ -87,7 +87,7 @@ def train_in_one_go(leg, directory):
 
 
 @pytest.mark.slow
-def test_a_branch_is_the_uninterrupted_run_of_its_length(home, quick_compile, monkeypatch):
+def test_a_branch_is_the_uninterrupted_run_of_its_length(home, monkeypatch):
     monkeypatch.chdir(home)
     legs = home / BASE / "0@1_1@2_1@1-average-repeat" / "seed0"
     train_in_one_go(legs / "960-decayed", home / "whole")

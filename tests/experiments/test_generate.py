@@ -22,7 +22,6 @@ from hourglass_jax.training.checkpoints import CheckpointStore
 from hourglass_jax.training.run import Record, Run
 from hourglass_jax.training.signals import Signals
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 CHARACTERS, BYTES, OLD_BYTES = (
     hg.CharTokenizer.from_text(string.ascii_lowercase + " \n."),
     hg.ByteTokenizer(),

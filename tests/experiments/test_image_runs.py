@@ -107,7 +107,7 @@ def test_a_grid_has_rows_of_eight_from_each_group_in_turn(tmp_path):
     assert (tiles[2:, 1:] == 255).all()
 
 
-def test_completions_keep_the_top_half_and_learned_positions_suffice(quick_compile):
+def test_completions_keep_the_top_half_and_learned_positions_suffice():
     tokenizer = ImageTokenizer((3, 2, 3))
     model = make_model(small_config(vocab_size=257, positions="learned", max_length=tokenizer.n_tokens + 1))
     images = np.random.default_rng(0).integers(0, 256, (3, 3, 2, 3), np.uint8)

@@ -31,7 +31,7 @@ def test_models_are_of_equal_depth_and_equal_flops(scale):
 
 
 @pytest.mark.slow
-def test_what_is_measured_is_kept_and_drawn(tmp_path, monkeypatch, quick_compile):
+def test_what_is_measured_is_kept_and_drawn(tmp_path, monkeypatch):
     setup = find_setup("enwik8", "micro")
     model = setup.model | {"d_model": 16, "n_heads": 2, "d_ff": 32}
     setup = replace(setup, model=model, data=replace(setup.data, block_size=24))

@@ -2,15 +2,14 @@
 
 import re
 import runpy
-from pathlib import Path
 
 import pytest
+from launching import ROOT
 
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
-ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ABLATIONS = ROOT / "experiments" / "results" / "ablations"
 MAX_BYTES = 600_000

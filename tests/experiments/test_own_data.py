@@ -283,7 +283,6 @@ def test_bad_input_gets_one_line(home, tmp_path, command, words):
     assert line.startswith(f"{script}.py: error: ") and words in line, line
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("change", ["shortened", "overwritten", "replaced"])
 def test_a_text_changed_in_place_ends_training_with_its_last_step_saved(tmp_path, change):
     """A text that is replaced by rename changes nothing."""

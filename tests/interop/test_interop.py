@@ -13,25 +13,10 @@ from hourglass_jax.interop import from_original, from_pypi
 from hourglass_jax.interop.parameters import build_model, named_parameters
 
 torch = pytest.importorskip("torch")
-from original_torch import HourglassLM as OriginalLM  # noqa: E402
+from original_torch import LENGTH, TOKENS, Malicious, original, randomize  # noqa: E402
 
-TOKENS = ["<EOS>", "<UNK>", "<BOS>", *"abcdefg\n"]
-LENGTH = 24  # of the longest sequence, a multiple of all total factors
 TEXT = np.random.default_rng(0).integers(0, len(TOKENS), (2, LENGTH))
 TWO_LEVELS, THREE_LEVELS = [2, 1, 1, 3], [1, 1, 2, 2, 1, 3]
-
-
-def randomize(model, seed=0):
-    """Large weights, so that no path is too faint to test."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.2, generator=generator)
-    return model.eval()
-
-
-def original(factors, *, vocab_size=11, bias=False):
-    return randomize(OriginalLM(vocab_size, 16, 3, LENGTH, factors, bias))  # heads of 5: 3 does not divide 16
 
 
 def logits(torch_model, tokens):
@@ -51,7 +36,6 @@ def same_parameters(a, b):
     return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(
     "factors, hierarchy", [([2, 1], "2@1"), (TWO_LEVELS, "2@1 1@3 2@1"), (THREE_LEVELS, "1@1 2@2 1@6 2@2 1@1")]
 )
@@ -72,7 +56,6 @@ def test_the_original_changes_its_mind_about_an_incomplete_group():
     assert np.abs(logits(theirs, TEXT)[:, 4] - logits(theirs, TEXT[:, :5])[:, 4]).max() > 1e-2
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_a_shift_as_in_the_paper_would_give_other_logits(tmp_path):
     theirs = original(TWO_LEVELS)
     model, _ = convert(tmp_path, theirs.state_dict())
@@ -80,7 +63,6 @@ def test_a_shift_as_in_the_paper_would_give_other_logits(tmp_path):
     assert np.abs(forward(wrong, TEXT) - logits(theirs, TEXT)).max() > 1e-2
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_biases_of_queries_keys_and_values(tmp_path):
     theirs = original(TWO_LEVELS, bias=True)
     model, _ = convert(tmp_path, theirs.state_dict())
@@ -229,14 +211,6 @@ def test_parameters_and_other_hyperparameters_are_read_as_well(tmp_path):
     np.testing.assert_allclose(forward(converted, TEXT % 11), logits(model, TEXT % 11), atol=1e-4)
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 def test_a_file_runs_no_code_and_a_damaged_one_is_refused(tmp_path):
     path, trace = tmp_path / "model.pth", tmp_path / "trace"
     torch.save({"state_dict": {"a": torch.zeros(2)}, "rest": Malicious(trace)}, path)
@@ -271,7 +245,6 @@ def convert_peer(tmp_path, model, **options):
     return from_pypi(tmp_path / "model.pth", **({"n_heads": 3} | options))
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(
     "depth, shorten_factor, method, hierarchy",
     [
@@ -289,7 +262,6 @@ def test_logits_of_the_pypi_package(tmp_path, depth, shorten_factor, method, hie
         np.testing.assert_allclose(forward(model, TEXT[:, :length]), logits(theirs, TEXT[:, :length]), atol=1e-5)
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("method", ["naive", pytest.param("linear", marks=pytest.mark.slow)])
 def test_logits_of_the_pypi_package_where_it_is_not_causal(tmp_path, method):
     """With a mask token beside its own, which is never predicted; a last group that is not whole included."""
@@ -303,7 +275,6 @@ def test_logits_of_the_pypi_package_where_it_is_not_causal(tmp_path, method):
     assert np.abs(forward(causal, TEXT[:, :13]) - expected).max() > 1e-2
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_gelu_in_its_tanh_form_would_give_other_logits(tmp_path):
     theirs = peer(2, None)
     model, _ = convert_peer(tmp_path, theirs)

@@ -16,7 +16,6 @@ from hourglass_jax.pretrained import CARD, SHIPPED, pretrained_names, save_pretr
 from hourglass_jax.training.checkpoints import CheckpointStore
 from hourglass_jax.training.run import Record
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIG = small_config(vocab_size=258, hierarchy="1@1 1@2 1@1")
 TOKENS = hg.ByteTokenizer().encode("an old pond")[None]
 SETTINGS = {"data": {"path": "/home/someone/books/,/data/b.txt"}, "format": "prompt"}
@@ -146,6 +145,7 @@ def test_no_setting_says_where_it_was_made(weights):
     assert settings == {"data": {"path": "books,b.txt"}, "format": "prompt"}
 
 
+@pytest.mark.launchers
 def test_a_run_becomes_a_model_of_the_package(tmp_path):
     store = CheckpointStore(tmp_path / "run")
     hg.Run(tmp_path / "run").write(Record(CONFIG, hg.ByteTokenizer(), {"data": {"path": "a"}}, []))
@@ -165,6 +165,7 @@ def test_a_run_becomes_a_model_of_the_package(tmp_path):
     assert all((before[name] == after[name]).all() for name in before)
 
 
+@pytest.mark.launchers
 def test_a_haiku_is_written_from_its_first_line(tmp_path):
     result = run_forked("generate", "--pretrained=haiku", "--prompt=an old silent pond", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -172,6 +173,7 @@ def test_a_haiku_is_written_from_its_first_line(tmp_path):
     assert first == "an old silent pond" and 1 <= len(more) <= 3 and all(more)
 
 
+@pytest.mark.launchers
 @pytest.mark.parametrize(
     "script, flags, message",
     [

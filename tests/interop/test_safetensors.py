@@ -30,7 +30,6 @@ def test_every_method_comes_back_bit_for_bit(tmp_path, shortening, upsampling):
 
 
 @pytest.mark.core
-@pytest.mark.usefixtures("quick_compile")
 def test_the_logits_are_the_same(tmp_path):
     model = make_model(small_config(vocab_size=258, positions="learned", norm="final"))
     export_safetensors(model, hg.ByteTokenizer(), tmp_path / "shared")

@@ -10,8 +10,6 @@ from flax import nnx
 from hourglass_jax.nn.attention.choice import choose
 from hourglass_jax.nn.platform import n_devices, on_one_cpu, platform
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 11, (3, 9)))
 
 

@@ -26,8 +26,6 @@ from hourglass_jax.nn.attention.plain import plain_attention
 from hourglass_jax.training.trainer import fit
 from hourglass_jax.vocabulary import extend_vocabulary
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 GROUPS, BATCH, HEADS, SIZE = 5, 4, 2, 3
 masked_forward = nnx.jit(lambda model, tokens, mask: model(tokens, mask=mask))
 
@@ -294,6 +292,7 @@ def test_costs_and_summary_count_both_sides(shortening, upsampling, positions):
     assert "both ways" in text and "blocked" in text
 
 
+@pytest.mark.launchers
 @pytest.mark.slow
 def test_launchers_train_it_and_evaluate_what_is_masked(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 40)

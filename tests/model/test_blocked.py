@@ -10,8 +10,6 @@ from hourglass_jax.nn.attention.blocked import blocked_attention
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern
 from hourglass_jax.nn.attention.plain import plain_attention
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 GROUPS, BATCH, HEADS, SIZE = 5, 4, 2, 3
 SLOTS = [(1, 1), (1, 3), (3, 1)]  # self-attention, shortening, upsampling
 

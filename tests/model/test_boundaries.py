@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import forward, make_model, run_cached, small_config
+from conftest import event_config, forward, make_model, run_cached, small_config, tokens_of
 from launching import run_forked
 
 import hourglass_jax as hg
@@ -20,17 +20,7 @@ from hourglass_jax.nn.boundaries import SPACELIKE, WHITESPACE, Boundaries
 from hourglass_jax.registry import BOUNDARIES
 from hourglass_jax.tokenizers import boundary_tokens
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 KEY = jax.random.key(0)
-
-
-def event_config(**options):
-    defaults = {"boundaries": "whitespace", "boundary_tokens": (0, 1, 2), "shortening": "average"}
-    return small_config(**(defaults | {"upsampling": "repeat"} | options))
-
-
-def tokens_of(shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 11, shape)
 
 
 # Where events fire
@@ -346,6 +336,7 @@ TINY = ["--hierarchy=1@1 1@3 1@1", "--d_model=16", "--n_heads=2", "--d_ff=16", "
 TINY += ["--steps=2", "--data_path=text.txt", "--shortening=average", "--upsampling=repeat"]
 
 
+@pytest.mark.launchers
 @pytest.mark.slow
 def test_launchers_train_and_generate_with_them(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 20)
@@ -377,6 +368,7 @@ def test_launchers_train_and_generate_with_them(tmp_path):
     assert not list(tmp_path.glob("none*"))
 
 
+@pytest.mark.launchers
 @pytest.mark.parametrize(
     "text, options, line",
     [

@@ -10,8 +10,6 @@ from flax import nnx
 from hourglass_jax.decoding import AlignedPrompts
 from hourglass_jax.nn.transformer import Block
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def largest_difference(model, length=None):
     """Between cached and full logits, over rows with prompts of 0 to 2K + 1 tokens, relative to the largest logit."""

@@ -17,7 +17,6 @@ def tokens(length):
     return np.random.default_rng(1).integers(0, 11, length)
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
 def test_predictions_see_all_of_the_past_and_nothing_of_the_future(shortening, upsampling, positions):
     model = grid_model(NESTED, shortening, upsampling, positions)
@@ -29,7 +28,6 @@ def test_predictions_see_all_of_the_past_and_nothing_of_the_future(shortening, u
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
 @pytest.mark.parametrize("hierarchy", [*HIERARCHIES, "2@1 1@3 0@1", "1@1 2@4 1@1"])
 @pytest.mark.parametrize("length", [5, 16, 19])
@@ -38,7 +36,6 @@ def test_the_future_stays_hidden_on_the_whole_grid(length, hierarchy, shortening
     assert not np.triu(influence(model, tokens(length)), k=1).any()
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
 def test_a_shift_of_k_minus_2_leaks_and_is_found(shortening, upsampling, positions):
     model = grid_model("0@1 1@3 0@1", shortening, upsampling, positions)
@@ -48,7 +45,6 @@ def test_a_shift_of_k_minus_2_leaks_and_is_found(shortening, upsampling, positio
 
 
 @pytest.mark.core
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("level", [0, 1])
 def test_a_leak_at_any_level_is_found(level):
     model = make_model(small_config(hierarchy="0@1 1@3 1@9 0@3 0@1"))

@@ -38,7 +38,6 @@ def abstract(config):
     return nnx.split(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("hierarchy", [pytest.param("6@1", marks=pytest.mark.slow), "2@1 1@2 4@4 1@2 2@1"])
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
 def test_decoding_flops_of_all_levels_are_those_of_the_program(hierarchy, shortening, upsampling, positions):

@@ -10,7 +10,6 @@ import hourglass_jax as hg
 from hourglass_jax import decoding
 from hourglass_jax.sampling import Sampler, row_keys
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 KEY = jax.random.key(0)
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 1, 2]]
 

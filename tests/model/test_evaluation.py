@@ -9,7 +9,6 @@ import hourglass_jax as hg
 from hourglass_jax.data.pipeline import sliding_windows
 from hourglass_jax.evaluation import accuracy, evaluate_batches
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 # Texts longer and shorter than a window, with and without a shorter last step, one token more and less than fits.
 SIZES = [(50, 12, 5), (53, 12, 12), (13, 12, 3), (14, 12, 3), (7, 12, 4), (2, 12, 1), (29, 8, 1)]
 

@@ -4,17 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import forward, make_model
+from conftest import event_config, forward, learned_config, make_model, tokens_of
 from flax import nnx
-from test_boundaries import ATTENTION, LooksAhead, event_config, largest_difference, tokens_of
-from test_learned import learned_config
+from test_boundaries import ATTENTION, LooksAhead, largest_difference
 
 from hourglass_jax.cuts import boundaries_of_rows, count_groups
 from hourglass_jax.model import Hourglass
 from hourglass_jax.nn.boundaries import Boundaries
 from hourglass_jax.registry import BOUNDARIES
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def check_events_follow_their_past(model, length=24):

@@ -40,7 +40,6 @@ def test_a_method_is_known_once_it_is_registered():
         small_config(shortening="gate")
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("shortening", ["gated", "attention_gated"])
 def test_it_sees_no_future_and_decodes_as_it_reads(shortening):
     model = make_model(small_config(hierarchy="0@1 1@3 0@1", shortening=shortening, upsampling="repeat"))
@@ -55,7 +54,6 @@ def test_it_sees_no_future_and_decodes_as_it_reads(shortening):
         np.testing.assert_array_equal(new, likeliest[len(prompt) - 1 : len(prompt) + 7])
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_its_weights_are_trained(gated):
     model = make_model(small_config(hierarchy="1@1 0@2 0@1", shortening="gated", upsampling="repeat"), scale=1)
     assert isinstance(model.hourglass.shorten, gated)
@@ -107,6 +105,7 @@ TINY = ["--hierarchy=1@1 1@2 1@1", "--d_model=16", "--n_heads=2", "--d_ff=16", "
 TINY += ["--steps=2", "--data_path=text.txt", "--shortening=gated"]
 
 
+@pytest.mark.launchers
 @pytest.mark.slow
 def test_launchers_take_it_as_a_plugin(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 20)
@@ -134,6 +133,7 @@ SHORTENINGS["gated"] = Reversed
 """
 
 
+@pytest.mark.launchers
 def test_a_method_that_sees_the_future_is_one_line(tmp_path):
     (tmp_path / "text.txt").write_text("a text to train on. " * 40)
     (tmp_path / "leaky.py").write_text(LEAKY)
@@ -176,11 +176,13 @@ def test_a_method_that_returns_another_shape_is_one_line(monkeypatch, method, wo
         make_model(config)(np.zeros((2, 9), int))
 
 
+@pytest.mark.launchers
 def test_help_shows_the_shared_flags(tmp_path):
     shown = run_forked("pretrain", "--help", cwd=tmp_path).stdout
     assert all(f"--{flag}:" in shown for flag in ("plugin", "hierarchy", "out"))
 
 
+@pytest.mark.launchers
 @pytest.mark.parametrize(
     "plugin, words",
     [

@@ -16,8 +16,6 @@ from hourglass_jax.nn.attention.pattern import Inputs, Pattern
 from hourglass_jax.nn.attention.plain import plain_attention
 from hourglass_jax.nn.attention.tiles import Plan, Tile
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def make_inputs(pattern, groups, relative, batch=2, heads=2, size=6):
     rng, lags = np.random.default_rng(0), min(groups, pattern.window or groups)

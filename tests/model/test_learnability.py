@@ -82,7 +82,6 @@ def recalled(boundaries, listed):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_groups_that_end_with_a_word_recall_it_and_those_of_a_fixed_length_do_not():
     assert recalled("tokens", (AGAIN, NEW)) > 0.95
     assert recalled("fixed", ()) < 0.8

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_model, small_config
+from conftest import learned_config, make_model, tokens_of
 from flax import nnx
-from test_boundaries import largest_difference, tokens_of
+from test_boundaries import largest_difference
 
 import hourglass_jax as hg
 from hourglass_jax.nn.event_groups import Decision, EventGroups, OpenGroup
@@ -18,7 +18,6 @@ from hourglass_jax.nn.rates import boundary_terms
 from hourglass_jax.nn.resampling import SmoothUpsampling
 from hourglass_jax.registry import BOUNDARIES, UPSAMPLINGS
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 RNG = np.random.default_rng(0)
 B, L, G, D = 3, 17, 8, 16
 FIRES = RNG.random((B, L)) < 0.4
@@ -32,11 +31,6 @@ SERVED = np.cumsum(FIRES, axis=1) - 1
 def float64():
     with jax.enable_x64(True):
         yield
-
-
-def learned_config(boundaries="router", **options):
-    methods = {"shortening": "select", "upsampling": "smooth", "boundary_slack": 3.0}
-    return small_config(**(methods | {"boundaries": boundaries, "d_model": D} | options))
 
 
 def groups_of(fires, p):

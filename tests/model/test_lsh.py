@@ -17,7 +17,6 @@ from hourglass_jax.nn.attention.lsh import EVALUATION_SEED, LSHAttention, lsh_at
 from hourglass_jax.nn.positions import rotate
 from hourglass_jax.training.signals import Signals
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 LSH = {"token_attention": "lsh", "positions": "rotary", "lsh_chunk": 4}
 attend = jax.jit(lsh_attention, static_argnums=3)
 
@@ -128,6 +127,7 @@ def test_no_source_asks_it_for_a_sample(tmp_path):
         assert sample(make_model(config)).startswith("(none: token_attention='lsh' has no decoding")
 
 
+@pytest.mark.launchers
 def test_launchers_train_it_and_say_that_it_is_not_strictly_causal(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 20)
     flags = ["--hierarchy=1@1", "--d_model=16", "--n_heads=2", "--d_ff=16", "--block_size=24", "--batch_size=4"]

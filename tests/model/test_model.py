@@ -16,7 +16,6 @@ from hourglass_jax.nn import layers
 from hourglass_jax.nn.layers import random_bits
 
 PAPER = find_setup("enwik8", "paper")
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.mark.parametrize("initialization, width", [("normal", 0.02), ("xavier", (2 / (64 + 192)) ** 0.5)])

@@ -18,7 +18,6 @@ def largest_error(config):
         return np.abs(ours - oracle.logits(model, TOKENS)).max() / np.abs(ours).max()
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
 def test_every_method_equals_its_formula(shortening, upsampling, positions):
     config = small_config(
@@ -35,7 +34,6 @@ def test_every_method_equals_its_formula(shortening, upsampling, positions):
 ONE_AND_OTHERS = [pytest.param(h, marks=[pytest.mark.slow] * (h != HIERARCHIES[2])) for h in HIERARCHIES]
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("hierarchy", ONE_AND_OTHERS)
 @pytest.mark.parametrize(
     "options",
@@ -80,7 +78,6 @@ BLOCKS = [
 ]
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("positions, rows, segments", BLOCKS)
 def test_attention_does_not_depend_on_its_query_blocks(positions, rows, segments, monkeypatch):
     monkeypatch.setattr(blocked, "QUERY_ROWS", rows)

@@ -5,9 +5,9 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from launching import ROOT
 
 import hourglass_jax as hg
 
@@ -135,6 +135,7 @@ assert xla_bridge.backends_are_initialized()
 """
 
 
+@pytest.mark.launchers
 def test_the_import_prints_nothing_and_changes_nothing():
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PROBE]
@@ -142,7 +143,6 @@ def test_the_import_prints_nothing_and_changes_nothing():
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-ROOT = Path(__file__).parents[1]
 RESULTS = [
     path
     for directory in ("experiments/results", "hourglass_jax/weights")

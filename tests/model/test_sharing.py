@@ -18,7 +18,6 @@ from hourglass_jax import decoding
 from hourglass_jax.evaluation import accuracy
 from hourglass_jax.sampling import Sampler
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 KEY = jax.random.key(0)
 TEXT = np.random.default_rng(0).integers(0, 11, 40)
 N_THREADS = 8

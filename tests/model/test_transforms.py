@@ -14,7 +14,6 @@ from hourglass_jax.run_config import OptimizerConfig
 from hourglass_jax.training.optimizer import make_optimizer
 from hourglass_jax.training.step import first_state, make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 20)).astype(np.int32)
 
 

@@ -17,7 +17,7 @@ def small_model(tokenizer, **options):
     return make_model(small_config(vocab_size=tokenizer.vocab_size, **methods, **options))
 
 
-def test_old_logits_stay_and_new_ones_are_their_mean(quick_compile, tmp_path):
+def test_old_logits_stay_and_new_ones_are_their_mean(tmp_path):
     tokenizer = hg.CharTokenizer("abcde")  # with the specials as many as other sizes of the model
     model = small_model(tokenizer, norm="final", d_model=8, max_length=8)
     for change_mode in (model.train, model.eval):

@@ -13,8 +13,6 @@ from hourglass_jax.causality import influence
 from hourglass_jax.costs import Seen, cache_bytes, decoding_flops, forward_flops
 from hourglass_jax.nn.attention import Attention, blocked
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 WINDOWS = [1, 2, 5, 99]  # alone, no multiple of the factor 3, longer than the text
 CASES = [
     *((1, "relative"), (2, "rotary"), (5, "learned")),

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import run_forked
+from launching import FIXTURES, run_forked
 
 import hourglass_jax as hg
 
-FIXTURE = Path(__file__).parent / "fixtures" / "run-format-1.tar.xz"
+FIXTURE = FIXTURES / "run-format-1.tar.xz"
 HAIKU = Path(hg.__file__).parent / "data" / "haiku.txt"
 OPTIONS = """--data_path=text.txt --out=run --hierarchy=1@1_1@2_1@1 --d_model=8 --n_heads=2 --d_ff=16 --block_size=24
     --batch_size=4 --steps=10 --optimizer.weight_decay=0.1 --optimizer.clip_norm=1.0 --learning_rate=0.01
@@ -41,6 +41,7 @@ def earlier_run(tmp_path):
     return tmp_path
 
 
+@pytest.mark.launchers
 def test_an_earlier_run_resumes_with_the_recorded_loss(earlier_run):
     result = run_forked("pretrain", *(flag.replace("_1@", " 1@") for flag in OPTIONS.split()), cwd=earlier_run)
     assert result.returncode == 0, result.stderr

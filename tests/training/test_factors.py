@@ -61,7 +61,7 @@ def test_factors_are_drawn_evenly_by_seed_and_step():
 
 
 @pytest.mark.slow
-def test_training_draws_factors_compiles_each_once_and_evaluates_at_each(tmp_path, caplog, quick_compile):
+def test_training_draws_factors_compiles_each_once_and_evaluates_at_each(tmp_path, caplog):
     text = np.random.default_rng(0).integers(0, 11, 400).astype(np.int32)
     config = small_config(hierarchy="0@1 1@3 1@1", shortening="average", upsampling="repeat")
     validation = consecutive_windows(text, 12, 4)[:3]

@@ -18,7 +18,8 @@ FLAGS = ["--hierarchy=1@1 1@2 1@1", "--d_model=32", "--n_heads=2", "--d_ff=64", 
 FLAGS += ["--steps=200", "--train.eval_interval=100", "--optimizer.warmup_steps=5", "--data_path=text.txt", "--out=run"]
 FLAGS += ["--sample_interval=80", "--profile_steps=3:4"]
 
-pytestmark = pytest.mark.slow  # test_reliability.py has signals at every moment, in one process
+# test_reliability.py has signals at every moment, in one process.
+pytestmark = [pytest.mark.slow, pytest.mark.launchers]
 
 
 def test_a_run_that_is_killed_three_times_ends_as_one_that_is_not(tmp_path):

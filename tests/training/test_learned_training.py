@@ -7,11 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_model
+from conftest import learned_config, make_model, tokens_of
 from flax import nnx
 from launching import run
-from test_boundaries import tokens_of
-from test_learned import D, learned_config
 
 import hourglass_jax as hg
 from experiments.common.cuts import check_groups
@@ -20,8 +18,6 @@ from hourglass_jax.data.pipeline import consecutive_windows, random_windows
 from hourglass_jax.training import metrics, trainer
 from hourglass_jax.training.step import first_state, make_train_step
 from hourglass_jax.training.trainer import fit
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_what_is_reported_has_none_of_the_loss_of_boundaries_which_reach_their_rate():
@@ -157,12 +153,13 @@ def test_a_run_with_noise_goes_on_bit_for_bit(tmp_path):
 
 def test_parameters_and_products_of_boundaries_are_counted():
     options = {"hierarchy": "1@1 1@3 1@1", "shortening": "average", "d_ff": 32, "boundary_tokens": (0,)}
+    d_model = 16
     given, routed, predicted = (learned_config(name, **options) for name in ("whitespace", "router", "gumbel"))
-    assert count_parameters(routed) - count_parameters(given) == 2 * D**2
-    assert count_parameters(predicted) - count_parameters(given) == D * 32 + 32 + 32 + 1
+    assert count_parameters(routed) - count_parameters(given) == 2 * d_model**2
+    assert count_parameters(predicted) - count_parameters(given) == d_model * 32 + 32 + 32 + 1
     flops = [forward_flops(config, 48) for config in (given, routed, predicted)]
-    assert flops[1][1] - flops[0][1] == 48 * 2 * 2 * D**2 and flops[1][3] == flops[0][3]
-    assert flops[2][1] - flops[0][1] == pytest.approx(48 * 2 * (D * 32 + 32))
+    assert flops[1][1] - flops[0][1] == 48 * 2 * 2 * d_model**2 and flops[1][3] == flops[0][3]
+    assert flops[2][1] - flops[0][1] == pytest.approx(48 * 2 * (d_model * 32 + 32))
 
 
 def test_a_weight_below_0_is_refused():
@@ -170,6 +167,7 @@ def test_a_weight_below_0_is_refused():
         learned_config(boundary_weight=-1.0)
 
 
+@pytest.mark.launchers
 @pytest.mark.slow
 @pytest.mark.parametrize("boundaries", ["router", "gumbel", "entropy"])
 def test_launchers_train_and_generate_with_them(boundaries, tmp_path):

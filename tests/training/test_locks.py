@@ -8,8 +8,6 @@ import sys
 import pytest
 from test_run import train
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, code):
@@ -49,6 +47,7 @@ except hg.UsageError as error:
 """
 
 
+@pytest.mark.launchers
 def test_a_platform_without_fcntl_and_resource_trains_and_locks_by_msvcrt(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", WINDOWS]

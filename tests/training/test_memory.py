@@ -40,6 +40,7 @@ def faults(how, **environment):
     return kept == "True", int(n_pages)
 
 
+@pytest.mark.launchers
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux's C library")
 def test_kept_memory_is_not_fetched_again():
     not_kept, n_not_kept = faults("")
@@ -48,6 +49,7 @@ def test_kept_memory_is_not_fetched_again():
     assert any(kept and n_kept < 1000 for kept, n_kept in tries)
 
 
+@pytest.mark.launchers
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux's C library")
 def test_the_user_s_own_settings_stay():
     assert faults("keep", MALLOC_ARENA_MAX="2")[0] is False

@@ -31,14 +31,6 @@ CONFIG = light_config(dropout=0.1)
 BATCHES = random_windows(TOKENS, 16, 8, seed=0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compile():
-    """For the whole module: to be the same bit for bit, runs must be compiled alike."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def train(directory, batch_at=BATCHES, *, steps=20, learning_rate=1e-2, signals=None, sample=None, **runtime):
     run = hg.Run(directory)
     run.start(CONFIG, hg.CharTokenizer("abcdefgh"))

@@ -24,7 +24,6 @@ from hourglass_jax.training.identity import differences, identity
 from hourglass_jax.training.run import RunBusy
 from hourglass_jax.training.trainer import fit
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 TOKENS = np.tile(np.arange(3, 11), 300).astype(np.int32)
 CONFIG = light_config()
 TOKENIZER = hg.CharTokenizer("abcdefgh")
@@ -120,6 +119,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.launchers
 def test_one_process_trains_in_a_directory_and_its_lock_ends_with_it(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as other:
@@ -141,6 +141,7 @@ def test_an_error_does_not_lock_its_own_process_out(tmp_path):
     hg.Run(f"{tmp_path}/").start(CONFIG, TOKENIZER, {"seed": 0})
 
 
+@pytest.mark.launchers
 def test_a_directory_that_was_removed_is_claimed_anew(tmp_path):
     """As by a notebook's cell that is run again: its lock went with it, and another process may hold the new one."""
     out = tmp_path / "run"

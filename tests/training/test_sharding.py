@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -63,6 +62,7 @@ def assert_same_curves(home, out, reference="one"):
         np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=tolerance)
 
 
+@pytest.mark.launchers
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 2, 8])
 def test_eight_devices_learn_as_one(home, fsdp):
@@ -101,12 +101,12 @@ def check_parts_of_parameters():
     assert 4 * held == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.launchers
 @pytest.mark.slow
 def test_kernels_on_eight_devices_equal_one_and_parameters_are_divided_over_fsdp():
     code = "import test_sharding as own; own.check_parts_of_parameters(); own.differentiate_on_eight_devices()"
-    environment = os.environ | ENVIRONMENT | devices(8)
-    command, cwd = [sys.executable, "-c", code], Path(__file__).parent
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8")
+    environment = os.environ | ENVIRONMENT | devices(8) | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
 
 
@@ -129,14 +129,16 @@ def draw_boundaries_on_eight_devices():
     assert results[1] == pytest.approx(results[0], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.launchers
 @pytest.mark.slow
 def test_noise_in_boundaries_does_not_depend_on_the_devices():
-    command = [sys.executable, "-c", "import test_sharding; test_sharding.draw_boundaries_on_eight_devices()"]
-    environment = os.environ | ENVIRONMENT | devices(8)
-    result = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, encoding="utf-8")
+    code = "import test_sharding; test_sharding.draw_boundaries_on_eight_devices()"
+    environment = os.environ | ENVIRONMENT | devices(8) | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.launchers
 @pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_large_batch_on_devices_too(home):
     pretrain(home, "large", "--dropout=0")
@@ -144,6 +146,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch_on_devices_too(home)
     assert_same_curves(home, "accumulated", "large")
 
 
+@pytest.mark.launchers
 @pytest.mark.slow
 def test_two_processes_of_four_devices_learn_as_one(home):
     with socket.socket() as probe:
@@ -160,6 +163,7 @@ def test_two_processes_of_four_devices_learn_as_one(home):
     assert_same_curves(home, "processes")
 
 
+@pytest.mark.launchers
 @pytest.mark.slow
 @pytest.mark.parametrize("before, after", [(4, 2), (8, 4)])
 def test_a_run_goes_on_with_other_devices_and_loads_on_one(home, before, after):
@@ -173,6 +177,7 @@ def test_a_run_goes_on_with_other_devices_and_loads_on_one(home, before, after):
     np.testing.assert_allclose(moved, one, atol=1e-4)
 
 
+@pytest.mark.launchers
 def test_devices_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     for flags, words in (
@@ -209,6 +214,7 @@ for length in (16, 48):
 """
 
 
+@pytest.mark.launchers
 @pytest.mark.slow
 def test_divided_devices_exchange_parameters_and_gradients_alone():
     """Whatever the length: activations stay where they are."""

@@ -14,7 +14,6 @@ from hourglass_jax.training.selection import trained_parameters
 from hourglass_jax.training.step import first_state
 from hourglass_jax.training.trainer import fit
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 TOKENS = np.tile(np.arange(3, 11), 100).astype(np.int32)
 CONFIG = small_config(hierarchy="1@1 1@2 1@1")
 CHOSEN = "hourglass.post, head"

@@ -20,7 +20,6 @@ from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimi
 from hourglass_jax.training.step import TrainState, make_train_step
 from hourglass_jax.training.trainer import fit
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 TOKENS = np.tile(np.arange(3, 11), 300).astype(np.int32)
 CONFIG = small_config(hierarchy="0@1 1@3 0@1", dropout=0.1)
 OPTIMIZER = hg.OptimizerConfig(learning_rate=1e-2, warmup_steps=5)
@@ -55,7 +54,7 @@ def batches_that_end(at):
 
 
 @pytest.fixture(scope="module")
-def whole(quick_compile, tmp_path_factory):
+def whole(tmp_path_factory):
     """A run from its first step to its last: where, the model, the result."""
     directory = tmp_path_factory.mktemp("whole")
     return directory, *train(directory)
