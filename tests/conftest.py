@@ -2,12 +2,15 @@
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import pytest
 from flax import nnx
@@ -39,25 +42,58 @@ HIERARCHIES = ("2@1", "1@1 1@3 1@1", "1@1 1@2 1@6 0@2 2@1", "0@1 1@2 0@4 1@8 1@4
 EVERY_HIERARCHY = [*HIERARCHIES[:-1], pytest.param(HIERARCHIES[-1], marks=pytest.mark.slow)]
 
 
+EXPERIMENTS = Path(__file__).with_name("experiments")
 # The older code generator of XLA:CPU compiles small programs three times as fast.
 QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false"
+# Most programs run once: the optimizations take longer to compile than they save.
+SETTINGS = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.0}
+CACHE_BYTES = 500_000_000
 
 
 def pytest_configure(config):
-    """Sets what workers and launchers inherit: QUICK_FLAGS, if this release of XLA knows them, and one place for
-    compiled programs, which many tests have in common."""
+    """Set how workers and launchers compile: quickly, and into one cache that is kept between runs."""
     if hasattr(config, "workerinput"):
         return
-    if "XLA_FLAGS" not in os.environ:
-        environment = os.environ | {"XLA_FLAGS": QUICK_FLAGS}
-        probe = [sys.executable, "-c", "import jax; jax.devices()"]
-        if subprocess.run(probe, env=environment, capture_output=True).returncode == 0:
-            os.environ["XLA_FLAGS"] = QUICK_FLAGS
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        compiled = tempfile.TemporaryDirectory(prefix="compiled-")
-        config.add_cleanup(compiled.cleanup)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    if "XLA_FLAGS" not in os.environ and knows_quick_flags():
+        os.environ["XLA_FLAGS"] = QUICK_FLAGS
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or compile_cache(config)
+    for name, value in (SETTINGS | {"jax_compilation_cache_dir": cache}).items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
+
+
+def knows_quick_flags():
+    """Return whether this release of XLA accepts QUICK_FLAGS: unknown flags end the process."""
+    probe = [sys.executable, "-c", "import jax; jax.devices()"]
+    return subprocess.run(probe, env=os.environ | {"XLA_FLAGS": QUICK_FLAGS}, capture_output=True).returncode == 0
+
+
+def compile_cache(config):
+    """Return a directory for compiled programs: in pytest's cache, or a temporary one where that is read-only."""
+    kept = config.rootpath / ".pytest_cache" / "compiled" / jaxlib.__version__
+    try:
+        if kept.parent.exists() and sum(path.stat().st_size for path in kept.parent.rglob("*")) > CACHE_BYTES:
+            shutil.rmtree(kept.parent)
+        kept.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=kept).close()
+    except OSError:
+        temporary = tempfile.TemporaryDirectory(prefix="compiled-")
+        config.add_cleanup(temporary.cleanup)
+        return temporary.name
+    return str(kept)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Run in this process where the command names a file or a test: workers take seconds to start."""
+    named = [argument for argument in config.args if ".py" in argument]
+    return 0 if named else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m deselects
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if EXPERIMENTS in item.path.parents:
+            item.add_marker(pytest.mark.launchers)
 
 
 TESTS_A_CACHE = 50
@@ -90,12 +126,12 @@ def run_cached(model, read, start, tokens):
     return passed, stepped.swapaxes(0, 1)
 
 
-@pytest.fixture(scope="module")
-def quick_compile():
-    """For the sweeps: XLA's optimisations would take longer than what they speed up. On to the end of a file."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+@pytest.fixture
+def optimized():
+    """Compile with XLA's optimizations, as users do."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
@@ -119,6 +155,21 @@ def small_config(**options) -> HourglassConfig:
 def light_config(**options) -> HourglassConfig:
     """For laws that are of other things than the model: a training of it compiles much sooner."""
     return small_config(**{"hierarchy": "0@1 1@2 0@1", "shortening": "average", "upsampling": "repeat"} | options)
+
+
+def event_config(**options) -> HourglassConfig:
+    """Return a config whose groups end at the tokens 0, 1 and 2."""
+    defaults = {"boundaries": "whitespace", "boundary_tokens": (0, 1, 2), "shortening": "average"}
+    return small_config(**(defaults | {"upsampling": "repeat"} | options))
+
+
+def learned_config(boundaries="router", **options) -> HourglassConfig:
+    defaults = {"shortening": "select", "upsampling": "smooth", "boundary_slack": 3.0}
+    return small_config(**(defaults | {"boundaries": boundaries} | options))
+
+
+def tokens_of(shape, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 11, shape)
 
 
 def make_model(config: HourglassConfig, seed: int = 0, scale: float = 5.0) -> HourglassLM:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ROOT / "experiments"
+FIXTURES = Path(__file__).with_name("fixtures")
 FOREIGN = Path(__file__).with_name("foreign")  # first on sys.path: holds another package named experiments
 README = (ROOT / "README.md").read_text()
 # A shortening method as the README tells users to write one.

@@ -4,6 +4,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+TOKENS = ["<EOS>", "<UNK>", "<BOS>", *"abcdefg\n"]
+LENGTH = 24  # of the longest sequence, a multiple of all total factors
+
 
 class Head(nn.Module):
     def __init__(self, d_model, d_head, block_size, bias):
@@ -101,3 +104,26 @@ class HourglassLM(nn.Module):
     def forward(self, tokens):
         x = self.tokens_embedding(tokens) + self.position_embedding.pe.weight[: tokens.shape[1]]
         return self.linear(self.norm(self.hourglass(x)))
+
+
+def randomize(model, seed=0):
+    """Large weights, so that no path is too faint to test."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.2, generator=generator)
+    return model.eval()
+
+
+def original(factors, *, vocab_size=11, bias=False):
+    return randomize(HourglassLM(vocab_size, 16, 3, LENGTH, factors, bias))  # heads of 5: 3 does not divide 16
+
+
+class Malicious:
+    """An object that creates the file at `path` when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")

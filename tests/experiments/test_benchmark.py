@@ -1,0 +1,101 @@
+"""The accelerator suite at small sizes: parts that resume after a stop, wrong kernels, the report's rows."""
+
+import json
+
+import pytest
+from launching import run_forked
+
+from experiments.benchmarks import accelerator
+from experiments.benchmarks.accelerator import Accelerator, check, decode, describe, parts, run_parts, train
+from experiments.common.reports import provenance
+from hourglass_jax.nn.attention.choice import IMPLEMENTATIONS
+
+SIZES = Accelerator(
+    hierarchy="1@1 1@2 1@1",
+    d_model=16,
+    n_heads=2,
+    length=24,
+    batch=2,
+    check_length=19,
+    check_d_model=16,
+    decode_length=8,
+    decode_batches=(2,),
+)
+
+
+def test_parts_that_have_a_row_are_skipped_and_a_failed_part_does_not_stop_the_others():
+    def fail():
+        raise ValueError("no such\nkernel")
+
+    rows = {"done": {"kind": "decode", "characters_per_second": 1}}
+    made = {"wrong": fail, "done": fail, "good": lambda: {"kind": "check", "comparisons": []}}
+    assert list(run_parts(made, rows)) == ["wrong", "good"] and list(run_parts(made, rows)) == []
+    assert rows["wrong"]["reason"] == "no such kernel" and rows["done"]["kind"] == "decode"
+    del rows["done"]
+    assert "failed, no such kernel" in describe({"rows": rows}, SIZES, 3)
+
+
+def test_every_attention_is_checked_before_anything_is_timed():
+    names = list(parts(SIZES, repeats=1))
+    kinds = [name.partition(" ")[0] for name in names]
+    assert kinds == sorted(kinds, key=["check", "train", "decode"].index)
+    for attention in set(IMPLEMENTATIONS) - {"plain"}:
+        assert f"check {attention} relative" in names and f"train 1@1 1@2 1@1, rotary, {attention}" in names
+
+
+@pytest.mark.slow
+def test_rows_of_each_kind_are_measured_and_shown(monkeypatch):
+    monkeypatch.setattr(accelerator, "WINDOWS", (0,))
+    monkeypatch.setattr("experiments.benchmarks.accelerator.matmul_ceiling", lambda dtype: 1e9)
+    config = SIZES.config(positions="rotary")
+    rows = {
+        "check blocked rotary": check(SIZES, "blocked", "rotary"),
+        f"train {config.hierarchy}, rotary, blocked": train(SIZES, config, repeats=1),
+        "decode rotary 2": decode(SIZES, "rotary", 2, repeats=1),
+    }
+    assert rows["check blocked rotary"]["passed"]
+    assert all(row.get("characters_per_second", 1) > 0 for row in rows.values())
+    text = describe({"rows": rows}, SIZES, 3)
+    assert "3 of 3 parts are done" in text and text.count("\n| --- |") == 3
+
+
+@pytest.mark.slow
+def test_a_wrong_kernel_does_not_pass(monkeypatch):
+    monkeypatch.setattr(accelerator, "WINDOWS", (0,))
+    right = IMPLEMENTATIONS["blocked"]
+    monkeypatch.setitem(IMPLEMENTATIONS, "blocked", lambda *arguments: 1.2 * right(*arguments))
+    row = check(SIZES, "blocked", "rotary")
+    assert not row["passed"] and "NO" in describe({"rows": {"check blocked rotary": row}}, SIZES, 1)
+
+
+def test_a_record_resumes_only_with_its_machine_versions_sizes_and_repeats(tmp_path):
+    flags = ["--suite=accelerator", "--repeats=3", "--report=here"]
+    record = json.loads(json.dumps({"sizes": vars(Accelerator()), "repeats": 3})) | provenance()
+    record["rows"] = {name: {"kind": "failed", "reason": "no", "passed": True} for name in parts(Accelerator(), 3)}
+    (tmp_path / "here.json").write_text(json.dumps(record))
+    result = run_forked("benchmark", *flags, cwd=tmp_path)
+    assert result.returncode == 0 and "23 of 23 parts are done" in result.stdout, result.stderr
+    others = [("machine: an abacus -> 1 x ", record | {"machine": "an abacus"})]
+    others += [("versions", record | {"versions": {"jax": "0.1"}}), ("repeats", {"sizes": {}, "rows": []})]
+    for words, other in others:  # the last is another suite's
+        (tmp_path / "here.json").write_text(json.dumps(other))
+        result = run_forked("benchmark", *flags, cwd=tmp_path)
+        [line] = result.stderr.splitlines()
+        assert result.returncode == 2 and "here.json: was measured with other settings (" in line and words in line
+
+
+@pytest.mark.parametrize("flag", ["--lengths=", "--batches=", "--batches=0"])
+def test_lists_without_a_number_are_one_line(tmp_path, flag):
+    result = run_forked("benchmark", "--suite=decoding", "--nopeer", flag, cwd=tmp_path)
+    [line] = result.stderr.splitlines()
+    assert result.returncode == 2 and flag.strip("-=0") in line, line
+
+
+@pytest.mark.parametrize(
+    "suite, flag", [("training", "--batches=2"), ("boundaries", "--nopeer"), ("decoding", "--accelerator.d_model=64")]
+)
+def test_options_of_other_suites_are_refused(tmp_path, suite, flag):
+    result = run_forked("benchmark", f"--suite={suite}", flag, "--report=here", cwd=tmp_path)
+    [line] = result.stderr.splitlines()
+    assert result.returncode == 2 and f"not for --suite={suite}; leave it out" in line, line
+    assert not list(tmp_path.iterdir())
