@@ -11,9 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from hourglass_jax.nn.platform import on_one_cpu
 
@@ -41,15 +40,6 @@ def in_own_branch(function: Callable[..., Array], always: Bool[Array, ""], x: Ar
     """
     branch = partial(lax.cond, always, function, lambda x, *_: x)
     return lax.platform_dependent(x, *rest, cpu=branch, default=function)
-
-
-def take_rows(x: Float[Array, "B ..."], rows: Int[Array, " b"]) -> Float[Array, "b ..."]:
-    """Return x[rows], copied row by row.
-
-    Used by `KeyValueCache.read` for a few rows of a batch. XLA:CPU compiles x[rows] to a gather, which is slower than
-    one contiguous copy for each row.
-    """
-    return jnp.stack([lax.dynamic_index_in_dim(x, row, keepdims=False) for row in rows])
 
 
 def batch_parts(batch: int, heads: int) -> int:
