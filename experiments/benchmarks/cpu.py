@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -20,15 +21,13 @@ from hourglass_jax.nn.transformer import Stack
 
 HIERARCHY = "1@1 1@4 1@1"
 BATCH, LENGTH = 8, 512  # of the training step
-NEW, CONTEXT, ROWS = 64, 2048, 16  # decoding: steps per run, tokens in the cache, rows with their own boundaries
-LISTED = tuple(range(64))  # boundary tokens: a quarter of the vocabulary, as many as groups of 4 have room for
+NEW, CONTEXT = 64, 2048  # decoding: tokens per run, tokens in the cache
 ON = "on"
 # The plain code that each trick replaces.
 PLAIN: dict[str, Callable[..., Any]] = {
     "on_matrix": lambda function, x: function(x),
     "batch_parts": lambda batch, heads: 1,
     "in_own_branch": lambda function, always, x, *rest: function(x, *rest),
-    "take_rows": lambda x, rows: x[rows],
 }
 
 
@@ -37,16 +36,16 @@ def config(**options: Any) -> HourglassConfig:
 
 
 class Decode:
-    """Decode NEW random tokens in each row with a cache for CONTEXT tokens; a call blocks until it is done."""
+    """Decode NEW random tokens with a cache for CONTEXT tokens; a call blocks until it is done."""
 
-    def __init__(self, config: HourglassConfig, batch: int):
+    def __init__(self, config: HourglassConfig):
         model = HourglassLM(config, rngs=nnx.Rngs(0))
         for _, module in nnx.iter_modules(model):
             if isinstance(module, Stack):
                 module.unstack()
         graph, params = nnx.split(model)
-        tokens = jax.random.randint(jax.random.key(0), (NEW, batch), 0, config.vocab_size)
-        self.inputs = params, tokens, model.init_cache(batch, CONTEXT)
+        tokens = jax.random.randint(jax.random.key(0), (NEW, 1), 0, config.vocab_size)
+        self.inputs = params, tokens, model.init_cache(1, CONTEXT)
 
         @jax.jit
         def decode(params: nnx.State, tokens: jax.Array, cache: Cache) -> jax.Array:
@@ -67,18 +66,12 @@ def training_step() -> Callable[[], None]:
 
 
 def decode() -> Callable[[], None]:
-    return Decode(config(), 1)
-
-
-def decode_events() -> Callable[[], None]:
-    """Decode rows whose groups end at different times, so that the deeper level runs for a few rows at a time."""
-    return Decode(config(shortening="average", upsampling="repeat", boundaries="tokens", boundary_tokens=LISTED), ROWS)
+    return Decode(config())
 
 
 TASKS = {
     "training step": (training_step, ("on_matrix", "batch_parts")),
-    "decoding, 1 row": (decode, ("in_own_branch",)),
-    f"decoding, {ROWS} rows with boundary tokens": (decode_events, ("take_rows", "in_own_branch")),
+    "decoding": (decode, ("in_own_branch",)),
 }
 
 
@@ -98,7 +91,8 @@ def measure(repeats: int) -> list[dict[str, Any]]:
     """Return a row for each task with all tricks, and for each of its tricks without it."""
     rows = []
     for task, (make, tricks) in TASKS.items():
-        seconds = models.in_turn({trick: compiled(make, trick) for trick in (ON, *tricks)}, repeats)
+        runs = {trick: compiled(make, trick) for trick in (ON, *tricks)}
+        seconds = models.in_turn(runs, repeats, clock=time.process_time)
         rows += [{"task": task, "without": trick, "seconds": taken} for trick, taken in seconds.items()]
     return rows
 
@@ -119,15 +113,15 @@ def describe(rows: list[dict[str, Any]], repeats: int) -> str:
         for row in rows
         if row["without"] != ON
     ]
-    header = ["task", "trick", "ms with all tricks", "ms without this one", "times as fast"]
+    header = ["task", "trick", "CPU ms with all tricks", "CPU ms without this one", "times as fast"]
     sizes = models.SIZES
     return f"""# Tricks for XLA:CPU, on and off
 
 Each row compares a task with all tricks of `hourglass_jax/nn/cpu.py` and without one of them, in one process:
-{repeats} runs of each in turn, compilation left out. Times are medians; `times as fast` is the median of the ratio over
-rounds. Model: {HIERARCHY}, d_model {sizes["d_model"]}, {sizes["n_heads"]} heads, relative positions, float32. Training:
-one AdamW step on {BATCH} rows of {LENGTH} tokens. Decoding: {NEW} tokens a row, with a cache for {CONTEXT}. With
-boundary tokens, the groups of each row end at their own times.
+{repeats} runs of each in turn, compilation left out. Times are medians of processor time, summed over threads, because
+other processes share the machine. `times as fast` is the median of the ratio over rounds. Model: {HIERARCHY}, d_model
+{sizes["d_model"]}, {sizes["n_heads"]} heads, relative positions, float32. Training: one AdamW step on {BATCH} rows of
+{LENGTH} tokens. Decoding: {NEW} tokens a row, with a cache for {CONTEXT}.
 
 {markdown_table(header, cells)}
 """

@@ -47,7 +47,13 @@ def make_peer(max_length: int) -> Any:
     )
 
 
-def in_turn(runs: Mapping[Name, Callable[[], Any]], repeats: int, *, warm: bool = False) -> dict[Name, list[float]]:
+def in_turn(
+    runs: Mapping[Name, Callable[[], Any]],
+    repeats: int,
+    *,
+    warm: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Name, list[float]]:
     """Return the seconds of `repeats` calls of each run; the runs take turns, since machines drift.
 
     An additional first round is not counted.
@@ -58,9 +64,9 @@ def in_turn(runs: Mapping[Name, Callable[[], Any]], repeats: int, *, warm: bool 
         for name, run in runs.items():
             if warm:
                 run()
-            started = time.perf_counter()
+            started = clock()
             run()
             if repeat:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
         print(f"round {repeat} of {repeats} done", file=sys.stderr, flush=True)
     return seconds

@@ -16,7 +16,6 @@ import numpy as np
 from jax import lax
 
 from hourglass_jax.errors import UsageError
-from hourglass_jax.nn import cpu
 from hourglass_jax.nn.positions import rotate
 
 NEVER = -(2**30)  # earlier than any time
@@ -113,7 +112,7 @@ class KeyValueCache:
         """Return keys and values [B, H, R, K]."""
         if self.rows is None:
             return self.keys, self.values
-        return cpu.take_rows(self.keys, self.rows), cpu.take_rows(self.values, self.rows)
+        return self.keys[self.rows], self.values[self.rows]
 
     def lags(self, newest: jax.Array) -> jax.Array:
         """int [1, R]: how long before the newest key that of each row comes; of a row yet to be filled, more than all.

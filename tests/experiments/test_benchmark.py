@@ -1,13 +1,18 @@
-"""The accelerator suite at small sizes: parts that resume after a stop, wrong kernels, the report's rows."""
+"""The accelerator and cpu suites at small sizes: parts that resume, wrong kernels, tricks on and off, reports."""
 
+import inspect
 import json
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from launching import run_forked
 
-from experiments.benchmarks import accelerator
+from experiments.benchmarks import accelerator, models
+from experiments.benchmarks import cpu as cpu_suite
 from experiments.benchmarks.accelerator import Accelerator, check, decode, describe, parts, run_parts, train
 from experiments.common.reports import provenance
+from hourglass_jax.nn import cpu
 from hourglass_jax.nn.attention.choice import IMPLEMENTATIONS
 
 SIZES = Accelerator(
@@ -99,3 +104,28 @@ def test_options_of_other_suites_are_refused(tmp_path, suite, flag):
     [line] = result.stderr.splitlines()
     assert result.returncode == 2 and f"not for --suite={suite}; leave it out" in line, line
     assert not list(tmp_path.iterdir())
+
+
+def test_every_trick_for_xla_cpu_is_timed_beside_the_plain_code():
+    tricks = {name for name, value in inspect.getmembers(cpu, inspect.isfunction) if value.__module__ == cpu.__name__}
+    assert set(cpu_suite.PLAIN) == tricks == {trick for _, timed in cpu_suite.TASKS.values() for trick in timed}
+
+
+def test_every_trick_for_xla_cpu_returns_what_the_plain_code_returns():
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    for name, arguments in {"on_matrix": (jnp.sin, x), "in_own_branch": (jnp.add, jnp.any(x > 0), x, 2 * x)}.items():
+        expected = cpu_suite.PLAIN[name](*arguments)
+        np.testing.assert_array_equal(getattr(cpu, name)(*arguments), expected, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compile")
+def test_tricks_for_xla_cpu_are_measured_and_shown(monkeypatch):
+    monkeypatch.setattr(models, "SIZES", {"vocab_size": 256, "d_model": 16, "n_heads": 2, "d_ff": 16})
+    monkeypatch.setattr(cpu_suite, "CONTEXT", 16)
+    monkeypatch.setattr(cpu_suite, "NEW", 4)
+    monkeypatch.setattr(cpu_suite, "TASKS", {"decoding": (cpu_suite.decode, ("in_own_branch",))})
+    rows = cpu_suite.measure(repeats=1)
+    assert [row["without"] for row in rows] == [cpu_suite.ON, "in_own_branch"]
+    rows[0]["seconds"], rows[1]["seconds"] = [1.0, 2.0, 4.0], [2.0, 6.0, 4.0]
+    assert "| decoding | `in_own_branch` | 2,000 | 4,000 | 2.00 |" in cpu_suite.describe(rows, 3)

@@ -89,7 +89,7 @@ def test_on_an_accelerator_it_equals_its_formula_too(monkeypatch):
 def test_with_a_window_a_block_meets_no_key_that_it_does_not_see(monkeypatch):
     monkeypatch.setattr(blocked, "QUERY_ROWS", 4)
     [segment] = blocked.segments(Pattern(1, 1, 0.0, window=6), 50)
-    assert (segment.block, segment.met) == (4, 9)
+    assert (segment.block, segment.n_key_groups) == (4, 9)
     assert all(segment.reach is None for segment in blocked.segments(Pattern(1, 1, 0.0, window=40), 50))
 
 
