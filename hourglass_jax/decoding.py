@@ -232,7 +232,7 @@ def generate(
         context=round_up(context, factor),
         max_tokens=max_tokens,
         stops=stops,
-        banned=jnp.asarray(banned),
+        banned=jax.device_put(banned),
         sampler=sampler,
         stream=stream,
         stopped=stopped,
@@ -278,34 +278,35 @@ def _continue_rows(
         """A capacity for n tokens."""
         return min(round_up(bucket(n, MIN_CACHE), factor), limit)
 
-    prompt = (aligned.read, aligned.start, aligned.origin)
+    prompt = jax.device_put((aligned.read, aligned.start, aligned.origin))
     cache = _prefill(graph, params, *prompt, max_length=room(time + min(block, n_steps)), context=context)
     extend = partial(
         _extend,
         graph,
         params,
-        rest=jnp.asarray(aligned.rest),
-        lengths=jnp.asarray(aligned.lengths),
+        rest=jax.device_put(aligned.rest),
+        lengths=jax.device_put(aligned.lengths),
         keys=keys,
         banned=banned,
-        stops=jnp.asarray(stops),
-        max_tokens=max_tokens,
+        stops=jax.device_put(stops),
+        max_tokens=jax.device_put(np.int32(max_tokens)),
         sampler=sampler,
     )
     texts = [NewText(n - 1, n - 1 + max_tokens, stops) for n in aligned.n_rest]
-    token, done = jnp.zeros(len(rows), jnp.int32), jnp.zeros(len(rows), bool)
+    token, done = jax.device_put((np.zeros(len(rows), np.int32), np.zeros(len(rows), bool)))
     for start in range(0, n_steps, block):
         end = min(start + block, n_steps)
         if time + end - start > limit:
             unseen = (time - context) // factor * factor
-            cache, time = _drop(cache, unseen), time - unseen
+            cache, time = _drop(cache, jax.device_put(np.int32(unseen))), time - unseen
         if time + end - start > cache.max_length:
             cache = _grow(graph, params, cache, max_length=room(time + end - start))
-        cache, token, done, sampled = extend(cache, token, done, steps=np.array([start, end]))
+        cache, token, done, sampled = extend(cache, token, done, steps=jax.device_put(np.array([start, end], np.int32)))
         time += end - start
-        parts = [text.take(row[: end - start], start) for text, row in zip(texts, np.array(sampled), strict=True)]
+        new_tokens, finished = jax.device_get((sampled, done))
+        parts = [text.take(row[: end - start], start) for text, row in zip(texts, new_tokens, strict=True)]
         if stream:
             stream(parts)
-        if done.all() or stopped.is_set():
+        if finished.all() or stopped.is_set():
             break
     return [text.tokens() for text in texts]

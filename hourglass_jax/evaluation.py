@@ -114,7 +114,7 @@ def _total(sums: Callable[..., Sums], model: HourglassLM, batches: Iterable[tupl
     split = nnx.split(model)
     figure = count = 0.0
     for batch in batches:
-        of_batch, weight = sums(*split, *batch)
+        of_batch, weight = jax.device_get(sums(*split, *jax.device_put(batch)))
         figure, count = figure + float(of_batch), count + float(weight)
     if not count:
         raise UsageError("there is nothing to predict: no batch, or none whose weights are above 0")

@@ -142,7 +142,7 @@ class _Training:
                 optimizer_config.warmup_steps,
                 config.steps,
             )
-        self.schedule = learning_rate_schedule(optimizer_config, config.steps)
+        self.schedule = jax.jit(learning_rate_schedule(optimizer_config, config.steps))
         optimizer = make_optimizer(optimizer_config, config.steps)
         self.graph, params = nnx.split(self.model)
         params = jax.device_get(params)  # host arrays may go to the devices of any process
@@ -269,7 +269,7 @@ class _Training:
     def look(self) -> dict[str, float]:
         """The newest metrics. Raises UsageError at the first step, since the last look, with one that is not finite."""
         values: dict[str, float] = {}
-        for step, metrics in self.recent:
+        for step, metrics in jax.device_get(self.recent):
             values = {name: float(value) for name, value in metrics.items()}
             for name, value in values.items():
                 if not math.isfinite(value):
@@ -291,7 +291,7 @@ class _Training:
             self.curves.write(
                 self.step,
                 **values,
-                learning_rate=float(self.schedule(self.step - 1)),
+                learning_rate=float(jax.device_get(self.schedule(jax.device_put(self.step - 1)))),
                 characters_per_second=rate,
                 step_seconds=seconds,
                 flop_utilisation=self.flops / seconds / self.ceiling,
