@@ -81,9 +81,8 @@ def resampling_of(
         return nnx.eval_shape(lambda: method(config, k, 1, rngs=nnx.Rngs(0)))
 
     def flops(module: nnx.Module | None, *shapes: tuple[int, ...]) -> int:
-        groups = FixedGroups(k, k)
         inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-        return 0 if module is None else call_flops(module, lambda module, *x: module(*x, groups), *inputs)
+        return 0 if module is None else call_flops(module, lambda module, *x: module(*x, FixedGroups(k, k)), *inputs)
 
     d = config.d_model
     down, up = build(shortening), build(upsampling)

@@ -121,7 +121,7 @@ def _total(sums: Callable[..., Sums], model: HourglassLM, batches: Iterable[tupl
     split = nnx.split(model)
     total = count = 0.0
     for batch in batches:
-        batch_total, weight = sums(*split, *batch)
+        batch_total, weight = jax.device_get(sums(*split, *jax.device_put(batch)))
         total, count = total + float(batch_total), count + float(weight)
     if not count:
         raise UsageError("there is nothing to predict: no batches, or only weights of 0; give at least one prediction")

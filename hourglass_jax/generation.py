@@ -250,27 +250,30 @@ def _continue_rows(
     prompts = AlignedPrompts.align(rows, plan.factor, plan.context)
     n_steps = int(prompts.tail_lengths.max()) - 1 + plan.max_tokens
     texts = [_NewText(n - 1, n - 1 + plan.max_tokens, plan.stops) for n in prompts.tail_lengths]
-    inputs = _Rows(jnp.asarray(prompts.tail), jnp.asarray(prompts.lengths), keys)
+    inputs = _Rows(jax.device_put(prompts.tail), jax.device_put(prompts.lengths), keys)
+    placed_plan = jax.device_put(plan)
     length = prompts.prefix.shape[1]
     cache = _prefill(
         *split,
-        *(prompts.prefix, prompts.start, prompts.origin),
+        *jax.device_put((prompts.prefix, prompts.start, prompts.origin)),
         max_length=plan.cache_length(length + min(block, n_steps)),
         context=plan.context,
     )
-    state = _State(cache, jnp.zeros(len(rows), jnp.int32), jnp.zeros(len(rows), bool))
+    state = _State(cache, *jax.device_put((np.zeros(len(rows), np.int32), np.zeros(len(rows), bool))))
     for start in range(0, n_steps, block):
         n_new = min(block, n_steps - start)
         cache = state.cache
         if length + n_new > plan.max_cache:
             dropped = (length - plan.context) // plan.factor * plan.factor
-            cache, length = _drop(cache, dropped), length - dropped
+            cache, length = _drop(cache, jax.device_put(np.int32(dropped))), length - dropped
         if length + n_new > cache.max_length:
             cache = _grow(*split, cache, max_length=plan.cache_length(length + n_new))
-        state, sampled = _extend(*split, plan, inputs, state._replace(cache=cache), np.array([start, start + n_new]))
+        steps = jax.device_put(np.array([start, start + n_new], np.int32))
+        state, sampled = _extend(*split, placed_plan, inputs, state._replace(cache=cache), steps)
         length += n_new
-        after_block([text.take(row[:n_new], start) for text, row in zip(texts, np.array(sampled), strict=True)])
-        if state.done.all():
+        new_tokens, done = jax.device_get((sampled, state.done))
+        after_block([text.take(row[:n_new], start) for text, row in zip(texts, new_tokens, strict=True)])
+        if done.all():
             break
     return [text.tokens() for text in texts]
 

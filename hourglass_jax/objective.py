@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hourglass_jax.config import HourglassConfig
-from hourglass_jax.nn.layers import hashed
+from hourglass_jax.nn.layers import hashed, threefry
 
 SHARE = 0.15  # of the tokens are predicted
 MASKED, REPLACED = 0.8, 0.1  # of these become the mask token, a random token; the others stay
@@ -64,7 +64,7 @@ def corrupt(
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
     hashes = hashed(tokens.astype(jnp.uint32), jnp.arange(tokens.shape[1], dtype=jnp.uint32)[None])
     of_rows = jnp.where(mask, hashes, 0).sum(axis=1, dtype=jnp.uint32)
-    keys = jax.vmap(partial(jax.random.fold_in, key))(of_rows)
+    keys = jax.vmap(partial(jax.random.fold_in, threefry(key)))(of_rows)
     return jax.vmap(partial(_corrupt_row, mask_token=mask_token, share=share))(tokens, mask, keys)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hourglass_jax.nn.cache import forgotten
+from hourglass_jax.nn.layers import threefry
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,14 @@ def row_keys(key: jax.Array, prompts: Sequence[Sequence[int]]) -> jax.Array:
     for prompt in map(tuple, prompts):
         parts.append((zlib.crc32(np.asarray(prompt, np.int32).tobytes()), seen.get(prompt, 0)))
         seen[prompt] = parts[-1][1] + 1
-    fold_in = jax.vmap(lambda part: jax.random.fold_in(jax.random.fold_in(key, part[0]), part[1]))
-    return fold_in(jnp.array(parts, jnp.uint32))
+    return _fold_in_parts(threefry(key), jax.device_put(np.array(parts, np.uint32)))
+
+
+@jax.jit
+@partial(jax.vmap, in_axes=(None, 0))
+def _fold_in_parts(key: jax.Array, part: jax.Array) -> jax.Array:
+    """key, uint32 [B, 2] -> keys [B]."""
+    return jax.random.fold_in(jax.random.fold_in(key, part[0]), part[1])
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -107,9 +107,16 @@ class Dropout(nnx.Module):
         return None if self.deterministic or self.rate == 0 else key
 
 
+def threefry(key: jax.Array) -> jax.Array:
+    """Return `key` if it is a threefry key, else one drawn from it: under vmap, other keys draw for the whole batch."""
+    if str(jax.random.key_impl(key)) == "threefry2x32":
+        return key
+    return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
+
+
 def keys_of_rows(key: jax.Array, n_rows: int) -> jax.Array:
     """A key for each row [n_rows], of `key` and the row's number; none that comes of splitting `key`."""
-    return jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, _ROWS)))(jnp.arange(n_rows))
+    return jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(threefry(key), _ROWS)))(jnp.arange(n_rows))
 
 
 def split_key(key: jax.Array | None, n: int) -> list[jax.Array | None]:

@@ -183,7 +183,7 @@ class _Training:
 
     def restore(self) -> None:
         """Restore the newest complete checkpoint, or create the initial state; make the training steps."""
-        self.schedule = learning_rate_schedule(self.optimizer_config, self.config.steps)
+        self.schedule = jax.jit(learning_rate_schedule(self.optimizer_config, self.config.steps))
         optimizer = make_optimizer(self.optimizer_config, self.config.steps)
         self.graph, params = nnx.split(self.model)
         params = jax.device_get(params)  # host arrays may go to the devices of any process
@@ -313,7 +313,7 @@ class _Training:
     def check_metrics(self) -> dict[str, float]:
         """Return the newest metrics. Raises Diverged at the first step since the last check that is not finite."""
         values: dict[str, float] = {}
-        for step, metrics in self.unread:
+        for step, metrics in jax.device_get(self.unread):
             values = {name: float(value) for name, value in metrics.items()}
             for name, value in values.items():
                 if not math.isfinite(value):
@@ -332,7 +332,7 @@ class _Training:
         seconds = time.perf_counter() - self.started
         step_seconds = seconds / max(self.step - self.clock_step, 1)
         metrics |= {
-            "learning_rate": float(self.schedule(self.step - 1)),
+            "learning_rate": float(jax.device_get(self.schedule(jax.device_put(self.step - 1)))),
             "characters_per_second": self.characters / seconds,
             "step_seconds": step_seconds,
             "flop_utilisation": self.flops / step_seconds / self.ceiling,

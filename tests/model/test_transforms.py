@@ -1,18 +1,22 @@
-"""The library under JAX's strict promotion modes, and exported with symbolic sizes."""
+"""The library under JAX's strict modes, and exported with symbolic sizes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_model, small_config
+from conftest import light_config, make_model, small_config
 from flax import nnx
+from hourglass_jax.masking import corrupt
+from hourglass_jax.sampling import Sampler, row_keys
 from jax import export
 
 import hourglass_jax as hg
 from hourglass_jax import UsageError
-from hourglass_jax.run_config import OptimizerConfig
+from hourglass_jax.data.pipeline import consecutive_windows, random_windows
+from hourglass_jax.run_config import OptimizerConfig, RuntimeConfig, TrainConfig
 from hourglass_jax.training.optimizer import make_optimizer
 from hourglass_jax.training.step import first_state, make_train_step
+from hourglass_jax.training.trainer import _Training, fit
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 20)).astype(np.int32)
 
@@ -82,3 +86,32 @@ def test_exported_program_with_symbolic_sizes_equals_the_call(attention, shape):
 def test_export_names_what_needs_fixed_sizes(attention, shape, message):
     with pytest.raises(UsageError, match=message):
         export_score(attention, *shape)
+
+
+def test_training_decoding_and_evaluation_transfer_nothing_implicitly(monkeypatch, tmp_path):
+    model = make_model(light_config(vocab_size=8), scale=1.0)
+    text = np.arange(200, dtype=np.int32) % 8
+    batches, validation = random_windows(text, 16, 4, seed=0), consecutive_windows(text, 16, 4)
+    train_on, key = _Training.train_on, jax.random.key(0)
+    monkeypatch.setattr(_Training, "train_on", lambda *arguments: guarded(train_on, *arguments))
+
+    def guarded(function, *arguments, **options):
+        with jax.transfer_guard("disallow"):
+            return function(*arguments, **options)
+
+    configs = OptimizerConfig(warmup_steps=2), TrainConfig(steps=12, eval_interval=6), RuntimeConfig(log="none")
+    names = ("optimizer_config", "train_config", "runtime_config")
+    fit(model, batches, validation, tmp_path, **dict(zip(names, configs, strict=True)))
+    guarded(hg.evaluate, model, text, block_size=16)
+    guarded(hg.generate, model, [[1, 2, 3], [1]], max_tokens=300, key=key, top_k=3, banned_tokens=[2])
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_rows_draw_the_same_alone_and_in_a_batch_with_every_kind_of_key(impl):
+    key = jax.random.key(0, impl=impl)
+    logits = jnp.zeros((2, 1000))
+    [_, together], [alone] = (Sampler()(logits[-n:], row_keys(key, [[1, 2], [3]][-n:])) for n in (2, 1))
+    assert together == alone
+    tokens = jnp.asarray(TOKENS)
+    [_, together], [alone] = (corrupt(tokens[-n:], key, 11)[0] for n in (2, 1))
+    np.testing.assert_array_equal(together, alone)
