@@ -1,16 +1,40 @@
-"""Freed memory goes back to the system."""
+"""Memory that a process has freed, with glibc."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from typing import Any
+
+import jax
+
+KEEP = ((-1, -1), (-4, 0))  # of glibc's malloc.h: no M_TRIM_THRESHOLD, no M_MMAP_MAX
+VARIABLES = ("GLIBC_TUNABLES", "MALLOC_")
+
+
+def keep_freed_memory() -> None:
+    """Reuse the memory of a training step for the next one; launchers call this before JAX computes anything.
+
+    XLA:CPU allocates the temporaries of each step anew, and glibc maps and clears their pages each time: 0.3 s of
+    processor time in a step of 8.9M parameters and 16 x 256 tokens. Computations then run in the calling thread, since
+    glibc keeps large blocks in the main thread only. Does nothing if the environment sets GLIBC_TUNABLES or MALLOC_*.
+    """
+    mallopt = _glibc("mallopt")
+    if mallopt is not None and not any(name.startswith(VARIABLES) for name in os.environ):
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+        for parameter, value in KEEP:
+            mallopt(parameter, value)
 
 
 def release_memory() -> None:
-    """Return freed memory to the system, where the C library can (glibc).
+    """Return freed memory to the system.
 
     The compiler frees hundreds of megabytes in small pieces, which glibc would keep and a step could not use.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
+    if (trim := _glibc("malloc_trim")) is not None:
         trim(0)
+
+
+def _glibc(name: str) -> Any:
+    """Return a function of the C library, or None if it has none of this name."""
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None

@@ -23,7 +23,7 @@ from hourglass_jax.data.pipeline import Batch, random_windows, stream
 from hourglass_jax.tokenizers import ByteTokenizer
 from hourglass_jax.training.metrics import matmul_ceiling
 from hourglass_jax.training.optimizer import make_optimizer
-from hourglass_jax.training.step import TrainState, make_train_step
+from hourglass_jax.training.step import TrainState, compile_step, make_train_step
 
 LENGTH, BATCH = 512, 8
 DROPOUTS = (0.0, 0.1)
@@ -50,7 +50,7 @@ class Step:
         graph, params = nnx.split(model)
         self.config, self.batches = config, batches
         self.state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
-        self.step = make_train_step(graph, optimizer, seed=0)
+        self.step = compile_step(make_train_step(graph, optimizer, seed=0), self.state, *next(batches))
 
     def __call__(self) -> None:
         self.state, metrics = self.step(self.state, *next(self.batches))
@@ -99,6 +99,7 @@ _steps: list[Callable[[], None]] = []  # holds the step of a worker process
 
 
 def _begin(case: Case) -> None:
+    keep_freed_memory()  # as the launchers do
     _steps.append(make_step(case))
 
 

@@ -35,6 +35,7 @@ from hourglass_jax import (
 from hourglass_jax.causality import NotStrictlyCausal
 from hourglass_jax.checks import check_decodes
 from hourglass_jax.data.pipeline import Batch
+from hourglass_jax.memory import keep_freed_memory
 from hourglass_jax.pretrained import pretrained_names, pretrained_path
 from hourglass_jax.run_config import MAX_SEED
 from hourglass_jax.tokenizers import Tokenizer
@@ -348,6 +349,7 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
                 stream.reconfigure(errors="backslashreplace")
         python_logging.getLogger("orbax").setLevel(python_logging.ERROR)
         logging.set_verbosity(logging.WARNING)
+        keep_freed_memory()
         try:
             if len(argv) > 1 and not positional:
                 raise UsageError(f"unexpected argument {argv[1]!r}; options are given as --name=value")

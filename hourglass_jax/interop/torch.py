@@ -131,7 +131,8 @@ def from_pypi(
     n_heads, shorten_factor, causal: as in its constructor; weights do not contain them. Linear resampling does not
         require `shorten_factor`.
 
-    With causal=False the model gets a mask token, see `objective`, and shortening ignores padding, unlike in the package.
+    With causal=False the model gets a mask token (see `objective`), and, unlike in the package,
+    shortening ignores padding.
     Raises UsageError for attention resampling, which differs from this library's, and for files of other models.
     """
     state, _ = read_state_dict(path)

@@ -13,7 +13,6 @@ from flax import nnx
 
 from hourglass_jax.evaluation import log_probabilities
 from hourglass_jax.nn.layers import keys_of_rows
-from hourglass_jax.nn.platform import platform
 from hourglass_jax.objective import Task, task_of
 from hourglass_jax.training.optimizer import ALL, Filter
 
@@ -42,7 +41,7 @@ class Part(NamedTuple):
 
 
 Metrics = dict[str, jax.Array]
-# XLA's default order on a CPU allocates what the backward pass needs long before it runs.
+# By default XLA:CPU allocates what the backward pass needs long before it runs.
 CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
@@ -104,11 +103,7 @@ def make_train_step(
         gradients, metrics = jax.lax.scan(add_part, zeros, parts)
         return gradients, jax.tree.map(lambda values: values.sum(axis=0), metrics)
 
-    out_shardings = None if shardings is None else (shardings, None)
-    target = platform() if shardings is None else jax.tree.leaves(shardings)[0].mesh.devices.flat[0].platform
-    options = CPU_OPTIONS if target == "cpu" else None
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=out_shardings, compiler_options=options)
+    @partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
     def train_step(state: TrainState, tokens: jax.Array, weights: jax.Array):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         task = task_of(nnx.merge(graph, state.params).config, tokens, weights, key)
@@ -124,3 +119,9 @@ def make_train_step(
         return TrainState(state.step + 1, nnx.merge_state(params, frozen), opt_state), metrics
 
     return train_step
+
+
+def compile_step(train_step: jax.stages.Wrapped, state: TrainState, *batch: jax.Array) -> jax.stages.Compiled:
+    """Compile a training step for this state and batch; on a CPU in the order of operations that needs least memory."""
+    devices = jax.tree.leaves(state)[0].sharding.device_set
+    return train_step.lower(state, *batch).compile(CPU_OPTIONS if next(iter(devices)).platform == "cpu" else None)

@@ -43,7 +43,7 @@ from hourglass_jax.training.metrics import matmul_ceiling, peak_memory_bytes
 from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimizer, trained_parameters
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Interrupted, Signals
-from hourglass_jax.training.step import TrainState, first_state, make_train_step
+from hourglass_jax.training.step import TrainState, compile_step, first_state, make_train_step
 from hourglass_jax.transfer import at_shorten_factor, drawn_factor
 
 LOG_INTERVAL = 10  # steps between records of the training loss
@@ -211,7 +211,7 @@ class _Training:
             trained=self.trained,
         )
         self.train_steps = {k: make_step(graph) for k, graph in self.graphs.items()}
-        self.compiled: set[int | None] = set()
+        self.compiled: dict[int | None, jax.stages.Compiled] = {}
         self.ceiling = matmul_ceiling(self.model.config.dtype) * jax.device_count()
         self.start_clock()
 
@@ -296,19 +296,18 @@ class _Training:
         placed = sharding.place(batch, self.batch_sharding, self.batch_size)
         factors = self.config.shorten_factors
         factor = drawn_factor(factors, self.config.seed, step) if factors else None
-        self.compile(factor, placed)
-        self.state, metrics = self.train_steps[factor](self.state, *placed)
+        self.state, metrics = self.compiled_step(factor, placed)(self.state, *placed)
         self.step = step
         self.unread.append((step, metrics))
         self.characters += np.count_nonzero(batch[1]) * jax.process_count()
         self.call_hooks("after_step", step, metrics)
 
-    def compile(self, factor: int | None, batch: tuple[jax.Array, ...]) -> None:
-        """Compile the step of a factor before its first call, and release the memory that the compiler used."""
+    def compiled_step(self, factor: int | None, batch: tuple[jax.Array, ...]) -> jax.stages.Compiled:
+        """Return the step at a shorten factor, compiled before its first call."""
         if factor not in self.compiled:
-            self.train_steps[factor].lower(self.state, *batch).compile()
-            self.compiled.add(factor)
+            self.compiled[factor] = compile_step(self.train_steps[factor], self.state, *batch)
             release_memory()
+        return self.compiled[factor]
 
     def check_metrics(self) -> dict[str, float]:
         """Return the newest metrics. Raises Diverged at the first step since the last check that is not finite."""

@@ -15,7 +15,7 @@ from hourglass_jax import HourglassLM, OptimizerConfig
 from hourglass_jax.costs import activation_bytes
 from hourglass_jax.memory import release_memory
 from hourglass_jax.training.optimizer import make_optimizer
-from hourglass_jax.training.step import first_state, make_train_step
+from hourglass_jax.training.step import CPU_OPTIONS, first_state, make_train_step
 
 
 def resident_bytes():
@@ -50,5 +50,5 @@ def test_a_training_step_needs_little_more_memory_than_its_activations():
     graph, params = nnx.split(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))
     state = jax.eval_shape(lambda params: first_state(params, optimizer), params)
     batch = jax.ShapeDtypeStruct((16, 257), jnp.int32), jax.ShapeDtypeStruct((16, 256), jnp.float32)
-    step = make_train_step(graph, optimizer, seed=0).lower(state, *batch).compile()
+    step = make_train_step(graph, optimizer, seed=0).lower(state, *batch).compile(CPU_OPTIONS)
     assert step.memory_analysis().temp_size_in_bytes < 1.3 * activation_bytes(config, 256, 16)
