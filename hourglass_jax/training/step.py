@@ -61,7 +61,7 @@ def make_train_step(
     trained: filter for the parameters that have gradients, updates and norms; the others are frozen.
 
     Random numbers depend on (seed, step) only, not on the devices; with `accumulate`, each part has its own dropout
-    key and its own boundary losses. The boundary losses of learned boundaries are minimized too, and logged apart from
+    key and its own boundary losses. Losses of learned boundaries are minimized too; the metrics report them apart from
     train_loss.
     """
 

@@ -247,7 +247,7 @@ def test_what_has_no_meaning_is_refused():
     tokens, key = jnp.arange(10)[None], jax.random.key(0)
     cache = causal.init_cache(1, 12)
     for call, message in (
-        (lambda: small_config(causal="no"), "causal='no' is unknown"),
+        (lambda: small_config(causal="no"), "causal='no' is not a bool"),
         (lambda: small_config(causal=False, vocab_size=1), "vocab_size=1"),
         (lambda: small_config(causal=False, window=4), "window=4"),
         (lambda: small_config(causal=False, shift="original"), "shift='original'"),

@@ -112,11 +112,11 @@ class LengthAware(Boundaries):
 @pytest.mark.parametrize(
     "rule, message",
     [
-        (LooksAhead, "depends on token"),
-        (BatchTopK, "depends on (token|another row)"),
+        (LooksAhead, "depends on the later token"),
+        (BatchTopK, "depends on (the later token|another row)"),
         (NextRow, "depends on another row"),
-        (WholeSequenceThreshold, "depends on token"),
-        (LengthAware, "in a text of"),
+        (WholeSequenceThreshold, "depends on the later token"),
+        (LengthAware, "differs between texts of"),
     ],
 )
 def test_a_rule_that_sees_the_future_is_found_though_no_derivative_shows_it(rule, message, monkeypatch):

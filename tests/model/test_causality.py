@@ -40,7 +40,7 @@ def test_the_future_stays_hidden_on_the_whole_grid(length, hierarchy, shortening
 def test_a_shift_of_k_minus_2_leaks_and_is_found(shortening, upsampling, positions):
     model = grid_model("0@1 1@3 0@1", shortening, upsampling, positions)
     model.hourglass.boundaries.shift = model.hourglass.boundaries.k - 2
-    with pytest.raises(CausalityError, match="depends on token"):
+    with pytest.raises(CausalityError, match="depends on the later token"):
         check_causality(model)
 
 

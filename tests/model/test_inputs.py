@@ -135,7 +135,7 @@ def test_bytes_on_disk_need_no_look():
         (lambda model: generated(model, stop_token=[1, -1]), "stop_token has tokens outside"),
         (lambda model: generated(model, stop_token="."), "stop_token is text"),
         (lambda model: generated(model, banned_tokens=[11]), "banned_tokens has tokens outside"),
-        (lambda model: generated(model, banned_tokens=range(11)), "all 11 tokens are among banned_tokens"),
+        (lambda model: generated(model, banned_tokens=range(11)), "banned_tokens contains all 11 tokens"),
         (lambda model: generated(model, temperature=float("nan")), "temperature=nan"),
         (lambda model: hg.score(model, [[1], [2]]), "at least 2"),
         (lambda model: hg.score(model, [[1, 2], [3]]), "rows of different lengths"),

@@ -328,7 +328,7 @@ def test_a_router_that_looks_ahead_is_found(monkeypatch):
     monkeypatch.setitem(BOUNDARIES, "ahead", LooksAhead)
     model = make_model(learned_config("ahead", hierarchy="0@1 1@3 0@1"))
     assert not np.triu(hg.causality.influence(model, tokens_of(13)), k=1).any()
-    with pytest.raises(hg.CausalityError, match="depends on token"):
+    with pytest.raises(hg.CausalityError, match="depends on the later token"):
         hg.check_causality(model)
 
 

@@ -58,7 +58,7 @@ def test_boundaries_are_told_the_new_characters_unless_they_have_a_list_of_their
 
 def test_another_model_s_tokenizer_is_refused():
     model = small_model(hg.CharTokenizer("abcd"))
-    with pytest.raises(hg.UsageError, match="the tokenizer has 6 tokens, but the model 7"):
+    with pytest.raises(hg.UsageError, match="the tokenizer has 6 tokens, but the model has 7"):
         extend_vocabulary(model, hg.CharTokenizer("abc"), "abcd")
 
 
