@@ -91,7 +91,7 @@ class OptimizerConfig:
     warmup_steps: length of the linear warm-up from 0.
     decay_steps: length of a linear decay to 0 at the end of training, with any schedule.
     beta1, beta2, eps: of Adam.
-    weight_decay: applies only to linear kernels; see `training.optimizer.is_decayed`.
+    weight_decay: applies only to linear kernels; see `training.optimizer.decay_mask`.
     clip_norm: maximum global norm of the gradient of trained parameters; 0: no clipping.
     train_only: modules to train, separated by commas, e.g. "hourglass.post,head". Other parameters are frozen and have
         no optimizer state. Empty: all.

@@ -20,6 +20,7 @@ from hourglass_jax import HourglassConfig, HourglassLM, OptimizerConfig
 from hourglass_jax.costs import training_flops
 from hourglass_jax.data.corpora import builtin_text
 from hourglass_jax.data.pipeline import Batch, random_windows, stream
+from hourglass_jax.memory import keep_freed_memory
 from hourglass_jax.tokenizers import ByteTokenizer
 from hourglass_jax.training.metrics import matmul_ceiling
 from hourglass_jax.training.optimizer import make_optimizer
@@ -99,7 +100,8 @@ _steps: list[Callable[[], None]] = []  # holds the step of a worker process
 
 
 def _begin(case: Case) -> None:
-    keep_freed_memory()  # as the launchers do
+    if case.model != PEER.model:
+        keep_freed_memory()  # as the launchers do
     _steps.append(make_step(case))
 
 

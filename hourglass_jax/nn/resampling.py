@@ -28,7 +28,7 @@ from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 
 
 class Shortening(nnx.Module):
-    """Base class: decodes methods in which a group's vector depends on its own positions only."""
+    """Base class of shortenings; its decoding is for methods in which a group depends on its own positions only."""
 
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, rngs: nnx.Rngs):
         pass
@@ -116,7 +116,7 @@ class AttentionShortening(Shortening):
 
 
 class Upsampling(nnx.Module):
-    """Base class: decodes methods in which a position depends on its own group's vector only.
+    """Base class of upsamplings; its decoding is for methods in which a position depends on its own group only.
 
     In decoding, `receive` stores a new shortened vector, and `step` computes each token of its group from it.
     """

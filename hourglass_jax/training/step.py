@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 Metrics = dict[str, jax.Array]
 # By default XLA:CPU allocates what the backward pass needs long before it runs.
-CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+CPU_OPTIONS: dict[str, str | bool] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 def make_train_step(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import light_config, make_model, small_config
 from flax import nnx
-from hourglass_jax.masking import corrupt
+from hourglass_jax.objective import corrupt
 from jax import export
 
 import hourglass_jax as hg
