@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from conftest import light_config, make_model, small_config
 from flax import nnx
-from hourglass_jax.objective import corrupt
 from jax import export
 
 import hourglass_jax as hg
 from hourglass_jax import UsageError
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
 from hourglass_jax.generation import Sampler
+from hourglass_jax.objective import corrupt
 from hourglass_jax.prompts import row_keys
 from hourglass_jax.run_config import OptimizerConfig, RuntimeConfig, TrainConfig
 from hourglass_jax.training.optimizer import make_optimizer
