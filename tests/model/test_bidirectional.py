@@ -89,7 +89,7 @@ def test_attention_is_its_formula_and_so_are_its_gradients(
             return (out**2 * np.arange(SIZE)).sum(), out
 
         with jax.enable_x64(True):
-            return jax.value_and_grad(loss, has_aux=True)(inputs)
+            return jax.jit(jax.value_and_grad(loss, has_aux=True))(inputs)
 
     ((_, out), gradient), ((_, plain), plain_gradient) = of(blocked_attention), of(plain_attention)
     for found in (out, plain):

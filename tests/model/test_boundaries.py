@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import event_config, forward, make_model, run_cached, small_config, tokens_of
+from flax import nnx
 from launching import run_forked
 
 import hourglass_jax as hg
@@ -29,8 +30,8 @@ KEY = jax.random.key(0)
 def events_of(config, tokens):
     model = make_model(config)
     x = jnp.zeros((*tokens.shape, config.d_model))
-    groups = model.hourglass.boundaries(x, jnp.asarray(tokens))
-    return np.diff(np.asarray(groups.served), axis=1, prepend=-1) > 0
+    served = nnx.jit(lambda rule: rule(x, jnp.asarray(tokens)).served)(model.hourglass.boundaries)
+    return np.diff(np.asarray(served), axis=1, prepend=-1) > 0
 
 
 def test_whitespace_and_spacelike_bytes_are_those_of_their_definitions():
@@ -66,16 +67,19 @@ def test_listed_tokens_all_fire_and_too_many_wait():
 
 # Every k-th position
 
+run_hourglass = nnx.jit(lambda hourglass, x: hourglass(x))
+
 
 @pytest.mark.parametrize("shortening", ["select", "average"])
 def test_an_event_at_every_kth_token_is_the_fixed_hourglass(shortening):
     options = {"hierarchy": "0@1 1@3 1@1", "norm": "final", "shortening": shortening, "boundary_tokens": ()}
     x = np.random.default_rng(0).normal(size=(2, 14, 16)).astype(np.float32)
+    models = [make_model(event_config(boundaries=name, **options)) for name in ("every", "fixed")]
     x[:, 0] = 0  # the mean of group 0: of one position here, of k there
-    every, fixed = (make_model(event_config(boundaries=name, **options)).hourglass(x) for name in ("every", "fixed"))
+    every, fixed = (run_hourglass(model.hourglass, x) for model in models)
     np.testing.assert_allclose(every, fixed, atol=1e-6)
     x[:, 0] = 1
-    every, fixed = (make_model(event_config(boundaries=name, **options)).hourglass(x) for name in ("every", "fixed"))
+    every, fixed = (run_hourglass(model.hourglass, x) for model in models)
     assert (np.abs(every - fixed).max() < 1e-6) == (shortening == "select")
 
 
@@ -313,8 +317,11 @@ def test_a_configuration_survives_json_and_costs_what_it_has_room_for():
     assert hg.HourglassConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
     assert config.boundaries_by_level == ("whitespace", "every") and config.shared_factor == 1
     fixed = dataclasses.replace(config, boundaries="fixed")
-    groups = make_model(config).hourglass.forward(jnp.zeros((1, 48, 16)), tokens=tokens_of((1, 48)))[1]
-    assert level_lengths(config, 48) == {1: 48, 2: groups[0].when.shape[1], 6: groups[1].when.shape[1]}
+    model, tokens = make_model(config), jnp.asarray(tokens_of((1, 48)))
+    outer, inner = nnx.eval_shape(
+        lambda: [groups.when for groups in model.hourglass.forward(jnp.zeros((1, 48, 16)), tokens=tokens)[1]]
+    )
+    assert level_lengths(config, 48) == {1: 48, 2: outer.shape[1], 6: inner.shape[1]}
     assert level_lengths(fixed, 48) == {1: 48, 2: 24, 6: 8}
     assert forward_flops(config, 48)[1] == forward_flops(fixed, 48)[1]
     roomy, room = (forward_flops(dataclasses.replace(config, boundary_slack=s), 480)[2] for s in (1.5, 1.0))
