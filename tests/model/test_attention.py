@@ -37,7 +37,7 @@ def direction_like(params):
 
 
 @pytest.mark.parametrize("positions", ["relative", pytest.param("rotary", marks=pytest.mark.slow)])
-def test_plain_attention_takes_any_derivative(positions):
+def test_plain_attention_supports_reverse_forward_and_second_derivatives(positions):
     with jax.enable_x64(True):
         loss, params = make_loss("plain", positions=positions, dtype="float64")
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
@@ -63,7 +63,7 @@ def test_plain_attention_takes_any_derivative(positions):
 
 
 @pytest.mark.parametrize("attention", [pytest.param("plain", marks=pytest.mark.slow), "blocked"])
-def test_gradients_of_each_example_are_those_of_it_alone(attention):
+def test_vmapped_gradients_equal_gradients_of_single_examples(attention):
     loss, params = make_loss(attention)
     of_each = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(params, TOKENS)
     alone = jax.jit(jax.grad(loss))
@@ -72,7 +72,7 @@ def test_gradients_of_each_example_are_those_of_it_alone(attention):
             np.testing.assert_allclose(batched[i], single, rtol=1e-3, atol=1e-5)
 
 
-def test_the_platform_is_that_of_the_mesh_in_use():
+def test_platform_follows_the_active_mesh():
     assert platform() == "cpu"
     device = jax.sharding.AbstractDevice("some GPU", None, "gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",), abstract_device=device)):
