@@ -246,7 +246,7 @@ def test_causal_only_operations_reject_bidirectional_models():
     tokens, key = jnp.arange(10)[None], jax.random.key(0)
     cache = causal.init_cache(1, 12)
     for call, message in (
-        (lambda: small_config(causal="no"), "causal='no' is unknown"),
+        (lambda: small_config(causal="no"), "causal='no'"),
         (lambda: small_config(causal=False, vocab_size=1), "vocab_size=1"),
         (lambda: small_config(causal=False, window=4), "window=4"),
         (lambda: small_config(causal=False, shift="original"), "shift='original'"),

@@ -201,7 +201,7 @@ def test_evaluation_equals_a_loop_over_windows():
         logits = np.asarray(forward(model, padded)[0, : len(window) - 1], np.float64)
         for row, target in zip(logits, window[1:], strict=True):
             losses.append(np.log(np.exp(row).sum()) - row[target])
-        np.testing.assert_allclose(hg.score(model, window[None])[0], -np.array(losses[start:]), rtol=1e-4)
+        np.testing.assert_allclose(nnx.jit(hg.score)(model, window[None])[0], -np.array(losses[start:]), rtol=1e-4)
     result = hg.evaluate(model, text, block_size=16, batch_size=3)
     assert result.n_characters == len(losses) == 49
     assert result.loss == pytest.approx(np.mean(losses), rel=1e-5)
