@@ -134,8 +134,8 @@ def test_a_file_with_a_comma_or_a_star_in_its_name_is_itself(library):
 
 @pytest.mark.parametrize("path", ["nowhere.txt", "a.txt,nowhere.txt", "a.txt,", "*.csv", "books/old/c.txt/"])
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
-def test_a_part_that_names_no_file_is_told(library, path, tokenizer):
-    with pytest.raises(UsageError, match=r"no such file|no \.txt file"):
+def test_a_pattern_without_files_raises_an_error(library, path, tokenizer):
+    with pytest.raises(UsageError, match=r"no such file|holds no"):
         load_tokens(DataConfig(path=path, tokenizer=tokenizer))
 
 
@@ -192,7 +192,7 @@ def test_a_validation_file_is_left_out_of_training(
 
 
 @pytest.mark.parametrize("path", ["b.txt", "b.txt,copy.txt", "link.txt", "copy.txt"])
-def test_a_text_that_is_all_for_validation_is_refused(library, path):
+def test_a_text_used_only_for_validation_raises_an_error(library, path):
     Path("link.txt").symlink_to("b.txt")
     shutil.copy("b.txt", "copy.txt")
     with pytest.raises(UsageError, match=f"{path}: every training file is a validation file or a copy"):
@@ -261,7 +261,7 @@ def test_a_text_for_validation_contradicts_another_split(options):
 
 
 @pytest.mark.parametrize("text", ["日本語" * 100, "0123456789" * 100])
-def test_cleaning_that_leaves_nothing_is_told(tmp_path, text):
+def test_cleaning_that_leaves_nothing_raises_an_error(tmp_path, text):
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     config = DataConfig(path=str(tmp_path / "text.txt"), clean=True, block_size=16)
     with pytest.raises(UsageError, match=rf"cleaning removes all {len(text):,}"):
@@ -283,7 +283,7 @@ def test_a_fraction_that_leaves_nothing_is_blamed_and_not_the_text(fraction, wor
         split_tokens(TEXT[:18], DataConfig(block_size=16, train_fraction=fraction))
 
 
-def test_half_of_a_surrogate_pair_is_told(tmp_path):
+def test_half_a_surrogate_pair_raises_an_error(tmp_path):
     for encode in (ByteTokenizer().encode, CharTokenizer.from_text):
         with pytest.raises(UsageError, match=r"'\\ud83d', half of a surrogate pair"):
             encode("smile \ud83d!")
@@ -458,7 +458,7 @@ def test_packaged_haiku_are_many_different_and_whole():
 
 
 @pytest.mark.parametrize("text", ["", "a\nb", "a\nb\nc\n", "a\n \nc", "a\nb\nc\nd"])
-def test_malformed_haiku_are_told(text):
+def test_malformed_haiku_raise_errors(text):
     assert not is_haiku(text)
 
 

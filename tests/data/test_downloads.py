@@ -95,7 +95,7 @@ def test_an_existing_good_file_needs_no_network(offer, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("content", "words"), [(CONTENT[:-1], "49,999 bytes"), (b"#" + CONTENT[1:], "SHA-256")])
-def test_an_existing_bad_file_is_told_and_kept(offer, tmp_path, content, words):
+def test_an_existing_bad_file_raises_an_error_and_is_kept(offer, tmp_path, content, words):
     offer()
     (tmp_path / "enwik8").write_bytes(content)
     message = refusal(tmp_path)
@@ -137,7 +137,7 @@ def test_a_damaged_archive_leaves_nothing(offer, tmp_path):
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_a_server_that_says_no(offer, serve, tmp_path):
+def test_a_server_error_raises_an_error(offer, serve, tmp_path):
     offer(url=serve(b"gone", 4, status=404))
     assert "404" in refusal(tmp_path / "data")
 

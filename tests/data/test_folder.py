@@ -40,7 +40,7 @@ def test_images_come_back_pixel_for_pixel(tmp_path, channels):
     assert by_content(train, valid) == by_content(images)
 
 
-def test_gray_among_coloured_is_coloured(tmp_path):
+def test_gray_images_among_color_images_become_rgb(tmp_path):
     gray, colour = noise(4, 4), noise(4, 4, 3)
     save(tmp_path / "gray.png", gray)
     save(tmp_path / "colour.png", colour)
@@ -224,7 +224,7 @@ def write_damaged(path):
         (write_damaged, "b.png: not an image, or damaged"),
     ],
 )
-def test_images_that_cannot_be_read_are_told(tmp_path, write, words):
+def test_unreadable_images_are_reported(tmp_path, write, words):
     save(tmp_path / "a.png", noise(64, 64, 3))
     write(tmp_path / "b.png")
     with pytest.raises(UsageError) as error:

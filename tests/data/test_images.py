@@ -227,7 +227,7 @@ def test_validation_reads_every_image_once_in_order(batch_size):
     assert tokens[:, 1].tolist() == list(range(12)) and sum(weights.sum() for _, weights in batches) == images.size
 
 
-def test_tokens_of_images_come_back():
+def test_image_tokens_round_trip():
     tokenizer = ImageTokenizer((2, 4, 3))
     images = np.random.default_rng(0).integers(0, 256, (5, 2, 4, 3), np.uint8)
     for batch in (images, images[0], images[None]):
@@ -249,6 +249,6 @@ def test_tokens_of_images_come_back():
         lambda: ImageTokenizer((2, 2, 3)).decode(np.full(12, 256)),
     ],
 )
-def test_what_is_no_image_is_refused(refused):
+def test_invalid_image_tokens_raise_errors(refused):
     with pytest.raises(UsageError):
         refused()

@@ -39,7 +39,7 @@ def same_parameters(a, b):
 @pytest.mark.parametrize(
     "factors, hierarchy", [([2, 1], "2@1"), (TWO_LEVELS, "2@1 1@3 2@1"), (THREE_LEVELS, "1@1 2@2 1@6 2@2 1@1")]
 )
-def test_logits_of_the_original_project(tmp_path, factors, hierarchy):
+def test_converted_original_models_give_the_same_logits(tmp_path, factors, hierarchy):
     theirs = original(factors)
     model, tokenizer = convert(tmp_path, theirs.state_dict())
     assert model.config.hierarchy == hierarchy and model.config.n_heads == 3 and tokenizer.clean
@@ -159,7 +159,7 @@ def test_every_form_of_the_vocabulary_and_one_without_bos(tmp_path):
         ({"vocabulary": None}, "neither an object nor a list"),
     ],
 )
-def test_other_vocabularies_are_refused(tmp_path, vocabulary, message):
+def test_invalid_vocabularies_raise_errors(tmp_path, vocabulary, message):
     with pytest.raises(hg.UsageError, match=message) as error:
         convert(tmp_path, original([1, 1]).state_dict(), vocabulary)
     assert "\n" not in str(error.value)
@@ -189,7 +189,7 @@ def without(name):
         (lambda state: {"a": torch.zeros(2)}, "not a supported model"),
     ],
 )  # fmt: skip
-def test_other_contents_are_refused_by_name(tmp_path, change, message):
+def test_unexpected_tensors_raise_errors_that_name_them(tmp_path, change, message):
     with pytest.raises(hg.UsageError, match=message) as error:
         convert(tmp_path, change(original(TWO_LEVELS).state_dict()))
     assert "\n" not in str(error.value)
@@ -211,7 +211,7 @@ def test_parameters_and_other_hyperparameters_are_read_as_well(tmp_path):
     np.testing.assert_allclose(forward(converted, TEXT % 11), logits(model, TEXT % 11), atol=1e-4)
 
 
-def test_a_file_runs_no_code_and_a_damaged_one_is_refused(tmp_path):
+def test_a_checkpoint_file_runs_no_code_and_damage_raises_an_error(tmp_path):
     path, trace = tmp_path / "model.pth", tmp_path / "trace"
     torch.save({"state_dict": {"a": torch.zeros(2)}, "rest": Malicious(trace)}, path)
     whole = path.read_bytes()
@@ -254,7 +254,7 @@ def convert_peer(tmp_path, model, **options):
         ((0, (1, 1, 0), 1), 2, "naive", "0@1 1@2 1@4 0@2 1@1"),
     ],
 )
-def test_logits_of_the_pypi_package(tmp_path, depth, shorten_factor, method, hierarchy):
+def test_converted_pypi_models_give_the_same_logits(tmp_path, depth, shorten_factor, method, hierarchy):
     theirs = peer(depth, shorten_factor, updown_sample_type=method)
     model, tokenizer = convert_peer(tmp_path, theirs, shorten_factor=shorten_factor or ())
     assert model.config.hierarchy == hierarchy and tokenizer.kind == "byte"

@@ -63,7 +63,7 @@ def check_weights(directory):
         assert "/" not in json.dumps(hg.Run(directory / name).read().settings)
 
 
-def test_all_that_is_shipped_is_whole_and_small():
+def test_shipped_weights_are_complete_and_small():
     check_weights(SHIPPED)
 
 
@@ -128,7 +128,7 @@ def test_a_directory_may_lie_in_the_home_directory(weights, monkeypatch):
     assert hg.load_pretrained("other", directory="~")[2] == CONFIG
 
 
-def test_unknown_names_and_damaged_files_are_one_line(weights):
+def test_unknown_names_and_damaged_files_raise_one_line_errors(weights):
     with pytest.raises(hg.UsageError, match="called 'sonnets'; there are: books, haiku") as error:
         hg.load_pretrained("sonnets", directory=weights)
     assert "\n" not in str(error.value)
@@ -140,7 +140,7 @@ def test_unknown_names_and_damaged_files_are_one_line(weights):
         save_pretrained(tuned(), Record(CONFIG, hg.ByteTokenizer(), {}, []), "", weights / "haiku")
 
 
-def test_no_setting_says_where_it_was_made(weights):
+def test_shipped_settings_contain_no_machine_paths(weights):
     settings = hg.Run(weights / "books").read().settings
     assert settings == {"data": {"path": "books,b.txt"}, "format": "prompt"}
 
@@ -182,7 +182,7 @@ def test_a_haiku_is_written_from_its_first_line(tmp_path):
         ("finetune", ["--pretrained=books", "--load_model_path=run"], "both given"),
     ],
 )
-def test_launchers_refuse_in_one_line(tmp_path, script, flags, message):
+def test_launchers_reject_invalid_pretrained_options_in_one_line(tmp_path, script, flags, message):
     result = run_forked(script, *flags, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ KERNEL = "hourglass.inner.pre.layers.attention.query.kernel"
 
 
 @pytest.mark.parametrize("shortening, upsampling", RESAMPLINGS)
-def test_every_method_comes_back_bit_for_bit(tmp_path, shortening, upsampling):
+def test_every_method_round_trips_bit_for_bit(tmp_path, shortening, upsampling):
     config = small_config(hierarchy=NESTED, shortening=shortening, upsampling=upsampling)
     model = make_model(config)
     export_safetensors(model, TOKENIZER, tmp_path / "shared")
@@ -76,7 +76,7 @@ def test_load_reads_the_directory_of_a_pretrained_model(name):
     assert tokenizer.kind == "byte"
 
 
-def test_others_may_read_what_is_shared(shared):
+def test_exported_files_are_readable_by_others(shared):
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in shared.iterdir())
 
 
@@ -133,7 +133,7 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(shared, mo
         (lambda tensors: tensors.update({KERNEL: np.zeros((1, 16, 16))}), f"{KERNEL} is float64"),
     ],
 )
-def test_other_tensors_are_refused_by_name(shared, change, message):
+def test_unexpected_tensors_raise_errors_that_name_them(shared, change, message):
     tensors = load_file(shared / "model.safetensors")
     change(tensors)
     save_file(tensors, shared / "model.safetensors")
@@ -142,7 +142,7 @@ def test_other_tensors_are_refused_by_name(shared, change, message):
     assert "\n" not in str(error.value)
 
 
-def test_damaged_and_missing_files_are_refused(shared):
+def test_damaged_and_missing_files_raise_errors(shared):
     weights = shared / "model.safetensors"
     whole = weights.read_bytes()
     for content in (whole[:-1], whole[:100], b"", b"x" * 1000):

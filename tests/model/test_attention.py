@@ -16,7 +16,7 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 11, (3, 9)))
 def make_loss(attention, **options):
     """loss(params, tokens [L]) of the nested model, and its parameters."""
     config = small_config(
-        hierarchy="1@1 1@2 1@1", shortening="attention_average", upsampling="attention", attention=attention, **options
+        hierarchy="0@1 1@2 0@1", shortening="attention_average", upsampling="attention", attention=attention, **options
     )
     graph, params = nnx.split(make_model(config))
 
@@ -28,7 +28,7 @@ def make_loss(attention, **options):
 
 
 def dot(a, b):
-    return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return sum(np.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def direction_like(params):
@@ -37,7 +37,7 @@ def direction_like(params):
 
 
 @pytest.mark.parametrize("positions", ["relative", pytest.param("rotary", marks=pytest.mark.slow)])
-def test_plain_attention_takes_any_derivative(positions):
+def test_plain_attention_supports_reverse_forward_and_second_derivatives(positions):
     with jax.enable_x64(True):
         loss, params = make_loss("plain", positions=positions, dtype="float64")
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
@@ -53,7 +53,9 @@ def test_plain_attention_takes_any_derivative(positions):
         gradient, slope, hessian_vector = derivatives(params, direction)
         assert slope == pytest.approx(float(dot(gradient, direction)), rel=1e-9)
         ahead, behind = (
-            derivatives(jax.tree.map(lambda p, d, step=step: p + step * d, params, direction), direction)[0]
+            derivatives(
+                jax.tree.map(lambda p, d, step=step: np.asarray(p) + step * np.asarray(d), params, direction), direction
+            )[0]
             for step in (1e-5, -1e-5)
         )
         for exact, a, b in zip(*map(jax.tree.leaves, (hessian_vector, ahead, behind)), strict=True):
@@ -61,7 +63,7 @@ def test_plain_attention_takes_any_derivative(positions):
 
 
 @pytest.mark.parametrize("attention", [pytest.param("plain", marks=pytest.mark.slow), "blocked"])
-def test_gradients_of_each_example_are_those_of_it_alone(attention):
+def test_vmapped_gradients_equal_gradients_of_single_examples(attention):
     loss, params = make_loss(attention)
     of_each = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(params, TOKENS)
     alone = jax.jit(jax.grad(loss))
@@ -70,7 +72,7 @@ def test_gradients_of_each_example_are_those_of_it_alone(attention):
             np.testing.assert_allclose(batched[i], single, rtol=1e-3, atol=1e-5)
 
 
-def test_the_platform_is_that_of_the_mesh_in_use():
+def test_platform_follows_the_active_mesh():
     assert platform() == "cpu"
     device = jax.sharding.AbstractDevice("some GPU", None, "gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",), abstract_device=device)):
@@ -84,4 +86,4 @@ def test_the_platform_is_that_of_the_mesh_in_use():
 def test_blocked_attention_has_no_forward_derivative():
     loss, params = make_loss("blocked")
     with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda params: loss(params, TOKENS[0]), (params,), (params,))
+        jax.jit(lambda params: jax.jvp(lambda params: loss(params, TOKENS[0]), (params,), (params,))).lower(params)

@@ -57,7 +57,7 @@ def blocks(request, monkeypatch):
 
 @pytest.mark.parametrize("relative", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("query_slots, key_slots, window", [*((*s, 0) for s in SLOTS), (1, 1, 1), (1, 1, 2), (1, 3, 2)])
-def test_it_equals_its_formula(blocks, query_slots, key_slots, relative, window):
+def test_blocked_attention_equals_the_formula(blocks, query_slots, key_slots, relative, window):
     inputs = make_inputs(query_slots, key_slots, relative)
     pattern, first = Pattern(query_slots, key_slots, 0.0, window), np.array([0, 2, 3, 4])
     for padding in (first, None):
@@ -71,7 +71,7 @@ def test_it_equals_its_formula(blocks, query_slots, key_slots, relative, window)
     [(True, 0.3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(False, 0.0), (False, 0.3), (True, 0.0)])],
 )
 @pytest.mark.parametrize("query_slots, key_slots, window", [*((*s, 0) for s in SLOTS), (1, 1, 2)])
-def test_its_gradients_are_those_of_finite_differences(blocks, query_slots, key_slots, relative, dropout, window):
+def test_blocked_gradients_equal_finite_differences(blocks, query_slots, key_slots, relative, dropout, window):
     inputs = make_inputs(query_slots, key_slots, relative)
     pattern = Pattern(query_slots, key_slots, dropout, window)
     key = jax.random.key(0) if dropout else None
@@ -79,14 +79,14 @@ def test_its_gradients_are_those_of_finite_differences(blocks, query_slots, key_
     check_grads(run, (inputs,), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 
-def test_on_an_accelerator_it_equals_its_formula_too(monkeypatch):
+def test_blocked_attention_for_accelerators_equals_the_formula(monkeypatch):
     monkeypatch.setattr(blocked, "platform", lambda: "gpu")
     monkeypatch.setattr(blocked, "QUERY_ROWS", 1)
     inputs, pattern = make_inputs(3, 1, relative=True), Pattern(3, 1)
     np.testing.assert_allclose(blocked_attention(pattern, inputs), plain_attention(pattern, inputs), atol=1e-5)
 
 
-def test_with_a_window_a_block_meets_no_key_that_it_does_not_see(monkeypatch):
+def test_blocks_skip_keys_outside_the_window(monkeypatch):
     monkeypatch.setattr(blocked, "QUERY_ROWS", 4)
     [segment] = blocked.segments(Pattern(1, 1, 0.0, window=6), 50)
     assert (segment.block, segment.n_key_groups) == (4, 9)
@@ -94,7 +94,7 @@ def test_with_a_window_a_block_meets_no_key_that_it_does_not_see(monkeypatch):
 
 
 @pytest.mark.parametrize("window", [0, 16])
-def test_memory_of_the_gradient_grows_with_length_alone(window, monkeypatch):
+def test_gradient_memory_grows_linearly_with_length(window, monkeypatch):
     monkeypatch.setattr(blocked, "QUERY_ROWS", 16)
     pattern = Pattern(1, 1, 0.0, window)
 

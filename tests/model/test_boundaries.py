@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import event_config, forward, make_model, run_cached, small_config, tokens_of
+from flax import nnx
 from launching import run_forked
 
 import hourglass_jax as hg
@@ -29,11 +30,11 @@ KEY = jax.random.key(0)
 def events_of(config, tokens):
     model = make_model(config)
     x = jnp.zeros((*tokens.shape, config.d_model))
-    groups = model.hourglass.boundaries(x, jnp.asarray(tokens))
-    return np.diff(np.asarray(groups.served), axis=1, prepend=-1) > 0
+    served = nnx.jit(lambda rule: rule(x, jnp.asarray(tokens)).served)(model.hourglass.boundaries)
+    return np.diff(np.asarray(served), axis=1, prepend=-1) > 0
 
 
-def test_whitespace_and_spacelike_bytes_are_those_of_their_definitions():
+def test_whitespace_and_spacelike_bytes_match_their_definitions():
     text = "A  tab\tand two\n\n  lines, 3_4 (ﬁn): à\N{NO-BREAK SPACE}é 日本."
     tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int32)[None]
     assert set(WHITESPACE) == {*b" \t\n\r\v\f", 256, 257}
@@ -52,7 +53,7 @@ def test_whitespace_and_spacelike_bytes_are_those_of_their_definitions():
         assert max(make_model(config).hourglass.boundaries.tokens) < 256  # of those, `check_causality` makes texts
 
 
-def test_listed_tokens_all_fire_and_too_many_wait():
+def test_listed_tokens_fire_until_capacity_is_reached():
     tokens = np.array([[5, 1, 1, 2, 7, 1, 8, 0, 0, 0, 0, 0, 0, 0, 0, 9, 0]])
     free = events_of(event_config(boundaries="tokens", boundary_slack=3.0), tokens)[0]
     np.testing.assert_array_equal(free, np.isin(tokens[0], (0, 1, 2)) | (np.arange(17) == 0))
@@ -66,16 +67,19 @@ def test_listed_tokens_all_fire_and_too_many_wait():
 
 # Every k-th position
 
+run_hourglass = nnx.jit(lambda hourglass, x: hourglass(x))
+
 
 @pytest.mark.parametrize("shortening", ["select", "average"])
-def test_an_event_at_every_kth_token_is_the_fixed_hourglass(shortening):
+def test_boundaries_at_every_kth_token_equal_fixed_groups(shortening):
     options = {"hierarchy": "0@1 1@3 1@1", "norm": "final", "shortening": shortening, "boundary_tokens": ()}
     x = np.random.default_rng(0).normal(size=(2, 14, 16)).astype(np.float32)
+    models = [make_model(event_config(boundaries=name, **options)) for name in ("every", "fixed")]
     x[:, 0] = 0  # the mean of group 0: of one position here, of k there
-    every, fixed = (make_model(event_config(boundaries=name, **options)).hourglass(x) for name in ("every", "fixed"))
+    every, fixed = (run_hourglass(model.hourglass, x) for model in models)
     np.testing.assert_allclose(every, fixed, atol=1e-6)
     x[:, 0] = 1
-    every, fixed = (make_model(event_config(boundaries=name, **options)).hourglass(x) for name in ("every", "fixed"))
+    every, fixed = (run_hourglass(model.hourglass, x) for model in models)
     assert (np.abs(every - fixed).max() < 1e-6) == (shortening == "select")
 
 
@@ -119,7 +123,7 @@ class LengthAware(Boundaries):
         (LengthAware, "differs between texts of"),
     ],
 )
-def test_a_rule_that_sees_the_future_is_found_though_no_derivative_shows_it(rule, message, monkeypatch):
+def test_a_rule_that_reads_the_future_fails_the_causality_check(rule, message, monkeypatch):
     monkeypatch.setitem(BOUNDARIES, "leaky", rule)
     model = make_model(event_config(boundaries="leaky", hierarchy="0@1 1@3 0@1"))
     assert not np.triu(hg.causality.influence(model, tokens_of(13)), k=1).any()
@@ -150,7 +154,7 @@ GRID = [
 
 
 @pytest.mark.parametrize("hierarchy, options", GRID)
-def test_predictions_see_nothing_of_the_future(hierarchy, options):
+def test_predictions_with_boundaries_pass_the_causality_check(hierarchy, options):
     hg.check_causality(make_model(event_config(hierarchy=hierarchy, **options)))
 
 
@@ -174,12 +178,12 @@ def largest_difference(model, length=31):
 
 
 @pytest.mark.parametrize("hierarchy, options", GRID)
-def test_cached_logits_equal_the_full_forward_whatever_the_phase_of_a_row(hierarchy, options):
+def test_cached_logits_equal_full_forward_at_any_row_phase(hierarchy, options):
     with jax.enable_x64(True):
         assert largest_difference(make_model(event_config(hierarchy=hierarchy, dtype="float64", **options))) < 1e-12
 
 
-def test_a_cache_that_grants_other_events_is_noticed(monkeypatch):
+def test_a_cache_with_other_boundaries_gives_other_logits(monkeypatch):
     model = make_model(event_config(boundaries="tokens", boundary_tokens=range(7), boundary_slack=1.0))
     assert largest_difference(model) < 1e-5
     step = Boundaries.step
@@ -202,7 +206,7 @@ def model():
     return make_model(event_config(max_length=200))
 
 
-def test_greedy_tokens_follow_the_full_forward(model):
+def test_greedy_tokens_are_the_argmax_of_full_forward(model):
     for prompt, new in zip(PROMPTS, hg.generate(model, PROMPTS, max_tokens=20, key=KEY, temperature=0.0), strict=True):
         text = np.zeros((1, 32), int)  # padding comes later
         text[0, : len(prompt) + 20] = [*prompt, *new]
@@ -219,7 +223,7 @@ LEARNED = {"boundaries": "router", "shortening": "select", "upsampling": "smooth
 @pytest.mark.parametrize(
     "options", [{}, *(pytest.param(o, marks=pytest.mark.slow) for o in ({"positions": "rotary"} | ATTENTION, LEARNED))]
 )
-def test_rows_are_what_they_would_be_alone_beyond_the_context_too(options):
+def test_rows_in_a_batch_equal_rows_alone_beyond_the_context(options):
     model = make_model(event_config(**options))
     prompts = [*PROMPTS, tokens_of(100)]  # the last one is longer than the context
     options = {"max_tokens": 200, "key": KEY, "max_context": 30}
@@ -229,7 +233,7 @@ def test_rows_are_what_they_would_be_alone_beyond_the_context_too(options):
         np.testing.assert_array_equal(row, hg.generate(model, [prompt], **options)[0])
 
 
-def test_a_growing_cache_changes_nothing(model, monkeypatch):
+def test_cache_growth_leaves_generated_tokens_unchanged(model, monkeypatch):
     options = {"max_tokens": 100, "key": KEY, "stream": lambda new: None}
     whole = hg.generate(model, PROMPTS, **options)
     monkeypatch.setattr(generation, "MIN_CACHE", 48)
@@ -237,7 +241,7 @@ def test_a_growing_cache_changes_nothing(model, monkeypatch):
         np.testing.assert_array_equal(row, grown)
 
 
-def test_a_long_text_compiles_nothing_new_and_keeps_its_memory():
+def test_a_long_generation_recompiles_nothing_and_keeps_memory_constant():
     model = make_model(event_config())
     programs = (generation._extend, generation._drop, generation._grow, generation._prefill)
     sizes, arrays = [], []
@@ -265,7 +269,7 @@ def test_one_program_serves_all_texts(model):
     assert len(traces) == 1
 
 
-def test_boundaries_say_where_each_shortening_ends_a_group():
+def test_group_ends_returns_the_boundaries_of_each_level():
     model = make_model(event_config(hierarchy="0@1 1@2 1@6 0@2 1@1"))
     tokens = np.array([5, 1, 6, 7, 0, 0, 8, 2, 9, 1, 10, 2, 2])
     first = np.isin(np.arange(13), [0, 1, 4, 7, 9, 11])
@@ -276,7 +280,7 @@ def test_boundaries_say_where_each_shortening_ends_a_group():
     assert hg.group_ends(make_model(small_config(hierarchy="1@1")), tokens).shape == (0, 13)
 
 
-def test_groups_are_counted_with_those_that_found_no_room():
+def test_count_groups_includes_suppressed_boundaries():
     rows = np.array([[5, 1, 1, 2, 7, 1, 8, 0, 0, 0, 0, 0, 0, 0, 0, 9, 0], [5] * 17])
     options = {"boundaries": "tokens", "boundary_slack": 1.0, "hierarchy": "0@1 1@6 1@1"}
     counts = count_groups(make_model(event_config(**options)), rows)
@@ -303,18 +307,21 @@ def test_groups_are_counted_with_those_that_found_no_room():
         ({"boundary_slack": 0.5}, "boundary_slack=0.5 is out of range"),
     ],
 )
-def test_what_does_not_fit_says_so(options, message):
+def test_invalid_combinations_raise_one_line_errors(options, message):
     with pytest.raises(hg.UsageError, match=message):
         event_config(**options)
 
 
-def test_a_configuration_survives_json_and_costs_what_it_has_room_for():
+def test_configs_round_trip_through_json_and_costs_follow_group_capacity():
     config = event_config(hierarchy="1@1 1@2 1@6 0@2 1@1")
     assert hg.HourglassConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
     assert config.boundaries_by_level == ("whitespace", "every") and config.shared_factor == 1
     fixed = dataclasses.replace(config, boundaries="fixed")
-    groups = make_model(config).hourglass.forward(jnp.zeros((1, 48, 16)), tokens=tokens_of((1, 48)))[1]
-    assert level_lengths(config, 48) == {1: 48, 2: groups[0].when.shape[1], 6: groups[1].when.shape[1]}
+    model, tokens = make_model(config), jnp.asarray(tokens_of((1, 48)))
+    outer, inner = nnx.eval_shape(
+        lambda: [groups.when for groups in model.hourglass.forward(jnp.zeros((1, 48, 16)), tokens=tokens)[1]]
+    )
+    assert level_lengths(config, 48) == {1: 48, 2: outer.shape[1], 6: inner.shape[1]}
     assert level_lengths(fixed, 48) == {1: 48, 2: 24, 6: 8}
     assert forward_flops(config, 48)[1] == forward_flops(fixed, 48)[1]
     roomy, room = (forward_flops(dataclasses.replace(config, boundary_slack=s), 480)[2] for s in (1.5, 1.0))
@@ -322,7 +329,7 @@ def test_a_configuration_survives_json_and_costs_what_it_has_room_for():
     assert dataclasses.replace(fixed, boundaries="fixed every").shared_factor == 2
 
 
-def test_characters_have_their_boundaries_listed_for_them():
+def test_boundary_tokens_lists_the_boundary_characters_of_a_vocabulary():
     tokenizer = hg.CharTokenizer.from_text("an é,\n3.")
     for name, characters in (("whitespace", "\n "), ("spacelike", "\n ,.")):
         listed = boundary_tokens(tokenizer, name)
@@ -338,7 +345,7 @@ TINY += ["--steps=2", "--data_path=text.txt", "--shortening=average", "--upsampl
 
 @pytest.mark.launchers
 @pytest.mark.slow
-def test_launchers_train_and_generate_with_them(tmp_path):
+def test_launchers_train_and_generate_with_boundaries(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 20)
     result = run_forked("pretrain", *TINY, "--boundaries=whitespace", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -377,7 +384,7 @@ def test_launchers_train_and_generate_with_them(tmp_path):
         ("a b c d " * 99, ["--boundaries=tokens"], "boundaries='tokens' requires boundary_tokens"),
     ],
 )
-def test_launchers_say_in_one_line_what_does_not_fit(text, options, line, tmp_path):
+def test_launchers_reject_invalid_boundary_options_in_one_line(text, options, line, tmp_path):
     (tmp_path / "text.txt").write_text(text)
     result = run_forked("pretrain", *TINY, *options, cwd=tmp_path)
     assert result.returncode == 2 and line in result.stderr.splitlines()[-1]

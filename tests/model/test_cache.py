@@ -29,14 +29,14 @@ def largest_difference(model, length=None):
 
 
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
-def test_cached_logits_of_every_method_equal_the_full_forward(shortening, upsampling, positions):
+def test_cached_logits_of_every_method_equal_full_forward(shortening, upsampling, positions):
     options = {"shortening": shortening, "upsampling": upsampling, "positions": positions, "dtype": "float64"}
     with jax.enable_x64(True):
         assert largest_difference(make_model(small_config(hierarchy=NESTED, **options))) < 1e-12
 
 
 @pytest.mark.parametrize("positions", ["relative", pytest.param("rotary", marks=pytest.mark.slow)])
-def test_cached_logits_with_heads_of_their_own_size_and_biases(positions):
+def test_cached_logits_with_d_head_and_biases_equal_full_forward(positions):
     options = {"positions": positions, "d_head": 6, "qkv_bias": True, "dtype": "float64"}
     with jax.enable_x64(True):
         assert largest_difference(make_model(small_config(hierarchy=NESTED, **options))) < 1e-12
@@ -46,7 +46,9 @@ def test_cached_logits_with_heads_of_their_own_size_and_biases(positions):
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
 @pytest.mark.parametrize("hierarchy", EVERY_HIERARCHY)
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float64", 1e-12)])
-def test_cached_logits_on_the_whole_grid(dtype, tolerance, hierarchy, shortening, upsampling, positions):
+def test_cached_logits_equal_full_forward_on_the_whole_grid(
+    dtype, tolerance, hierarchy, shortening, upsampling, positions
+):
     options = {"shortening": shortening, "upsampling": upsampling, "positions": positions, "dtype": dtype}
     with jax.enable_x64(dtype == "float64"):
         assert largest_difference(make_model(small_config(hierarchy=hierarchy, **options))) < tolerance
@@ -60,11 +62,11 @@ def test_cached_logits_on_the_whole_grid(dtype, tolerance, hierarchy, shortening
         pytest.param({"norm": "final", "shift": "original", "positions": "rotary"}, marks=pytest.mark.slow),
     ],
 )
-def test_cached_logits_of_every_hierarchy_equal_the_full_forward(hierarchy, options):
+def test_cached_logits_of_every_hierarchy_equal_full_forward(hierarchy, options):
     assert largest_difference(make_model(small_config(hierarchy=hierarchy, **options))) < 1e-5
 
 
-def test_a_cache_that_misses_its_padding_is_noticed(forgotten_padding):
+def test_a_cache_that_ignores_padding_gives_other_logits(forgotten_padding):
     model = make_model(small_config())
     tokens = np.arange(10)[None].repeat(2, 0)
     aligned = AlignedPrompts.align([tokens[0, :8], tokens[1, :2]], 3, 99)
@@ -94,7 +96,7 @@ def test_a_layer_at_factor_f_runs_once_every_f_tokens(hierarchy, monkeypatch):
 
 
 @pytest.mark.parametrize("positions", ["relative", pytest.param("rotary", marks=pytest.mark.slow)])
-def test_a_forgetful_row_sees_its_context_and_dropping_what_nobody_sees_changes_nothing(positions):
+def test_a_bounded_context_drops_whole_groups_and_leaves_logits_unchanged(positions):
     config = small_config(hierarchy="0@1 1@2 1@1", positions=positions, upsampling="attention", dtype="float64")
     tokens = jax.random.randint(jax.random.key(0), (2, 90), 0, 11)
 

@@ -40,7 +40,7 @@ def abstract(config):
 
 @pytest.mark.parametrize("hierarchy", [pytest.param("6@1", marks=pytest.mark.slow), "2@1 1@2 4@4 1@2 2@1"])
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
-def test_decoding_flops_of_all_levels_are_those_of_the_program(hierarchy, shortening, upsampling, positions):
+def test_decoding_flops_of_all_levels_equal_the_compiled_program(hierarchy, shortening, upsampling, positions):
     options = {"shortening": shortening, "upsampling": upsampling, "positions": positions}
     config = small_config(hierarchy=hierarchy, vocab_size=256, d_model=256, n_heads=8, d_ff=1024, **options)
     graph, params = abstract(config)
@@ -69,7 +69,7 @@ PAPER_ROWS = [row for row in TABLE_1.rows if row.paper]
     "row",
     [pytest.param(row, marks=[pytest.mark.slow] * (i % 6 > 0), id=row.name) for i, row in enumerate(PAPER_ROWS)],
 )
-def test_forward_flops_of_table_1_are_those_of_the_program(row):
+def test_forward_flops_of_table_1_equal_the_compiled_program(row):
     assert sum(forward_flops(row_config(row, PAPER), LENGTH).values()) == pytest.approx(
         xla_forward_flops(row_config(row, PAPER)), rel=0.1
     )
@@ -77,7 +77,7 @@ def test_forward_flops_of_table_1_are_those_of_the_program(row):
 
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
 @pytest.mark.parametrize("d_head", [0, pytest.param(32, marks=pytest.mark.slow)])
-def test_forward_flops_of_all_methods_are_those_of_the_program(d_head, shortening, upsampling, positions):
+def test_forward_flops_of_all_methods_equal_the_compiled_program(d_head, shortening, upsampling, positions):
     options = {"shortening": shortening, "upsampling": upsampling, "positions": positions, "max_length": LENGTH}
     config = small_config(hierarchy="1@1 1@2 1@6 1@2 1@1", d_model=256, d_head=d_head, d_ff=1024, **options)
     assert sum(forward_flops(config, LENGTH).values()) == pytest.approx(xla_forward_flops(config), rel=0.1)
@@ -91,7 +91,7 @@ def test_training_takes_three_forward_passes_and_attention_alone_is_quadratic():
     assert thrice - 2 * twice + once == pytest.approx(2 * products * n_layers * config.d_model * 1024**2)
 
 
-def test_forward_flops_of_groups_of_any_length_are_those_of_the_program():
+def test_forward_flops_with_boundaries_equal_the_compiled_program():
     options = {"shortening": "average", "upsampling": "repeat", "positions": "learned", "max_length": LENGTH}
     sizes = {"vocab_size": 256, "d_model": 256, "d_ff": 1024}
     config = small_config(hierarchy="1@1 4@6 1@1", boundaries="whitespace", **sizes, **options)
@@ -102,19 +102,19 @@ def test_forward_flops_of_groups_of_any_length_are_those_of_the_program():
 
 @pytest.mark.parametrize("hierarchy", EVERY_HIERARCHY)
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
-def test_cache_bytes_are_those_of_the_cache(hierarchy, shortening, upsampling, positions):
+def test_cache_bytes_equal_the_size_of_the_cache(hierarchy, shortening, upsampling, positions):
     options = {"shortening": shortening, "upsampling": upsampling, "positions": positions}
     config = small_config(hierarchy=hierarchy, **options)
-    assert cache_bytes(config, 48, 3) == total_bytes(make_model(config).init_cache(3, 48))
+    assert cache_bytes(config, 48, 3) == total_bytes(nnx.eval_shape(lambda: make_model(config).init_cache(3, 48)))
 
 
 @pytest.mark.parametrize("cost", [forward_flops, training_flops, activation_bytes])
-def test_a_sequence_of_nothing_has_no_costs(cost):
+def test_costs_of_empty_sequences_raise_one_line_errors(cost):
     with pytest.raises(UsageError, match="length=0"):
         cost(small_config(), 0)
 
 
-def test_state_bytes_are_those_of_parameters_and_adamw():
+def test_state_bytes_equal_parameters_and_adamw_moments():
     config = row_config(TABLE_1.rows[7], PAPER)
     _, params = abstract(config)
     moments, *_ = jax.eval_shape(optax.adamw(1e-3).init, params)
@@ -138,7 +138,7 @@ def gradient_bytes(config, length, batch):
         pytest.param("1@1 0@2 1@1", "1@1 2@2 1@1", marks=pytest.mark.slow),
     ],
 )
-def test_activation_bytes_grow_as_those_of_the_gradient(smaller, larger):
+def test_activation_bytes_bound_the_growth_of_gradient_memory(smaller, larger):
     # Growth, because the backward pass has buffers of its own. One head and one block of queries, because XLA:CPU
     # copies the keys of every further segment, and holds several blocks' scores at a time. Many rows, because
     # copies of weights are temporaries too.
@@ -157,6 +157,7 @@ def test_activations_grow_with_tokens_and_a_deep_stack_by_one_vector_a_layer():
     assert activation_bytes(replace(config, max_unrolled_layers=8), 256, 4) > size
 
 
+@pytest.mark.launchers
 def test_the_committed_costs_are_those_of_table_1():
     table = costs_table()
     assert (ROOT / "experiments" / "results" / "costs.md").read_text() == f"{table}\n"

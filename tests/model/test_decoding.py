@@ -21,18 +21,19 @@ def model():
 
 
 @pytest.mark.core
-def test_greedy_tokens_follow_the_full_forward(model):
+def test_greedy_tokens_are_the_argmax_of_full_forward(model):
     for prompt, new in zip(PROMPTS, hg.generate(model, PROMPTS, max_tokens=9, key=KEY, temperature=0.0), strict=True):
         text = list(prompt)
         for token in new:
-            padded = jnp.zeros((1, 16), int).at[0, : len(text)].set(jnp.array(text))  # padding comes later
-            assert token == int(forward(model, padded)[0, len(text) - 1].argmax())
+            padded = np.zeros((1, 16), int)  # padding comes later
+            padded[0, : len(text)] = text
+            assert token == np.asarray(forward(model, padded))[0, len(text) - 1].argmax()
             text.append(int(token))
         assert len(new) == 9
 
 
 @pytest.mark.core
-def test_rows_are_what_they_would_be_alone_and_equal_prompts_differ(model):
+def test_rows_in_a_batch_equal_rows_alone_and_equal_prompts_draw_different_samples(model):
     together = hg.generate(model, [*PROMPTS, PROMPTS[0]], max_tokens=12, key=KEY)
     for prompt, row in zip(PROMPTS, together, strict=False):
         np.testing.assert_array_equal(row, hg.generate(model, [prompt], max_tokens=12, key=KEY)[0])
@@ -40,14 +41,14 @@ def test_rows_are_what_they_would_be_alone_and_equal_prompts_differ(model):
     assert (hg.generate(model, PROMPTS, max_tokens=12, key=jax.random.key(1))[0] != together[0]).any()
 
 
-def test_different_prompts_draw_different_numbers():
+def test_different_prompts_use_different_random_keys():
     prompts = [[1, 2, 3], [3], [1, 2, 3], [2, 1]]
     keys = jax.random.key_data(row_keys(KEY, prompts)).tolist()
     assert len({tuple(key) for key in keys}) == len(prompts)
     assert keys[:2] == jax.random.key_data(row_keys(KEY, prompts[:2])).tolist()
 
 
-def test_rows_split_over_cores_are_the_same(model, monkeypatch):
+def test_splitting_rows_over_cores_changes_no_token(model, monkeypatch):
     prompts = [*PROMPTS * 3, PROMPTS[0]]
     results = []
     for n_cores in (1, 2):
@@ -57,7 +58,7 @@ def test_rows_split_over_cores_are_the_same(model, monkeypatch):
         np.testing.assert_array_equal(whole, split)
 
 
-def test_rows_stop_by_themselves(model):
+def test_each_row_stops_at_its_own_stop_token(model):
     free = hg.generate(model, PROMPTS, max_tokens=20, key=KEY)
     stop = int(free[0][5])
     stopped = hg.generate(model, PROMPTS, max_tokens=20, key=KEY, stop_token=stop)
@@ -76,7 +77,7 @@ def test_each_of_several_stop_tokens_ends_a_row(model):
             np.testing.assert_array_equal(cut, whole[: ends[0]] if len(ends) else whole)
 
 
-def test_streamed_parts_add_up(model):
+def test_streamed_parts_concatenate_to_the_result(model):
     parts = [[] for _ in PROMPTS]
     out = hg.generate(
         model,
@@ -92,7 +93,7 @@ def test_streamed_parts_add_up(model):
 @pytest.mark.parametrize(
     "positions", ["relative", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rotary", "learned"))]
 )
-def test_a_growing_cache_changes_nothing(positions, monkeypatch):
+def test_cache_growth_leaves_generated_tokens_unchanged(positions, monkeypatch):
     model = make_model(small_config(positions=positions, max_length=200))
     options = {"max_tokens": 150, "key": KEY, "stream": lambda new: None}
     whole = hg.generate(model, PROMPTS, **options)
@@ -103,7 +104,7 @@ def test_a_growing_cache_changes_nothing(positions, monkeypatch):
 
 @pytest.mark.core
 @pytest.mark.parametrize("positions", ["relative", pytest.param("rotary", marks=pytest.mark.slow)])
-def test_rows_are_alone_beyond_the_context_too(positions):
+def test_rows_in_a_batch_equal_rows_alone_beyond_the_context(positions):
     model = make_model(small_config(positions=positions))
     prompts = [*PROMPTS, np.arange(100) % 11]  # the last one is longer than the context
     options = {"max_tokens": 300, "key": KEY, "max_context": 30}
@@ -115,7 +116,7 @@ def test_rows_are_alone_beyond_the_context_too(positions):
 
 
 @pytest.mark.parametrize("n", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_a_long_run_compiles_nothing_new_and_keeps_its_memory(n):
+def test_a_long_generation_recompiles_nothing_and_keeps_memory_constant(n):
     model = make_model(small_config())
     programs = (generation._extend, generation._drop, generation._grow, generation._prefill)
     sizes, arrays = [], []
@@ -131,7 +132,7 @@ def test_a_long_run_compiles_nothing_new_and_keeps_its_memory(n):
 
 
 @pytest.mark.slow
-def test_few_programs_serve_all_prompt_lengths():
+def test_all_prompt_lengths_share_a_few_compiled_programs():
     model = make_model(small_config())
     jax.clear_caches()
     before = generation._prefill._cache_size(), generation._extend._cache_size()
@@ -142,18 +143,18 @@ def test_few_programs_serve_all_prompt_lengths():
 
 
 @pytest.mark.parametrize("temperature", [5.0, np.inf, 1e300])
-def test_banned_tokens_never_come(model, temperature):
+def test_banned_tokens_are_never_sampled(model, temperature):
     out = hg.generate(model, PROMPTS * 4, max_tokens=20, key=KEY, temperature=temperature, banned_tokens=(0, 1, 2))
     assert set(np.concatenate(out)) == set(range(3, 11))  # all others do
 
 
-def test_a_temperature_without_bounds_makes_equal_what_is_allowed():
+def test_infinite_temperature_samples_allowed_tokens_uniformly():
     logits = jnp.array([3.0, -jnp.inf, 1.0, 2.0])
     np.testing.assert_allclose(jax.nn.softmax(Sampler(np.inf).filter(logits)), np.array([1, 0, 1, 1]) / 3, rtol=1e-6)
     np.testing.assert_array_equal(jax.nn.softmax(Sampler(np.inf, top_k=2).filter(logits)), [0.5, 0, 0, 0.5])
 
 
-def test_filters_against_a_naive_version():
+def test_top_k_and_top_p_equal_a_naive_version():
     logits = np.random.default_rng(0).normal(size=(20, 30)).astype(np.float32)
     cuts = [(None, None), (1, None), (5, None), (99, None), (None, 0.3), (None, 0.9), (6, 0.7), (None, 1e-50)]
     for top_k, top_p in cuts:
@@ -179,12 +180,12 @@ def test_filters_against_a_naive_version():
         ([[1]], {"top_p": 1.1}, "top_p=1.1"),
     ],
 )
-def test_bad_requests_say_what_is_wrong(model, prompts, options, message):
+def test_invalid_requests_raise_errors_that_name_the_option(model, prompts, options, message):
     with pytest.raises(hg.UsageError, match=message):
         hg.generate(model, prompts, **({"max_tokens": 3, "key": KEY} | options))
 
 
-def test_learned_positions_end_with_a_clear_message():
+def test_exceeding_learned_positions_raises_an_error():
     model = make_model(small_config(positions="learned", max_length=16))
     assert len(hg.generate(model, [[1, 2]], max_tokens=14, key=KEY)[0]) == 14
     with pytest.raises(hg.UsageError, match="max_length=16"):

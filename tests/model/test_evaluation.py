@@ -45,21 +45,21 @@ def naive_loss(model, tokens, window, step):
 
 
 @pytest.mark.parametrize("length, window, step", SIZES)
-def test_the_loss_is_that_of_each_prediction_alone(model, length, window, step):
+def test_sliding_loss_equals_the_loss_of_single_predictions(model, length, window, step):
     tokens = text(length)
     result = hg.evaluate_sliding(model, tokens, window=window, step=step, batch_size=2)
     assert result.n_characters == length - 1
     assert result.loss == pytest.approx(naive_loss(model, tokens, window, step), rel=1e-5)
 
 
-def test_a_step_of_the_whole_window_is_evaluate_and_a_smaller_one_is_not(model):
+def test_sliding_by_the_whole_window_equals_evaluate(model):
     tokens = text(60)
     consecutive = hg.evaluate(model, tokens, block_size=12, batch_size=1)
     assert hg.evaluate_sliding(model, tokens, window=12, step=12) == consecutive
     assert abs(hg.evaluate_sliding(model, tokens, window=12, step=4).loss - consecutive.loss) > 1e-3
 
 
-def test_windows_of_a_mapped_text_are_made_when_asked_for(tmp_path):
+def test_sliding_windows_of_mapped_text_are_lazy(tmp_path):
     path = tmp_path / "text"
     n_tokens, window, step = 5_000_000, 4096, 128
     path.write_bytes(bytes(range(250)) * (n_tokens // 250))
@@ -81,7 +81,7 @@ def test_windows_of_a_mapped_text_are_made_when_asked_for(tmp_path):
         ({"tokens": text(1)}, "at least 2"),
     ],
 )
-def test_bad_windows_give_one_line(options, message):
+def test_invalid_windows_raise_one_line_errors(options, message):
     model = make_model(small_config(positions="learned"))
     with pytest.raises(hg.UsageError, match=message) as error:
         hg.evaluate_sliding(model, **({"tokens": text(100), "window": 64, "step": 4} | options))
@@ -102,7 +102,7 @@ def test_accuracy_is_the_weighted_share_of_likeliest_tokens_that_are_right(model
 
 
 @pytest.mark.parametrize("weights", [None, 0])
-def test_nothing_to_predict_is_told(weights):
+def test_evaluating_no_predictions_raises_an_error(weights):
     model = make_model(small_config())
     batches = [] if weights is None else [(np.zeros((2, 9), np.int32), np.full((2, 8), weights, np.float32))]
     for measure in (evaluate_batches, accuracy):

@@ -41,20 +41,20 @@ NESTED = {"hierarchy": "1@1 0@2 1@4 0@2 1@1"}
     ],
     ids=lambda config: config.boundaries,
 )
-def test_events_are_a_function_of_what_came_before(config):
+def test_boundaries_depend_only_on_past_tokens(config):
     model = make_model(config)
     check_events_follow_their_past(model)
     if config == LIMITED:  # where many find no room
         assert count_groups(model, tokens_of((4, 24))).suppressed > 0.2
 
 
-def test_a_rule_that_looks_ahead_is_noticed_by_its_events(monkeypatch):
+def test_a_rule_that_looks_ahead_moves_earlier_boundaries(monkeypatch):
     monkeypatch.setitem(BOUNDARIES, "ahead", LooksAhead)
     with pytest.raises(AssertionError):
         check_events_follow_their_past(make_model(event_config(boundaries="ahead")))
 
 
-def test_events_that_padding_makes_are_noticed(request):
+def test_boundaries_in_padding_change_the_logits(request):
     """The control of decoding beside others, of prompts that are padded on the left."""
     model = make_model(event_config())
     assert largest_difference(model) < 1e-5
@@ -69,7 +69,7 @@ def flat(hourglass, x):
 
 
 @pytest.mark.parametrize("shortening", ["select", "average"])
-def test_where_every_token_is_a_group_the_deeper_level_is_one_stack_among_others(shortening):
+def test_groups_of_one_token_make_the_deeper_level_a_plain_stack(shortening):
     """The control: not where one token ends no group."""
     tokens = jnp.asarray(tokens_of((2, 13)))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 13, 16)), jnp.float32)
@@ -100,7 +100,7 @@ FEW = [
 ]
 
 
-def test_rows_are_taken_apart_where_they_are_half_a_batch_at_most():
+def test_partial_row_steps_cover_at_most_half_a_batch():
     six, two, fixed = (
         make_model(event_config(hierarchy=hierarchy, **options)).hourglass.boundaries
         for hierarchy, options in (("0@1 1@6 0@1", {}), ("0@1 1@2 0@1", {}), ("0@1 1@6 0@1", {"boundaries": "fixed"}))
@@ -110,7 +110,7 @@ def test_rows_are_taken_apart_where_they_are_half_a_batch_at_most():
 
 
 @pytest.mark.parametrize("hierarchy, options", FEW)
-def test_few_rows_that_fire_together_step_as_they_would_among_all(hierarchy, options, monkeypatch):
+def test_partial_row_steps_equal_full_batch_steps(hierarchy, options, monkeypatch):
     """Of five rows one or two, at every shortening; where others than those are taken it is noticed."""
     monkeypatch.setattr(Boundaries, "max_partial_rows", lambda self, batch: 2)
     step_rows, taken = Hourglass.step_rows, []
@@ -126,7 +126,7 @@ def test_few_rows_that_fire_together_step_as_they_would_among_all(hierarchy, opt
         assert largest_difference(model) > 1e-6
 
 
-def test_in_bfloat16_a_cache_gives_the_logits_of_the_full_pass_where_the_events_are_the_same(monkeypatch):
+def test_bfloat16_cached_logits_equal_full_forward_for_recorded_boundaries(monkeypatch):
     monkeypatch.setitem(BOUNDARIES, "recorded", Recorded)
     options = {"boundaries": "recorded", "dtype": "bfloat16", "boundary_slack": 3.0}
     model = make_model(event_config(**options))
@@ -138,7 +138,7 @@ def test_in_bfloat16_a_cache_gives_the_logits_of_the_full_pass_where_the_events_
 
 
 @pytest.mark.parametrize("boundaries", ["router", "gumbel"])
-def test_decisions_are_those_of_float32_whatever_else_is_coarser(boundaries):
+def test_boundary_decisions_are_computed_in_float32(boundaries):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 40, 16)), jnp.bfloat16)
     rules = (
         make_model(learned_config(boundaries, dtype=dtype)).hourglass.boundaries for dtype in ("bfloat16", "float32")

@@ -34,14 +34,14 @@ def test_the_method_is_twenty_lines():
     assert len(METHOD.splitlines()) <= 20
 
 
-def test_a_method_is_known_once_it_is_registered():
+def test_registered_methods_are_valid_config_values():
     assert small_config(shortening="gated").shortening == "gated"
     with pytest.raises(hg.UsageError, match=r"choose one of average, .*, gated"):
         small_config(shortening="gate")
 
 
 @pytest.mark.parametrize("shortening", ["gated", "attention_gated"])
-def test_it_sees_no_future_and_decodes_as_it_reads(shortening):
+def test_a_custom_method_is_causal_and_cached_logits_equal_full_forward(shortening):
     model = make_model(small_config(hierarchy="0@1 1@3 0@1", shortening=shortening, upsampling="repeat"))
     hg.check_causality(model)
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 1, 2]]
@@ -54,7 +54,7 @@ def test_it_sees_no_future_and_decodes_as_it_reads(shortening):
         np.testing.assert_array_equal(new, likeliest[len(prompt) - 1 : len(prompt) + 7])
 
 
-def test_its_weights_are_trained(gated):
+def test_weights_of_a_custom_method_are_trained(gated):
     model = make_model(small_config(hierarchy="1@1 0@2 0@1", shortening="gated", upsampling="repeat"), scale=1)
     assert isinstance(model.hourglass.shorten, gated)
     before = np.asarray(model.hourglass.shorten.gate.kernel[...])
@@ -87,7 +87,7 @@ class MixingShortening(AverageShortening):
 
 
 @pytest.mark.parametrize("shortening", ["gated", "attention_gated", "mixing"])
-def test_its_flops_are_counted_as_the_program_does_them(shortening, monkeypatch):
+def test_flops_of_a_custom_method_equal_the_compiled_program(shortening, monkeypatch):
     monkeypatch.setitem(SHORTENINGS, "mixing", MixingShortening)
     wide = partial(
         small_config, hierarchy="1@1 1@2 1@6 0@2 1@1", d_model=256, d_ff=256, positions="rotary", upsampling="repeat"
@@ -107,7 +107,7 @@ TINY += ["--steps=2", "--data_path=text.txt", "--shortening=gated"]
 
 @pytest.mark.launchers
 @pytest.mark.slow
-def test_launchers_take_it_as_a_plugin(tmp_path):
+def test_launchers_load_a_method_as_a_plugin(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 20)
     (tmp_path / "gated.py").write_text(METHOD)
     result = run_forked("pretrain", *TINY, "--plugin=gated.py", cwd=tmp_path)
@@ -134,7 +134,7 @@ SHORTENINGS["gated"] = Reversed
 
 
 @pytest.mark.launchers
-def test_a_method_that_sees_the_future_is_one_line(tmp_path):
+def test_a_custom_method_that_leaks_raises_a_one_line_error(tmp_path):
     (tmp_path / "text.txt").write_text("a text to train on. " * 40)
     (tmp_path / "leaky.py").write_text(LEAKY)
     result = run_forked("pretrain", *TINY, "--hierarchy=0@1 1@2 0@1", "--plugin=leaky.py", cwd=tmp_path)
@@ -166,7 +166,7 @@ class Unspread(Upsampling):
         ),
     ],
 )
-def test_a_method_that_returns_another_shape_is_one_line(monkeypatch, method, words, boundaries):
+def test_a_custom_method_with_a_wrong_output_shape_raises_a_one_line_error(monkeypatch, method, words, boundaries):
     monkeypatch.setitem(SHORTENINGS, "odd", Unpooled)
     monkeypatch.setitem(UPSAMPLINGS, "odd", Unspread)
     config = small_config(
@@ -193,7 +193,7 @@ def test_help_shows_the_shared_flags(tmp_path):
         (["--plugin=./methods"], "./methods: no such module"),
     ],
 )
-def test_without_the_plugin_there_is_one_line(plugin, words, tmp_path):
+def test_a_missing_plugin_raises_a_one_line_error(plugin, words, tmp_path):
     (tmp_path / "text.txt").write_text("a text to train on. " * 40)
     result = run_forked("pretrain", *TINY, *plugin, cwd=tmp_path)
     [line] = result.stderr.splitlines()

@@ -65,7 +65,7 @@ BAD_TOKENS = {  # beside [1, 2]
 
 @pytest.mark.parametrize("name", TAKE_TOKENS)
 @pytest.mark.parametrize("mistake", BAD_TOKENS)
-def test_bad_tokens_are_refused_in_one_line(model, name, mistake):
+def test_invalid_tokens_raise_one_line_errors(model, name, mistake):
     call, n_axes = TAKE_TOKENS[name]
     tokens, message = BAD_TOKENS[mistake]
     for array in (tokens,) if mistake == "text" else (tokens, np.array(tokens)):
@@ -75,7 +75,7 @@ def test_bad_tokens_are_refused_in_one_line(model, name, mistake):
 
 
 @pytest.mark.parametrize("name", TAKE_TOKENS)
-def test_another_number_of_axes_is_refused_and_plain_lists_are_taken(model, name):
+def test_wrong_ranks_raise_errors_and_plain_lists_are_accepted(model, name):
     call, n_axes = TAKE_TOKENS[name]
     tokens = [1, 2]
     call(model, [tokens] if n_axes == 2 else tokens)
@@ -85,7 +85,7 @@ def test_another_number_of_axes_is_refused_and_plain_lists_are_taken(model, name
 
 
 @pytest.mark.parametrize("boundaries", ["whitespace", "entropy"])
-def test_groups_that_the_text_makes_take_plain_lists_and_numpy_too(boundaries):
+def test_boundary_models_accept_lists_and_numpy_arrays(boundaries):
     resampling = {"shortening": "average", "upsampling": "repeat"}
     config = small_config(hierarchy="0@1 1@2 0@1", boundaries=boundaries, boundary_tokens=(2,), **resampling)
     model, array = make_model(config), jnp.array([[1, 2, 3]])
@@ -94,7 +94,7 @@ def test_groups_that_the_text_makes_take_plain_lists_and_numpy_too(boundaries):
     assert logits.shape == (1, 3, 11) and jnp.isfinite(loss)
 
 
-def test_tokens_of_a_compiled_function_are_not_looked_at(model):
+def test_traced_tokens_are_checked_for_shape_and_dtype_only(model):
     graph, params = nnx.split(model)
     score = jax.jit(lambda params, tokens: hg.score(nnx.merge(graph, params), tokens))
     assert np.isfinite(score(params, np.ones((1, 4), int))).all()
@@ -103,7 +103,7 @@ def test_tokens_of_a_compiled_function_are_not_looked_at(model):
         score(params, np.ones(4, int))
 
 
-def test_bytes_on_disk_need_no_look():
+def test_mapped_bytes_are_not_scanned():
     class Untouched(np.ndarray):
         def __array_function__(self, *_):
             raise AssertionError("was read")
@@ -185,20 +185,20 @@ def test_bytes_on_disk_need_no_look():
         (lambda _: hg.TrainConfig(seed=MAX_SEED + 1), "seed="),
     ],
 )
-def test_other_mistakes_are_refused_in_one_line(model, call, message):
+def test_invalid_arguments_raise_one_line_errors(model, call, message):
     with pytest.raises(hg.UsageError, match=message) as error:
         call(model)
     assert "\n" not in str(error.value)
 
 
-def test_learned_positions_bound_a_cache_and_a_check(learned):
+def test_learned_positions_limit_cache_and_causality_check_length(learned):
     hg.init_cache(learned, 1, 8)
     for call in (lambda: hg.init_cache(learned, 1, 9), lambda: hg.check_causality(learned, 9)):
         with pytest.raises(hg.UsageError, match="at most 8"):
             call()
 
 
-def test_what_is_right_is_taken(model):
+def test_valid_arguments_are_accepted(model):
     assert [len(row) for row in generated(model, np.ones((2, 3), int), key=jax.random.PRNGKey(0))] == [2, 2]
     assert [len(row) for row in generated(model, (np.uint8([1]), jnp.array([2])), banned_tokens={0, 1})] == [2, 2]
     for stop in (np.int64(3), np.array(3), jnp.array(3)):
@@ -206,14 +206,14 @@ def test_what_is_right_is_taken(model):
     assert generated(model, []) == []
 
 
-def test_no_two_seeds_share_a_key():
+def test_different_seeds_give_different_keys():
     keys = [jax.random.key_data(jax.random.key(seed)).tolist() for seed in (0, 1, MAX_SEED - 1, MAX_SEED)]
     assert len(set(map(tuple, keys))) == 4
     if not jax.config.jax_enable_x64:  # why there is a largest
         assert jax.random.key(MAX_SEED + 1) == jax.random.key(0)
 
 
-def test_paths_and_numpy_s_numbers_in_a_configuration_are_text_and_python_s():
+def test_configs_store_paths_as_text_and_numpy_numbers_as_python_numbers():
     for config in (
         hg.HourglassConfig(vocab_size=np.int64(9), dtype=np.dtype("float32"), boundary_tokens=np.arange(2)),
         hg.OptimizerConfig(learning_rate=np.float32(0.5), warmup_steps=np.int32(1)),
@@ -227,7 +227,7 @@ def test_paths_and_numpy_s_numbers_in_a_configuration_are_text_and_python_s():
 
 
 @pytest.mark.parametrize("kind", [str, lambda path: path])
-def test_a_vocabulary_is_written_and_read_at_a_path_of_either_kind(tmp_path, kind):
+def test_vocabularies_accept_text_and_path_objects(tmp_path, kind):
     path = kind(tmp_path / "vocab.json")
     CHARACTERS.save(path)
     assert hg.CharTokenizer.load(path).characters == CHARACTERS.characters
@@ -235,7 +235,7 @@ def test_a_vocabulary_is_written_and_read_at_a_path_of_either_kind(tmp_path, kin
 
 @pytest.mark.core
 @pytest.mark.parametrize("positions", ["relative", "learned"])
-def test_float64_is_float64_or_refused_and_parameters_are_float32_either_way(positions):
+def test_float64_requires_x64_and_parameters_stay_float32(positions):
     config = light_config(d_model=8, positions=positions, dtype="float64")
     with jax.enable_x64(True):
         drawn = nnx.eval_shape(lambda: hg.HourglassLM(config, rngs=nnx.Rngs(0)))

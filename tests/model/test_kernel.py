@@ -50,7 +50,7 @@ CASES = [  # groups: two blocks and a bit, a whole number of them, one group, le
 
 
 @pytest.mark.parametrize("alignment, pattern, groups, relative, padded", CASES)
-def test_values_and_gradients_are_those_of_the_formula(alignment, pattern, groups, relative, padded, monkeypatch):
+def test_kernel_values_and_gradients_equal_the_formula(alignment, pattern, groups, relative, padded, monkeypatch):
     make_plan = kernel.make_plan
     monkeypatch.setattr(kernel, "make_plan", lambda *a: make_plan(*a)._replace(by_memory=alignment == "memory"))
     first = jnp.array([0, 4]) if padded else None
@@ -61,7 +61,7 @@ def test_values_and_gradients_are_those_of_the_formula(alignment, pattern, group
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 
-def test_a_wrong_alignment_is_noticed(monkeypatch):
+def test_a_wrong_alignment_differs_from_the_formula(monkeypatch):
     original = Tile.by_key
     monkeypatch.setattr(Tile, "by_key", lambda tile, *by_lag: jnp.roll(original(tile, *by_lag), 1, axis=1))
     pattern = Pattern(1, 1)
@@ -82,20 +82,20 @@ def test_bfloat16_stays_close():
 
 
 @pytest.mark.parametrize("positions, window", [("relative", 0), ("relative", 5), ("rotary", 3)])
-def test_a_model_with_it_equals_its_formula(positions, window):
+def test_a_model_with_the_kernel_equals_the_oracle(positions, window):
     options = {"attention": "kernel", "positions": positions, "window": window, "dtype": "float64"}
     assert largest_error(small_config(hierarchy="1@1 1@3 1@1", **options)) < 1e-10
 
 
 @pytest.mark.slow
-def test_a_model_with_it_is_causal_and_decodes_as_it_reads():
+def test_a_model_with_the_kernel_is_causal_and_cached_logits_equal_full_forward():
     model = make_model(small_config(hierarchy="1@1 1@2 0@1", attention="kernel", window=3))
     hg.check_causality(model)
     assert largest_difference(model) < 1e-5
 
 
 @pytest.mark.parametrize("window", [1, 4, 99])
-def test_fused_attention_knows_the_window(window):
+def test_fused_attention_supports_windows(window):
     options = {"attention": "fused", "positions": "rotary", "window": window}
     assert largest_error(small_config(hierarchy="1@1 1@3 1@1", **options)) < 1e-5
 
@@ -126,7 +126,7 @@ def test_splash_attention_equals_the_formula(slots, window, monkeypatch):
         ("tpu", "bfloat16", 64, ("padding",), "kernel"),
     ],
 )
-def test_auto_takes_what_the_platform_has(platform, dtype, size, more, name, monkeypatch):
+def test_auto_selects_an_implementation_by_platform(platform, dtype, size, more, name, monkeypatch):
     monkeypatch.setattr(choice, "platform", lambda: platform)
     messages = []
     monkeypatch.setattr(choice, "log_once", messages.append)
@@ -134,7 +134,7 @@ def test_auto_takes_what_the_platform_has(platform, dtype, size, more, name, mon
     assert chosen == name and len(messages) == 1 and messages[0].startswith(f"attention: {name} ({platform}, {dtype}")
 
 
-def test_the_summary_says_which_attention_it_is():
+def test_summary_names_the_attention_implementation():
     assert "attention: auto = blocked, cpu, float32, head_dim 8, relative positions, window 4" in hg.summary(
         small_config(attention="auto", window=4)
     )

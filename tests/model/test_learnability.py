@@ -45,12 +45,12 @@ def trained_accuracy(hierarchy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hierarchy", ["1@1 2@3 0@1", "0@1 2@3 1@1"])
-def test_one_vanilla_layer_reaches_two_thirds(hierarchy):
+def test_one_vanilla_layer_reaches_two_thirds_accuracy(hierarchy):
     assert trained_accuracy(hierarchy) > 0.65
 
 
 @pytest.mark.slow
-def test_no_vanilla_layer_cannot():
+def test_without_a_vanilla_layer_accuracy_stays_below_two_thirds():
     assert trained_accuracy("0@1 2@3 0@1") < 0.45
 
 

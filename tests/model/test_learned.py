@@ -54,7 +54,7 @@ def routed(x, query, key):
     return p
 
 
-def test_a_router_is_its_formula_and_so_is_the_derivative_of_its_loss(float64):
+def test_router_and_its_loss_gradient_equal_the_formula(float64):
     config = learned_config(dtype="float64")
     rule = make_model(config).hourglass.boundaries
     kernels = [np.asarray(part.kernel[...], np.float64) for part in (rule.query, rule.key)]
@@ -77,7 +77,7 @@ def test_a_router_is_its_formula_and_so_is_the_derivative_of_its_loss(float64):
     np.testing.assert_allclose(jax.grad(loss)(x), 0.03 * 1.5 * (3 * fired - 1) * slope, atol=1e-9)
 
 
-def test_neighbours_in_one_direction_have_no_boundary_between_them_before_training():
+def test_an_untrained_router_puts_no_boundary_between_parallel_neighbors():
     config = learned_config()
     rule = RouterBoundaries(config, config.parsed_hierarchy.levels[0], rngs=nnx.Rngs(0))
     x = np.repeat(RNG.normal(size=(1, 4, D)), 3, axis=1) * RNG.uniform(1, 2, (1, 12, 1))
@@ -87,7 +87,7 @@ def test_neighbours_in_one_direction_have_no_boundary_between_them_before_traini
     )
 
 
-def test_smoothing_and_all_its_derivatives_are_those_of_the_recurrence(float64):
+def test_smoothing_and_its_derivatives_equal_the_recurrence(float64):
     z, weights = RNG.normal(size=(B, G, D)), RNG.normal(size=(B, L, D))
     smooth = SmoothUpsampling(learned_config(), 3, 1, rngs=nnx.Rngs(0))
 
@@ -116,7 +116,7 @@ def test_smoothing_and_all_its_derivatives_are_those_of_the_recurrence(float64):
         np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
 
-def test_smoothing_at_events_that_are_certain_is_repeating_and_dead_vectors_serve_nobody(float64):
+def test_smoothing_at_certain_boundaries_equals_repeating(float64):
     z = RNG.normal(size=(B, G, D))
     smooth = SmoothUpsampling(learned_config(), 3, 1, rngs=nnx.Rngs(0))
     repeated = groups_of(FIRES, None).spread(z)
@@ -128,7 +128,7 @@ def test_smoothing_at_events_that_are_certain_is_repeating_and_dead_vectors_serv
     np.testing.assert_array_equal(*ups)
 
 
-def test_a_mean_tells_each_position_what_an_event_there_would_change(float64):
+def test_mean_pooling_gradient_equals_the_formula(float64):
     """Dynamic pooling's derivative: (sum of what comes after it in its group - (j - u) mean) / n."""
     x, weights = RNG.normal(size=(B, L, D)), RNG.normal(size=(B, G, D))
     expected = np.zeros((B, L))
@@ -145,7 +145,7 @@ def test_a_mean_tells_each_position_what_an_event_there_would_change(float64):
     np.testing.assert_array_equal(groups_of(FIRES, P).mean(x), groups_of(FIRES, None).mean(x))
 
 
-def test_the_losses_are_their_formulas_and_rest_where_they_should(float64):
+def test_boundary_losses_equal_their_formulas_and_have_the_right_minimum(float64):
     assert float(ratio_loss(0.25, 0.25, 4)) == 1
     for fired, likely in ((0.25, 0.9), (0.4, 0.1), (0.1, 0.3)):
         slope = jax.grad(lambda likely, fired=fired: ratio_loss(fired, likely, 4))(likely)
@@ -174,7 +174,7 @@ def test_the_losses_are_their_formulas_and_rest_where_they_should(float64):
     assert float(rule.loss(groups, jnp.ones((2, 9)), entropy)) == pytest.approx(crossed[:, 1:].mean())
 
 
-def test_what_a_rule_learns_from_its_own_loss_are_the_derivatives_of_that(float64):
+def test_boundary_loss_gradients_equal_the_formula(float64):
     rng, weights = np.random.default_rng(1), (np.arange(L) < [[L], [9], [12]]).astype(float)
     score, entropy = rng.normal([[-2], [0], [2]], 1, (B, L)), rng.random((B, L))
 
@@ -197,7 +197,7 @@ def test_what_a_rule_learns_from_its_own_loss_are_the_derivatives_of_that(float6
     assert (slopes < 0).any() and (slopes > 0).any()  # too few events in one row, too many in another
 
 
-def test_deeper_figures_count_the_groups_there_are(float64):
+def test_deeper_boundary_metrics_count_existing_groups(float64):
     """With room for more, which a whole sequence of the deeper level has, and tokens that do not count."""
     inner = RNG.random((B, G)) < 0.5
     weights = (np.arange(L) < [[L], [9], [12]]).astype(float)
@@ -241,7 +241,7 @@ def score_gradients(config):
     return np.abs(gradients), fires
 
 
-def test_gradient_reaches_every_decision_that_it_should_reach(float64, monkeypatch):
+def test_gradients_reach_every_boundary_decision(float64, monkeypatch):
     options = {"hierarchy": "0@1 1@3 0@1", "dtype": "float64"}
     routed, fires = score_gradients(learned_config(**options))
     assert (routed[:, 1:] > 1e-6).all() and not routed[:, 0].any()  # at a row's first position nothing is decided
@@ -255,7 +255,7 @@ def test_gradient_reaches_every_decision_that_it_should_reach(float64, monkeypat
     assert not supervised.any()
 
 
-def test_noise_needs_a_key_and_is_of_the_row_and_the_position():
+def test_boundary_noise_requires_a_key_and_depends_on_row_and_position():
     config = learned_config("gumbel")
     rule = make_model(config).hourglass.boundaries
     x, keys = jnp.asarray(RNG.normal(size=(6, 400, D)), jnp.float32), keys_of_rows(jax.random.key(1), 6)
@@ -273,7 +273,7 @@ def test_noise_needs_a_key_and_is_of_the_row_and_the_position():
     np.testing.assert_array_equal(decide(rule, x, keys).score, plain.score)
 
 
-def test_each_level_draws_noise_of_its_own():
+def test_each_level_draws_independent_noise():
     config = learned_config("gumbel gumbel", hierarchy="0@1 0@2 1@4 0@2 0@1")
     outer, inner = make_model(config).hourglass.rules()
     keys, score = keys_of_rows(jax.random.key(0), 2), jnp.zeros((2, 50))
@@ -300,7 +300,7 @@ GRID = [
 
 
 @pytest.mark.parametrize("hierarchy, options", GRID)
-def test_predictions_see_no_future_and_decode_as_they_are_read(hierarchy, options):
+def test_learned_boundaries_are_causal_and_cached_logits_equal_full_forward(hierarchy, options):
     hg.check_causality(make_model(learned_config(hierarchy=hierarchy, **options)))
     with jax.enable_x64(True):
         model = make_model(learned_config(hierarchy=hierarchy, dtype="float64", **options))
@@ -311,7 +311,7 @@ def test_predictions_see_no_future_and_decode_as_they_are_read(hierarchy, option
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hierarchy, options", GRID)
-def test_decoding_in_float32_away_from_ties(hierarchy, options):
+def test_float32_cached_logits_equal_full_forward_away_from_ties(hierarchy, options):
     model = make_model(learned_config(hierarchy=hierarchy, **options))
     assert largest_difference(model) < 1e-5
 
@@ -324,7 +324,7 @@ class LooksAhead(RouterBoundaries):
         return jax.lax.stop_gradient(super().score(ahead, here))
 
 
-def test_a_router_that_looks_ahead_is_found(monkeypatch):
+def test_a_router_that_looks_ahead_fails_the_causality_check(monkeypatch):
     monkeypatch.setitem(BOUNDARIES, "ahead", LooksAhead)
     model = make_model(learned_config("ahead", hierarchy="0@1 1@3 0@1"))
     assert not np.triu(hg.causality.influence(model, tokens_of(13)), k=1).any()

@@ -62,7 +62,7 @@ def naive(qk, v, rotations, chunk):
 
 @pytest.mark.core
 @pytest.mark.parametrize("length, n_rounds, n_pairs, chunk", [(13, 2, 3, 4), (5, 1, 1, 8)])
-def test_it_is_the_formula(length, n_rounds, n_pairs, chunk):
+def test_lsh_attention_equals_the_formula(length, n_rounds, n_pairs, chunk):
     qk, v, rotations = draw(length, n_rounds, n_pairs)
     with jax.enable_x64(True):
         out = np.asarray(attend(*map(jnp.asarray, (qk, v, rotations)), chunk))
@@ -71,7 +71,7 @@ def test_it_is_the_formula(length, n_rounds, n_pairs, chunk):
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
-def test_a_layer_hashes_what_it_projects_each_round_anew(positions):
+def test_an_lsh_layer_equals_the_formula_on_its_projections(positions):
     options = {"lsh_chunk": 4, "lsh_hashes": 3, "positions": positions, "dtype": "float64"}
     x = np.random.default_rng(1).normal(size=(2, 13, 16))
     with jax.enable_x64(True):
@@ -89,13 +89,13 @@ def test_a_layer_hashes_what_it_projects_each_round_anew(positions):
     np.testing.assert_allclose(out, expected, atol=1e-9)
 
 
-def test_its_derivatives_are_those_of_what_it_computes():
+def test_lsh_gradients_equal_finite_differences():
     qk, v, rotations = draw(9, 2, 2)
     with jax.enable_x64(True):
         check_grads(lambda qk, v: attend(qk, v, jnp.asarray(rotations), 4), map(jnp.asarray, (qk, v)), 1, ["rev"])
 
 
-def test_later_tokens_move_earlier_outputs_though_no_derivative_says_so():
+def test_lsh_is_not_strictly_causal_though_gradients_are():
     """The control: in one chunk, where nothing can be crowded out, they do not."""
     qk, v, rotations = (x.astype(np.float32) for x in draw(32, 1, 4))
     changed = qk.copy()
@@ -105,7 +105,7 @@ def test_later_tokens_move_earlier_outputs_though_no_derivative_says_so():
         assert (np.abs(a - b)[:, :-1] > 1e-4).any() == moves
 
 
-def test_the_model_says_what_it_cannot_do():
+def test_lsh_models_reject_unsupported_operations():
     model = make_model(small_config(hierarchy="1@1", **LSH))
     with pytest.raises(hg.CausalityError, match="not strictly causal: no prediction attends to a later token"):
         hg.check_causality(model, length=9)  # after no derivative was found to leak
@@ -117,7 +117,7 @@ def test_the_model_says_what_it_cannot_do():
             ask()
 
 
-def test_no_source_asks_it_for_a_sample(tmp_path):
+def test_training_with_lsh_draws_no_samples(tmp_path):
     write_binary(tmp_path / "images", planes(4, 32), planes(2, 32, seed=1))
     images = ImageSource(hg.DataConfig(dataset="cifar10", path=str(tmp_path / "images"), image_size=8, batch_size=2))
     text = TextSource(hg.DataConfig(block_size=16, batch_size=2))
@@ -128,7 +128,7 @@ def test_no_source_asks_it_for_a_sample(tmp_path):
 
 
 @pytest.mark.launchers
-def test_launchers_train_it_and_say_that_it_is_not_strictly_causal(tmp_path):
+def test_launchers_train_lsh_models_and_report_noncausality(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 20)
     flags = ["--hierarchy=1@1", "--d_model=16", "--n_heads=2", "--d_ff=16", "--block_size=24", "--batch_size=4"]
     flags += ["--steps=2", "--data_path=text.txt", "--positions=rotary", "--model.token_attention=lsh"]
@@ -140,7 +140,7 @@ def test_launchers_train_it_and_say_that_it_is_not_strictly_causal(tmp_path):
     assert result.returncode == 0 and "BPC" in result.stdout, result.stderr
 
 
-def test_unfit_options_are_refused():
+def test_invalid_lsh_options_raise_errors():
     for options, message in (
         ({"positions": "relative"}, "relative"),
         ({"window": 4}, "window=4"),
@@ -150,7 +150,7 @@ def test_unfit_options_are_refused():
             small_config(**(LSH | options))
 
 
-def test_its_cost_is_linear_in_length_and_full_attention_s_is_not():
+def test_lsh_costs_grow_linearly_with_length():
     def growth(**options):
         config = small_config(hierarchy="2@1", d_model=64, **options)
         short, long = (sum(forward_flops(config, n).values()) / n for n in (4096, 8192))

@@ -19,7 +19,7 @@ PAPER = find_setup("enwik8", "paper")
 
 
 @pytest.mark.parametrize("initialization, width", [("normal", 0.02), ("xavier", (2 / (64 + 192)) ** 0.5)])
-def test_matrices_are_drawn_as_wide_as_they_should_be_and_embeddings_with_one(initialization, width):
+def test_initial_weights_have_the_documented_standard_deviation(initialization, width):
     config = small_config(hierarchy="1@1", d_model=64, d_ff=192, vocab_size=99, initialization=initialization)
     model = nnx.jit(lambda: hg.HourglassLM(config, rngs=nnx.Rngs(0)))()
     kernel = np.asarray(model.hourglass.pre.layers.feed_forward.up.kernel[...])
@@ -29,7 +29,7 @@ def test_matrices_are_drawn_as_wide_as_they_should_be_and_embeddings_with_one(in
     assert np.asarray(model.embedding.embedding[...]).std() == pytest.approx(1, rel=0.05)
 
 
-def test_what_is_computed_again_changes_no_gradient():
+def test_rematerialization_changes_no_gradient():
     def gradients(remat):
         config = small_config(hierarchy="2@1", remat=remat, max_unrolled_layers=0)
         graph, params = nnx.split(make_model(config))
@@ -52,7 +52,7 @@ def test_any_length_gives_finite_float32_logits(hierarchy, length):
     assert jnp.isfinite(logits).all()
 
 
-def test_rows_do_not_see_each_other():
+def test_rows_of_a_batch_are_independent():
     model = make_model(small_config())
     tokens = jax.random.randint(jax.random.key(0), (3, 10), 0, 11)
     alone = jnp.concatenate([forward(model, row[None]) for row in tokens])
@@ -162,14 +162,14 @@ def test_original_project_architecture():
         ({"dtype": "int8"}, "choose one of float32"),
     ],
 )
-def test_bad_configurations_say_what_is_wrong(options, message):
+def test_invalid_configs_raise_errors_that_name_the_option(options, message):
     with pytest.raises(hg.UsageError, match=message) as error:
         small_config(**options)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("hierarchy", [*EVERY_HIERARCHY, "2@1 8@3 2@1"])
-def test_hierarchies_print_as_they_read(hierarchy):
+def test_parsed_hierarchies_print_as_the_input_string(hierarchy):
     parsed = hg.Hierarchy.parse(hierarchy)
     assert str(parsed) == hierarchy
     for length in range(1, 20):

@@ -19,7 +19,7 @@ def largest_error(config):
 
 
 @pytest.mark.parametrize("shortening, upsampling, positions", METHODS)
-def test_every_method_equals_its_formula(shortening, upsampling, positions):
+def test_every_method_equals_its_numpy_oracle(shortening, upsampling, positions):
     config = small_config(
         hierarchy=NESTED,
         shortening=shortening,
@@ -45,23 +45,23 @@ ONE_AND_OTHERS = [pytest.param(h, marks=[pytest.mark.slow] * (h != HIERARCHIES[2
     ],
     ids=str,
 )
-def test_every_hierarchy_and_option_equals_its_formula(hierarchy, options):
+def test_every_hierarchy_and_option_equals_the_numpy_oracle(hierarchy, options):
     assert largest_error(small_config(hierarchy=hierarchy, dtype="float64", **options)) < 1e-10
 
 
 @pytest.mark.parametrize("hierarchy", ONE_AND_OTHERS)
 @pytest.mark.parametrize("positions", [pytest.param("rotary", marks=pytest.mark.slow), "learned"])
-def test_the_fused_kernel_equals_the_formula_as_far_as_its_float32_goes(hierarchy, positions):
+def test_the_fused_kernel_equals_the_oracle_within_float32(hierarchy, positions):
     assert largest_error(small_config(hierarchy=hierarchy, positions=positions, attention="fused")) < 1e-5
 
 
-def test_float32_is_close_to_the_formula():
+def test_float32_is_close_to_the_oracle():
     model = make_model(small_config())
     ours = np.asarray(forward(model, TOKENS[None])[0])
     np.testing.assert_allclose(ours, oracle.logits(model, TOKENS), atol=1e-4)
 
 
-def test_the_oracle_notices_a_wrong_distance_unit():
+def test_a_wrong_distance_unit_differs_from_the_oracle():
     config = small_config(hierarchy="0@1 2@3 0@1", dtype="float64")
     with jax.enable_x64(True):
         model = make_model(config)
@@ -79,7 +79,7 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize("positions, rows, segments", BLOCKS)
-def test_attention_does_not_depend_on_its_query_blocks(positions, rows, segments, monkeypatch):
+def test_attention_is_independent_of_query_block_size(positions, rows, segments, monkeypatch):
     monkeypatch.setattr(blocked, "QUERY_ROWS", rows)
     monkeypatch.setattr(blocked, "SEGMENTS", segments)
     jax.clear_caches()

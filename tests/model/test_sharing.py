@@ -57,7 +57,7 @@ EAGER = [lambda model: hg.score(model, TEXT[None, :9])]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("readers, n_calls", [(READERS, 9), (READERS + EAGER, 200)])
-def test_threads_that_share_a_model_get_what_each_would_alone(two_cores, readers, n_calls):
+def test_threads_that_share_a_model_generate_the_same_tokens(two_cores, readers, n_calls):
     options = {"shortening": "average", "upsampling": "attention"}  # one model at several factors, too
     model = make_model(light_config(d_model=8, **options))
     alone = [reader(model) for reader in readers]
@@ -130,7 +130,7 @@ CONTEXTS = {
 
 @pytest.mark.parametrize("n_rows", [pytest.param(1, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("name", CONTEXTS)
-def test_settings_of_this_thread_hold_for_what_it_generates(two_cores, monkeypatch, name, n_rows):
+def test_thread_local_jax_settings_apply_to_generation(two_cores, monkeypatch, name, n_rows):
     context, seen_by = CONTEXTS[name]
     seen = []
 

@@ -18,7 +18,7 @@ def abstract(config):
 
 @pytest.mark.parametrize("options", [{}, {"positions": "learned", "norm": "final", "shortening": "linear"}])
 @pytest.mark.parametrize("hierarchy", EVERY_HIERARCHY)
-def test_rows_add_up(hierarchy, options):
+def test_summary_rows_add_up_to_the_total(hierarchy, options):
     config = small_config(hierarchy=hierarchy, **options)
     *parts, total = summary_rows(abstract(config), 50)
     assert sum(row.parameters for row in parts) == total.parameters == count_parameters(config)
@@ -28,7 +28,7 @@ def test_rows_add_up(hierarchy, options):
     assert all(row.parameters > 0 for row in parts)
 
 
-def test_a_level_has_its_layers_and_the_resampling_that_leads_to_it():
+def test_each_level_row_counts_its_layers_and_resampling():
     def levels(**options):
         return list(summary_rows(abstract(small_config(hierarchy="1@1 4@3 1@1", **options)), 50))[1:-2]
 
@@ -53,7 +53,7 @@ def test_a_model_and_its_configuration_have_the_same_table():
     assert hg.summary(config).splitlines()[-1].split()[1] == "64"  # max_length
 
 
-def test_a_length_out_of_range_gives_one_line():
+def test_an_invalid_length_raises_a_one_line_error():
     with pytest.raises(hg.UsageError, match="length=0 is out of range"):
         hg.summary(small_config(), 0)
     with pytest.raises(hg.UsageError, match=r"length=65 is out of range.*at most 64"):

@@ -17,7 +17,7 @@ def small_model(tokenizer, **options):
     return make_model(small_config(vocab_size=tokenizer.vocab_size, **methods, **options))
 
 
-def test_old_logits_stay_and_new_ones_are_their_mean(tmp_path):
+def test_extended_vocabulary_keeps_old_logits(tmp_path):
     tokenizer = hg.CharTokenizer("abcde")  # with the specials as many as other sizes of the model
     model = small_model(tokenizer, norm="final", d_model=8, max_length=8)
     for change_mode in (model.train, model.eval):
@@ -46,7 +46,7 @@ def test_old_logits_stay_and_new_ones_are_their_mean(tmp_path):
 
 
 @pytest.mark.parametrize("boundaries, longer", [("whitespace", (0, 2, 7, 8)), ("spacelike", (0, 2, 7, 8, 10))])
-def test_boundaries_are_told_the_new_characters_unless_they_have_a_list_of_their_own(boundaries, longer):
+def test_extended_vocabulary_updates_default_boundary_tokens(boundaries, longer):
     tokenizer = hg.CharTokenizer("abcd ")
     own = boundary_tokens(tokenizer, boundaries)
     for given, expected in ((own, longer), ((3,), (3,))):
@@ -56,13 +56,13 @@ def test_boundaries_are_told_the_new_characters_unless_they_have_a_list_of_their
         assert extended.config.boundary_tokens == expected
 
 
-def test_another_model_s_tokenizer_is_refused():
+def test_the_tokenizer_of_another_model_raises_an_error():
     model = small_model(hg.CharTokenizer("abcd"))
     with pytest.raises(hg.UsageError, match="the tokenizer has 6 tokens, but the model has 7"):
         extend_vocabulary(model, hg.CharTokenizer("abc"), "abcd")
 
 
-def test_nothing_new_changes_nothing():
+def test_extending_by_known_characters_changes_nothing():
     tokenizer = hg.CharTokenizer("abc", clean=True)
     model = small_model(tokenizer)
     assert extend_vocabulary(model, tokenizer, "Càb日") == (model, tokenizer)  # as it is cleaned, all is known

@@ -28,27 +28,27 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("window, positions", CASES)
-def test_it_equals_its_formula(small_blocks, window, positions):
+def test_windowed_attention_equals_the_oracle(small_blocks, window, positions):
     options = {"window": window, "positions": positions, "dtype": "float64"}
     assert largest_error(small_config(hierarchy=HIERARCHY, **options)) < 1e-10
 
 
-def test_the_formula_notices_a_window_that_is_one_too_wide(small_blocks):
+def test_a_window_one_too_wide_changes_the_logits(small_blocks):
     model = make_model(small_config(hierarchy="1@1", window=3))
     tokens = np.random.default_rng(0).integers(0, 11, 13)
-    narrow = model(tokens[None])
+    narrow = forward(model, tokens[None])
     model.hourglass.pre.layers.attention.window = 4
-    assert np.abs(model(tokens[None]) - narrow)[0, 3:].max() > 1e-3
+    assert np.abs(forward(model, tokens[None]) - narrow)[0, 3:].max() > 1e-3
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_a_layer_on_the_tokens_sees_its_window_and_nothing_else(small_blocks, window):
+def test_a_token_layer_depends_on_exactly_its_window(small_blocks, window):
     strength = influence(make_model(small_config(hierarchy="1@1", window=window)), np.arange(12) % 11)
     distance = np.arange(12)[:, None] - np.arange(12)
     np.testing.assert_array_equal(strength > 0, (distance >= 0) & (distance < window))
 
 
-def test_what_lies_before_the_window_is_seen_through_the_deeper_layers(small_blocks):
+def test_deeper_layers_reach_tokens_before_the_window(small_blocks):
     """All of it, from a window of a group on: tokens of its own group after the first have no other way to it."""
     for window, in_group in ((1, False), (3, True)):
         strength = influence(make_model(small_config(hierarchy=HIERARCHY, window=window)), np.arange(12) % 11)
@@ -58,13 +58,13 @@ def test_what_lies_before_the_window_is_seen_through_the_deeper_layers(small_blo
 
 
 @pytest.mark.parametrize("window, positions", CASES)
-def test_decoding_from_the_ring_equals_the_full_forward(small_blocks, window, positions):
+def test_ring_cache_logits_equal_full_forward(small_blocks, window, positions):
     with jax.enable_x64(True):
         options = {"window": window, "positions": positions, "dtype": "float64"}
         assert largest_difference(make_model(small_config(hierarchy=HIERARCHY, **options))) < 1e-12
 
 
-def test_a_ring_that_is_too_small_is_noticed(monkeypatch):
+def test_a_ring_that_is_too_small_gives_other_logits(monkeypatch):
     original = Attention.init_cache
 
     def cut_short(attention, batch, max_length):
@@ -75,7 +75,7 @@ def test_a_ring_that_is_too_small_is_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize("positions", ["relative", pytest.param("rotary", marks=pytest.mark.slow)])
-def test_texts_beyond_the_context_are_the_same_alone_and_in_a_batch(positions):
+def test_rows_in_a_batch_equal_rows_alone_beyond_the_context(positions):
     model = make_model(small_config(window=7, positions=positions))
     prompts = [[1, 2, 3], [4], np.arange(100) % 11]  # the last one is longer than the context
     options = {"max_tokens": 120, "key": jax.random.key(0), "max_context": 30}
@@ -84,7 +84,7 @@ def test_texts_beyond_the_context_are_the_same_alone_and_in_a_batch(positions):
         np.testing.assert_array_equal(row, hg.generate(model, [prompt], **options)[0])
 
 
-def test_what_was_read_in_a_context_that_forgets_is_what_the_window_shows():
+def test_a_context_of_at_least_the_window_changes_no_token():
     """Layers on tokens alone forget nothing that they still see: a context of at least the window changes nothing."""
     model = make_model(small_config(hierarchy="1@1", window=5))
     options = {"max_tokens": 60, "key": jax.random.key(0), "temperature": 0.0}
@@ -92,7 +92,7 @@ def test_what_was_read_in_a_context_that_forgets_is_what_the_window_shows():
     np.testing.assert_array_equal(free, hg.generate(model, [[1, 2, 3]], **options, max_context=20)[0])
 
 
-def test_costs_are_those_of_the_band():
+def test_costs_count_the_attention_band():
     for length, window in [(7, 0), (7, 1), (7, 3), (7, 7), (7, 9)]:
         seen = [min(t + 1, window or length) for t in range(length)]
         assert Seen.causally(length, window) == (pytest.approx(np.mean(seen)), max(seen) / length, length)
@@ -104,7 +104,7 @@ def test_costs_are_those_of_the_band():
     assert longer[2] - longer[1] == pytest.approx(2 * (longer[1] - longer[0]), rel=1e-3)
 
 
-def test_a_negative_window_is_refused():
+def test_a_negative_window_raises_an_error():
     with pytest.raises(hg.UsageError, match="window=-1 is out of range"):
         small_config(window=-1)
     assert jnp.isfinite(forward(make_model(small_config(window=3)), jnp.ones((1, 1), int))).all()

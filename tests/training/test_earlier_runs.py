@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 from launching import FIXTURES, run_forked
 
 import hourglass_jax as hg
@@ -62,5 +63,5 @@ def test_an_earlier_checkpoint_evaluates_to_the_recorded_loss(earlier_run):
 def test_shipped_weights_give_the_recorded_log_probabilities(name):
     model, tokenizer, _ = hg.load_pretrained(name)
     tokens = tokenizer.encode(TEXT if name == "books" else TEXT.lower())
-    scores = np.ravel(hg.score(model, np.asarray(tokens)[None]))
+    scores = np.ravel(nnx.jit(hg.score)(model, np.asarray(tokens)[None]))
     np.testing.assert_allclose(scores[::10], LOG_PROBABILITIES[name], atol=2e-4)

@@ -23,7 +23,7 @@ def test_many_writers_of_one_file_do_not_collide(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_file_is_what_it_was_until_all_is_written(tmp_path, error):
+def test_a_file_is_replaced_atomically(tmp_path, error):
     path = tmp_path / "file"
     path.write_bytes(b"before")
     with pytest.raises(error), whole_file(path) as file:
@@ -61,7 +61,7 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path):
         assert read.result() == b"text" and path.is_fifo()
 
 
-def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
+def test_writing_through_a_symlink_keeps_the_link(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     for name in ("file", "directory"):
         (tmp_path / name).symlink_to(tmp_path / "elsewhere" / name)
@@ -74,7 +74,7 @@ def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
     assert (tmp_path / "file").is_symlink() and (tmp_path / "directory").is_symlink()
 
 
-def test_the_working_directory_may_be_what_is_written(tmp_path, monkeypatch):
+def test_the_working_directory_itself_can_be_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with whole_directory(Path(".")) as directory:
         (directory / "part").write_text("new")

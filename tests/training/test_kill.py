@@ -22,7 +22,7 @@ FLAGS += ["--sample_interval=80", "--profile_steps=3:4"]
 pytestmark = [pytest.mark.slow, pytest.mark.launchers]
 
 
-def test_a_run_that_is_killed_three_times_ends_as_one_that_is_not(tmp_path):
+def test_a_run_killed_three_times_ends_bit_for_bit_like_an_uninterrupted_run(tmp_path):
     result = run("benchmarks/soak", "--kills=3", "--steps=80", "--report=soak", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "soak.json").read_text())
@@ -58,7 +58,7 @@ def stopped(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_ends_a_run_well_and_says_where_it_is_saved(stopped, name):
+def test_a_signal_saves_the_run_and_prints_where(stopped, name):
     process, step = stopped[1][name]
     assert process.returncode == 0 and "Traceback" not in process.stderr, process.stderr
     words = rf"stopped by {name} after step (\d+), which is saved in run; the same command resumes"

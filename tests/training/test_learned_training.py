@@ -18,14 +18,15 @@ from hourglass_jax.training.step import first_state, make_train_step
 from hourglass_jax.training.trainer import fit
 
 
-def test_what_is_reported_has_none_of_the_loss_of_boundaries_which_reach_their_rate():
+def test_reported_loss_excludes_the_boundary_loss_and_rates_converge():
     config = learned_config(hierarchy="0@1 1@4 0@1", boundary_weight=30.0)
     graph, params = nnx.split(make_model(config))
     optimizer = optax.adam(1e-2)
     step, state = make_train_step(graph, optimizer, seed=0), first_state(params, optimizer)
     tokens, weights = tokens_of((8, 33)), jnp.ones((8, 32))
-    loss = -hg.score(nnx.merge(graph, params), tokens).mean()
-    _, added, figures = nnx.merge(graph, params).forward_with_aux(tokens[:, :-1])
+    loss = -nnx.jit(hg.score)(nnx.merge(graph, params), tokens).mean()
+    forward = nnx.jit(lambda model, tokens: model.forward_with_aux(tokens)[1:])
+    added, figures = forward(nnx.merge(graph, params), tokens[:, :-1])
     assert float(added) == pytest.approx(0.9 * float(figures["boundary_loss"]))
     records = []
     for _ in range(60):
@@ -40,7 +41,7 @@ def test_what_is_reported_has_none_of_the_loss_of_boundaries_which_reach_their_r
 
 
 @pytest.mark.parametrize("boundaries", [pytest.param("router", marks=pytest.mark.slow), "gumbel"])
-def test_a_batch_in_parts_has_the_events_of_the_whole(boundaries):
+def test_accumulated_batches_have_the_boundaries_of_the_whole_batch(boundaries):
     """And their noise, of whole and parts alike; other noise, of another seed, is noticed."""
     config = learned_config(boundaries, hierarchy="0@1 1@4 0@1", boundary_weight=0.0)
     names = ("train_loss", "boundary_rate", "boundary_suppressed", "gradient_norm")
@@ -143,7 +144,7 @@ def test_one_event_in_a_hundred_may_wait_in_silence(caplog):
 
 
 @pytest.mark.slow
-def test_a_run_with_noise_goes_on_bit_for_bit(tmp_path):
+def test_a_run_with_boundary_noise_resumes_bit_for_bit(tmp_path):
     whole = train(tmp_path / "whole", 20)
     train(tmp_path / "parts", 10)
     for one, other in zip(whole, train(tmp_path / "parts", 20), strict=True):
@@ -161,7 +162,7 @@ def test_parameters_and_products_of_boundaries_are_counted():
     assert flops[2][1] - flops[0][1] == pytest.approx(48 * 2 * (d_model * 32 + 32))
 
 
-def test_a_weight_below_0_is_refused():
+def test_a_negative_boundary_weight_raises_an_error():
     with pytest.raises(hg.UsageError, match=r"boundary_weight=-1.* is out of range"):
         learned_config(boundary_weight=-1.0)
 
@@ -169,7 +170,7 @@ def test_a_weight_below_0_is_refused():
 @pytest.mark.launchers
 @pytest.mark.slow
 @pytest.mark.parametrize("boundaries", ["router", "gumbel", "entropy"])
-def test_launchers_train_and_generate_with_them(boundaries, tmp_path):
+def test_launchers_train_and_generate_with_learned_boundaries(boundaries, tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog. " * 20)
     flags = ["--hierarchy=1@1 1@3 1@1", "--d_model=16", "--n_heads=2", "--d_ff=16", "--block_size=24", "--batch_size=4"]
     flags += ["--steps=2", "--data_path=text.txt", "--shortening=select", "--upsampling=smooth"]

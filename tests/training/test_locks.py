@@ -10,7 +10,7 @@ from test_run import train
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, code):
+def test_a_file_system_without_locks_logs_a_warning(tmp_path, monkeypatch, caplog, code):
     def refuse(*_):
         raise OSError(code, os.strerror(code))
 

@@ -108,7 +108,7 @@ def caplog(caplog):
 
 
 @pytest.mark.parametrize("harm", [flip_bit, truncate, lambda path: path.unlink()], ids=["flip", "truncate", "remove"])
-def test_damage_to_any_file_of_a_checkpoint_is_noticed(copy, harm):
+def test_damage_to_any_checkpoint_file_is_detected(copy, harm):
     step = newest(copy)
     assert len(files(step)) > 4 and not checkpoints.damage(step)
     for path in files(step):
@@ -120,7 +120,7 @@ def test_damage_to_any_file_of_a_checkpoint_is_noticed(copy, harm):
     assert not checkpoints.damage(step)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(copy, whole, caplog):
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(copy, whole, caplog):
     flip_bit(max(files(newest(copy)), key=lambda path: path.stat().st_size))
     assert CheckpointStore(copy).sound_step() == 15
     assert any("step 20" in message and "has changed" in message for message in warnings_of(caplog))
@@ -146,12 +146,12 @@ def test_without_the_manifest_a_flipped_bit_becomes_a_wrong_number(copy, monkeyp
     assert any(silently_wrong(path, place) for place, path in places)
 
 
-def test_a_checkpoint_that_was_not_sealed_is_passed_over(copy):
+def test_a_checkpoint_without_a_manifest_is_skipped(copy):
     (newest(copy) / checkpoints.MANIFEST).unlink()
     assert CheckpointStore(copy).sound_step() == 15
 
 
-def test_a_run_killed_before_its_first_seal_starts_anew(copy, whole, caplog):
+def test_a_run_killed_before_its_first_manifest_restarts(copy, whole, caplog):
     for step in (copy / CHECKPOINTS).iterdir():
         if step.name != "15":
             shutil.rmtree(step)
@@ -162,7 +162,7 @@ def test_a_run_killed_before_its_first_seal_starts_anew(copy, whole, caplog):
     assert any("step 15: it is incomplete" in message for message in warnings_of(caplog))
 
 
-def test_a_checkpoint_cut_off_while_it_was_removed_is_no_obstacle(copy, whole):
+def test_a_partly_deleted_checkpoint_does_not_block_training(copy, whole):
     *_, last = removed = files(newest(copy))
     for path in removed:
         path.unlink()
@@ -199,7 +199,7 @@ def test_a_run_killed_at_any_write_of_its_start_can_start_again(at, started, tmp
     assert read_curves(tmp_path) == curve
 
 
-def test_overwriting_cut_off_can_be_asked_for_again(copy, monkeypatch):
+def test_an_interrupted_overwrite_can_be_repeated(copy, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         hg.Run(copy).start(CONFIG, overwrite=True)
@@ -233,7 +233,7 @@ RARE = ("start", "compilation", "step", "evaluation", "seal", "last evaluation",
 @pytest.mark.parametrize(
     "moment", [pytest.param(name, marks=[pytest.mark.slow] * (name in RARE)) for name in (*MOMENTS, "sample")]
 )
-def test_a_signal_at_any_moment_leaves_a_good_checkpoint_and_the_run_goes_on(moment, tmp_path, whole, monkeypatch):
+def test_a_signal_at_any_moment_leaves_a_valid_checkpoint_to_resume_from(moment, tmp_path, whole, monkeypatch):
     owner, name, at, saved = MOMENTS.get(moment, (None, None, 1, {5}))
     signals, calls = Signals(), []
 
@@ -258,7 +258,7 @@ def test_a_signal_at_any_moment_leaves_a_good_checkpoint_and_the_run_goes_on(mom
     assert_same(train(tmp_path), whole[1])
 
 
-def test_the_end_of_a_time_is_a_reason_to_stop():
+def test_a_time_limit_stops_the_run():
     Signals(60).check()
     with pytest.raises(Interrupted, match="stopped by the time limit"):
         Signals(0).check()
@@ -271,7 +271,7 @@ def test_a_second_signal_interrupts_at_once():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+def test_a_non_finite_loss_stops_and_keeps_the_last_valid_checkpoint(tmp_path):
     def poisoned(step, rows=slice(None)):
         tokens, weights = BATCHES(step, rows)
         return tokens, weights * (np.nan if step == 13 else 1)
@@ -293,7 +293,7 @@ def largest_file(n_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_disk_that_fills_up_is_a_clear_error_and_earlier_checkpoints_stay(copy):
+def test_a_full_disk_raises_an_error_and_keeps_earlier_checkpoints(copy):
     before = last_state(copy)
     shutil.rmtree(newest(copy))
     with (

@@ -65,7 +65,7 @@ def assert_same_curves(home, out, reference="one"):
 @pytest.mark.launchers
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 2, 8])
-def test_eight_devices_learn_as_one(home, fsdp):
+def test_eight_devices_give_the_losses_of_one(home, fsdp):
     pretrain(home, f"eight{fsdp}", f"--fsdp={fsdp}", n_devices=8)
     assert_same_curves(home, f"eight{fsdp}")
 
@@ -131,7 +131,7 @@ def draw_boundaries_on_eight_devices():
 
 @pytest.mark.launchers
 @pytest.mark.slow
-def test_noise_in_boundaries_does_not_depend_on_the_devices():
+def test_boundary_noise_is_independent_of_the_device_count():
     code = "import test_sharding; test_sharding.draw_boundaries_on_eight_devices()"
     environment = os.environ | ENVIRONMENT | devices(8) | {"PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, encoding="utf-8")
@@ -140,7 +140,7 @@ def test_noise_in_boundaries_does_not_depend_on_the_devices():
 
 @pytest.mark.launchers
 @pytest.mark.slow
-def test_accumulated_gradients_are_those_of_the_large_batch_on_devices_too(home):
+def test_accumulated_gradients_equal_the_large_batch_on_eight_devices(home):
     pretrain(home, "large", "--dropout=0")
     pretrain(home, "accumulated", "--dropout=0", "--accumulate=2", "--fsdp=4", n_devices=8)
     assert_same_curves(home, "accumulated", "large")
@@ -148,7 +148,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch_on_devices_too(home)
 
 @pytest.mark.launchers
 @pytest.mark.slow
-def test_two_processes_of_four_devices_learn_as_one(home):
+def test_two_processes_of_four_devices_give_the_losses_of_one(home):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -166,7 +166,7 @@ def test_two_processes_of_four_devices_learn_as_one(home):
 @pytest.mark.launchers
 @pytest.mark.slow
 @pytest.mark.parametrize("before, after", [(4, 2), (8, 4)])
-def test_a_run_goes_on_with_other_devices_and_loads_on_one(home, before, after):
+def test_a_run_resumes_on_another_device_count_and_loads_on_one(home, before, after):
     out = f"moved{before}"
     pretrain(home, out, f"--fsdp={before}", n_devices=before)
     shutil.rmtree(home / out / "checkpoints" / "20")
@@ -178,7 +178,7 @@ def test_a_run_goes_on_with_other_devices_and_loads_on_one(home, before, after):
 
 
 @pytest.mark.launchers
-def test_devices_that_do_not_fit_are_refused(tmp_path):
+def test_invalid_device_counts_raise_one_line_errors(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     for flags, words in (
         (["--fsdp=3"], "choose data and fsdp with the product 8"),
@@ -217,7 +217,7 @@ for length in (16, 48):
 
 @pytest.mark.launchers
 @pytest.mark.slow
-def test_divided_devices_exchange_parameters_and_gradients_alone():
+def test_fsdp_communicates_only_parameters_and_gradients():
     """Whatever the length: activations stay where they are."""
     environment = os.environ | devices(8) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     result = subprocess.run([sys.executable, "-c", SENT], env=environment, capture_output=True, encoding="utf-8")

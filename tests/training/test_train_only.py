@@ -38,7 +38,7 @@ def chosen(name):
 
 
 @pytest.mark.slow
-def test_the_rest_stays_and_the_chosen_go_as_with_all(tmp_path):
+def test_only_the_chosen_parameters_are_trained(tmp_path):
     """Adam takes each number by itself: the first step of the chosen is that of a training of everything."""
     before = named_parameters(make_model(CONFIG, scale=1.0))
     part, whole = (train(tmp_path / (name or "all"), name, steps=1) for name in (CHOSEN, ""))
@@ -49,7 +49,7 @@ def test_the_rest_stays_and_the_chosen_go_as_with_all(tmp_path):
             np.testing.assert_allclose(part[name], whole[name], rtol=1e-6, atol=1e-8)
 
 
-def test_the_optimizer_holds_the_two_moments_of_the_chosen_alone():
+def test_the_optimizer_stores_moments_only_for_chosen_parameters():
     params = nnx.state(make_model(CONFIG))
     optimizer = make_optimizer(hg.OptimizerConfig(train_only=CHOSEN), 1)
     state = jax.eval_shape(lambda: first_state(params, optimizer, trained_parameters(params, CHOSEN)))
@@ -57,7 +57,7 @@ def test_the_optimizer_holds_the_two_moments_of_the_chosen_alone():
     assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim) == 2 * n_chosen
 
 
-def test_it_goes_on_bit_for_bit_and_is_a_run_of_its_own(tmp_path):
+def test_partial_training_resumes_bit_for_bit(tmp_path):
     whole = train(tmp_path / "whole", CHOSEN, steps=4)
     train(tmp_path / "halves", CHOSEN, steps=2)
     halves = train(tmp_path / "halves", CHOSEN, steps=4)
@@ -67,13 +67,13 @@ def test_it_goes_on_bit_for_bit_and_is_a_run_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("train_only", ["hourglass.last", "post", "head,,embedding", "hea"])
-def test_a_name_without_parameters_is_refused_with_those_there_are(tmp_path, train_only):
+def test_an_unknown_parameter_name_raises_an_error_that_lists_the_names(tmp_path, train_only):
     with pytest.raises(hg.UsageError, match=r"embedding, head, hourglass.inner.pre, .*hourglass.post.norm") as error:
         train(tmp_path / "run", train_only, steps=1)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
-def test_learned_positions_are_named_too():
+def test_learned_positions_can_be_trained_alone():
     params = nnx.state(make_model(small_config(hierarchy="1@1", positions="learned")))
     assert trained_parameters(params, "positions")(("positions",), None)
     with pytest.raises(hg.UsageError, match=r"choose from embedding, head, hourglass\..*, positions, or"):
