@@ -152,7 +152,7 @@ def ablate(home, *flags):
     return result.stdout
 
 
-def test_finished_rows_are_skipped_and_interrupted_ones_go_on(home):
+def test_finished_rows_are_skipped_and_interrupted_ones_resume(home):
     assert "4 of 4 rows are done" in ablate(home)
     result = home / "runs/ablations/books-tiny/0@1_1@2_1@1-gated-repeat-boundaries=whitespace/seed0/result.json"
     before = json.loads(result.read_text())
@@ -161,7 +161,7 @@ def test_finished_rows_are_skipped_and_interrupted_ones_go_on(home):
     assert json.loads(result.read_text())["figures"] == before["figures"]
 
 
-def test_a_row_that_was_trained_otherwise_is_not_done(home):
+def test_a_row_trained_with_other_settings_is_trained_again(home):
     path = home / "runs/ablations/books-tiny/1@1/seed0/config.json"
     whole = path.read_text()
     path.write_text(whole.replace('"steps": 4', '"steps": 5'))
@@ -171,7 +171,7 @@ def test_a_row_that_was_trained_otherwise_is_not_done(home):
     path.write_text(whole)
 
 
-def test_a_row_that_was_trained_on_another_text_of_the_name_is_not_done(home, tmp_path):
+def test_a_row_trained_on_another_text_of_the_same_name_is_trained_again(home, tmp_path):
     (tmp_path / "books").write_bytes(b"sphinx of black quartz, judge my vow. " * 100)
     result = run_forked("ablate", *COMMON, f"--data_path={tmp_path / 'books'}", cwd=home)
     assert result.returncode == 2 and "seed0: was trained on other data than" in result.stderr
@@ -205,7 +205,7 @@ def test_a_row_that_tables_share_is_stored_in_all_of_them(tmp_path):
         assert len(table["rows"][0]["runs"]) == n_seeds
 
 
-def test_a_damaged_record_is_one_line(home):
+def test_a_damaged_record_raises_a_one_line_error(home):
     result = home / "runs/ablations/books-tiny/1@1/seed0/result.json"
     whole = result.read_text()
     result.write_text(whole[:20])
@@ -214,7 +214,7 @@ def test_a_damaged_record_is_one_line(home):
     assert found.returncode == 2 and found.stderr.count("\n") == 1 and "seed0/result.json: not JSON" in found.stderr
 
 
-def test_a_shortening_of_one_s_own_is_a_row_of_table_8(home):
+def test_a_custom_shortening_becomes_a_row_of_table_8(home):
     lines = ablate(home, "--table=8", "--dry_run").splitlines()
     assert [line.split(" | ")[0] for line in lines[2:8]] == [
         *("| average", "| attention_average", "| attention_linear", "| linear", "| gated", "| attention_average")
@@ -273,7 +273,7 @@ def test_reports_come_from_the_stored_record_alone(home, tmp_path):
         ([], ["choose tables"]),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, flags, words):
+def test_invalid_ablation_options_raise_one_line_errors(tmp_path, flags, words):
     (tmp_path / "short").write_text("short")
     result = run_forked("ablate", *flags, cwd=tmp_path)
     assert result.returncode == 2

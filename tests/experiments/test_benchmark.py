@@ -90,7 +90,7 @@ def test_a_record_resumes_only_with_its_machine_versions_sizes_and_repeats(tmp_p
 
 
 @pytest.mark.parametrize("flag", ["--lengths=", "--batches=", "--batches=0"])
-def test_lists_without_a_number_are_one_line(tmp_path, flag):
+def test_lists_without_a_number_raise_one_line_errors(tmp_path, flag):
     result = run_forked("benchmark", "--suite=decoding", "--nopeer", flag, cwd=tmp_path)
     [line] = result.stderr.splitlines()
     assert result.returncode == 2 and flag.strip("-=0") in line, line
@@ -99,7 +99,7 @@ def test_lists_without_a_number_are_one_line(tmp_path, flag):
 @pytest.mark.parametrize(
     "suite, flag", [("training", "--batches=2"), ("boundaries", "--nopeer"), ("decoding", "--accelerator.d_model=64")]
 )
-def test_options_of_other_suites_are_refused(tmp_path, suite, flag):
+def test_options_of_other_suites_raise_errors(tmp_path, suite, flag):
     result = run_forked("benchmark", f"--suite={suite}", flag, "--report=here", cwd=tmp_path)
     [line] = result.stderr.splitlines()
     assert result.returncode == 2 and f"not for --suite={suite}; leave it out" in line, line

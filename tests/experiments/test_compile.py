@@ -56,7 +56,7 @@ def test_unknown_targets_raise(name, words):
         find_target(name)
 
 
-def test_a_file_adds_a_target_and_a_bad_file_is_one_line(tmp_path, monkeypatch):
+def test_a_file_adds_a_target_and_an_invalid_file_raises_a_one_line_error(tmp_path, monkeypatch):
     text = (targets.DIRECTORY / "h100.toml").read_text()
     monkeypatch.setattr(targets, "DIRECTORY", tmp_path)
     (tmp_path / "mine.toml").write_text(text.replace("989e12", "1e12"))
@@ -73,13 +73,13 @@ def test_a_file_adds_a_target_and_a_bad_file_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, extra", [("h100", "cuda"), ("v5e-4", "tpu")])
-def test_a_missing_compiler_is_one_line_that_names_the_extra(name, extra, monkeypatch):
+def test_a_missing_compiler_raises_a_one_line_error_that_names_the_extra(name, extra, monkeypatch):
     monkeypatch.setattr(targets, "is_installed", lambda package: False)
     with pytest.raises(UsageError, match=re.escape(f"pip install -e '.[{extra}]'")):
         find_target(name).devices()
 
 
-def test_bad_commands_end_with_one_line(tmp_path):
+def test_invalid_commands_end_with_one_line(tmp_path):
     for flags, words in (
         (["--target=h300"], "is unknown"),
         (["--target=h100", "--shorten_factors=2,3"], "several programs"),

@@ -25,13 +25,13 @@ def setup(tmp_path_factory):
     return replace(found, data=replace(found.data, split="fraction"), n_valid=20)
 
 
-def test_each_is_twice_the_one_before_up_to_the_model_s_length():
+def test_contexts_double_up_to_the_model_s_length():
     assert contexts.contexts(256) == [12, 24, 48, 96, 192] and contexts.contexts(36) == [12]
     with pytest.raises(UsageError, match="sequences of 35 characters are too short for 12 of context and 24 after it"):
         contexts.contexts(35)
 
 
-def test_the_same_characters_are_asked_for_at_each(setup):
+def test_every_context_scores_the_same_characters(setup):
     samples = [contexts.sample(setup, context) for context in (12, 24, 96)]
     for context, tokens in zip((12, 24, 96), samples, strict=True):
         assert tokens.shape == (20, context + contexts.N_SCORED + 1)
@@ -40,14 +40,14 @@ def test_the_same_characters_are_asked_for_at_each(setup):
         contexts.sample(setup, 192)
 
 
-def test_bits_are_those_of_single_rows(setup):
+def test_bits_equal_those_of_single_rows(setup):
     model, tokens = make_model(HourglassConfig(hierarchy="1@1", **SIZES)), contexts.sample(setup, 24)[:3]
     naive = [-np.asarray(hg.score(model, row[None]))[0, 24:].astype(np.float64).mean() / np.log(2) for row in tokens]
     np.testing.assert_allclose(contexts.bits(model, tokens), naive, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("hierarchy", "gains"), [("2@1", False), ("1@1 1@3 0@1", True)])
-def test_only_a_model_that_looks_so_far_back_gains(setup, hierarchy, gains):
+def test_only_a_model_with_that_context_gains(setup, hierarchy, gains):
     """Two layers of five tokens see eight back; shortened layers see everything."""
     model = make_model(HourglassConfig(hierarchy=hierarchy, window=5, **SIZES))
     shortest, *further = contexts.readings(model, 64, setup, Signals())
@@ -57,7 +57,7 @@ def test_only_a_model_that_looks_so_far_back_gains(setup, hierarchy, gains):
         assert (abs(each["gain"]) > 1e-4 and each["standard_error"] > 1e-4) == gains
 
 
-def test_what_is_measured_stays_until_it_is_measured_again_and_is_drawn(setup, tmp_path):
+def test_measurements_are_kept_until_repeated_and_are_drawn(setup, tmp_path):
     path, config = tmp_path / "contexts-text", HourglassConfig(hierarchy="1@1", **SIZES)
 
     def measured(**seeds):
@@ -101,7 +101,7 @@ def test_trained_rows_are_measured_by_the_launcher(tmp_path):
         (("--dry_run",), "--dry_run does not apply to --contexts"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, flags, words):
+def test_invalid_context_options_raise_one_line_errors(tmp_path, flags, words):
     result = run_forked("ablate", "--contexts", "--scale=micro", "--data_path=books", *flags, cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and words in result.stderr, result.stderr
     assert not list(tmp_path.iterdir())

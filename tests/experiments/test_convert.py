@@ -59,7 +59,7 @@ def test_a_converted_model_is_evaluated_generates_and_is_fine_tuned(home):
         np.testing.assert_allclose(before[name], after[name], atol=1e-6)
 
 
-def test_a_run_goes_to_safetensors_and_comes_back_as_a_run(home):
+def test_a_run_round_trips_through_safetensors(home):
     succeed("convert", "--to=safetensors", "out", "shared", cwd=home)
     succeed("convert", "--from=safetensors", "--model=shared", "--out=back", cwd=home)
     model, tokenizer, _ = hg.load(home / "back")
@@ -67,7 +67,7 @@ def test_a_run_goes_to_safetensors_and_comes_back_as_a_run(home):
     assert tokenizer.characters == TOKENS[3:]
 
 
-def test_a_model_of_images_goes_and_comes_back(home, tmp_path):
+def test_an_image_model_round_trips_through_safetensors(home, tmp_path):
     config = small_config(vocab_size=hg.ImageTokenizer.vocab_size)
     export_safetensors(make_model(config), hg.ImageTokenizer((4, 4, 3)), tmp_path / "images")
     write_binary(tmp_path / "cifar", planes(8, 32), planes(3, 32))
@@ -79,7 +79,7 @@ def test_a_model_of_images_goes_and_comes_back(home, tmp_path):
 @pytest.mark.parametrize(
     "shape, data", [((24, 24, 3), ("folder", 24)), ((16, 16, 1), ("folder", 16)), ((6, 4, 3), ("folder", 0))]
 )
-def test_a_model_of_one_s_own_images_comes_back_as_one_of_a_folder(tmp_path, shape, data):
+def test_a_model_of_custom_images_round_trips_as_a_folder_model(tmp_path, shape, data):
     config = light_config(vocab_size=hg.ImageTokenizer.vocab_size)
     export_safetensors(make_model(config), hg.ImageTokenizer(shape), tmp_path / "images")
     succeed("convert", "--from=safetensors", "images", "run", cwd=tmp_path)
@@ -110,7 +110,7 @@ def test_a_model_of_one_s_own_images_comes_back_as_one_of_a_folder(tmp_path, sha
         (["--from=original", "--out=new", "model.pth", "vocab.json"], "either as --model"),
     ],
 )
-def test_bad_usage_is_one_line_and_leaves_nothing_behind(home, flags, message):
+def test_invalid_usage_raises_one_line_errors_and_writes_nothing(home, flags, message):
     torch.save({"state_dict": {"a": torch.zeros(2)}, "rest": Malicious(home / "trace")}, home / "evil.pth")
     before = sorted(home.iterdir())
     result = run_forked("convert", *flags, cwd=home)

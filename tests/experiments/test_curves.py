@@ -107,7 +107,7 @@ def test_a_branch_is_the_uninterrupted_run_of_its_length(home, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_is_stored_of_a_leg_is_what_its_last_parameters_reach(home):
+def test_a_leg_s_record_is_the_loss_of_its_last_parameters(home):
     leg = home / BASE / "1@1" / "seed0" / "960-decayed"
     result, losses = json.loads((leg / "result.json").read_text()), np.load(leg / "losses.npy")
     assert result["figures"]["bpc"] == pytest.approx(losses.mean() / math.log(2))
@@ -144,7 +144,7 @@ def test_the_report_comes_from_the_record_alone(home, tmp_path):
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_leg_that_diverges_is_told_and_the_other_curve_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_diverged_leg_is_reported_and_the_other_curve_continues(tmp_path, monkeypatch, capsys):
     setup = find_setup("enwik8", "micro")
     [one, *_], [other, *_] = (list(curves.curve(curves.plain(name), setup, tmp_path, 0)) for name in ("6@1", "8@1"))
     done = []
@@ -259,7 +259,7 @@ def test_a_record_is_drawn(tmp_path):
         (["--data_path=nothing"], ["nothing: no such file"]),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, flags, words):
+def test_invalid_curve_options_raise_one_line_errors(tmp_path, flags, words):
     result = run_forked("ablate", "--curves", "--data_path=books", *flags, cwd=tmp_path)
     assert result.returncode == 2
     [line] = result.stderr.strip().splitlines()

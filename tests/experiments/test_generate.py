@@ -89,7 +89,7 @@ def test_each_line_of_a_file_may_be_a_prompt(runs, generate, tmp_path):
     assert samples == [alone[0], alone[0], alone[1], alone[1]]
 
 
-def test_bytes_of_a_prompt_and_of_a_sample_stay_as_they_are(runs, generate, tmp_path):
+def test_bytes_of_prompts_and_samples_are_unchanged(runs, generate, tmp_path):
     prompt, out = bytes(range(256)), tmp_path / "out"
     (tmp_path / "prompt").write_bytes(prompt)
     for run, tokenizer in (("byte", BYTES), ("old", OLD_BYTES)):
@@ -168,7 +168,7 @@ def test_from_nothing_a_sample_starts_with_what_was_trained():
         ("image", ["--raw_out=out"], "--raw_out: not for"),
     ],
 )
-def test_bad_options_give_one_line(runs, generate, tmp_path, run, options, message):
+def test_invalid_options_raise_one_line_errors(runs, generate, tmp_path, run, options, message):
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "latin").write_bytes(b"a\xe9")
     with pytest.raises(hg.UsageError, match=message) as error:
@@ -176,7 +176,7 @@ def test_bad_options_give_one_line(runs, generate, tmp_path, run, options, messa
     assert "\n" not in str(error.value)
 
 
-def test_what_is_refused_leaves_the_bytes_that_are_there(runs, generate, tmp_path):
+def test_a_rejected_command_keeps_the_existing_output_file(runs, generate, tmp_path):
     (tmp_path / "out").write_bytes(b"before")
     with pytest.raises(hg.UsageError):
         generate(runs["char"], "--top_p=2", f"--raw_out={tmp_path / 'out'}")
@@ -204,7 +204,7 @@ def test_a_signal_keeps_what_has_come_and_is_no_success(runs, generate, tmp_path
     )
 
 
-def test_a_prompt_that_cleaning_leaves_nothing_of_is_refused(tmp_path, generate, caplog):
+def test_a_prompt_that_is_empty_after_cleaning_raises_an_error(tmp_path, generate, caplog):
     run = write_model(tmp_path / "clean", hg.CharTokenizer.from_text("hello world\n", clean=True))
     with pytest.raises(hg.UsageError, match=r"'日本語42'.* is empty after cleaning"):
         generate(run, PROMPT, "--prompt=日本語42")

@@ -169,7 +169,7 @@ def bad_inputs(home):
 
 
 @pytest.mark.parametrize(("script", "flags", "words"), BAD_INPUT)
-def test_bad_input_gets_one_line(bad_inputs, script, flags, words):
+def test_invalid_image_options_raise_one_line_errors(bad_inputs, script, flags, words):
     result = bad_inputs[script, *flags].result()
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if line.strip()]

@@ -237,7 +237,7 @@ def test_overwrite_replaces_a_run_of_another_configuration(home, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_begins_with_another_s_parameters_model_and_vocabulary(home, tmp_path):
+def test_a_run_starts_from_the_parameters_and_vocabulary_of_another(home, tmp_path):
     (tmp_path / "other.txt").write_text("the lazy dog jumps. " * 200)
     flags = [f"--init_from={home / 'runs' / 'pretrain'}", "--data_path=other.txt", "--block_size=32", "--steps=1"]
     succeed("pretrain", *flags, "--dropout=0.1", "--learning_rate=1e-30", "--optimizer.warmup_steps=0", cwd=tmp_path)
@@ -272,7 +272,7 @@ def test_max_length_bounds_learned_positions_only(home, tmp_path):
     assert "sample: " in succeed("pretrain", *TINY, *flags, cwd=tmp_path).stdout
 
 
-def test_a_run_refuses_a_text_with_other_characters(home, tmp_path):
+def test_a_text_with_unknown_characters_raises_an_error(home, tmp_path):
     out = copy_of_run(home, tmp_path)
     text = tmp_path / "text.txt"
     text.write_text(text.read_text().replace("z", "Z"))  # as many characters, another vocabulary
@@ -381,7 +381,7 @@ def bad_input(home, request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("script", "flags", "words"), CASES)
-def test_bad_input_gets_one_line_and_changes_nothing(bad_input, request, script, flags, words):
+def test_invalid_options_raise_one_line_errors_and_change_nothing(bad_input, request, script, flags, words):
     result, before, after = bad_input[request.node.callspec.id].result()
     assert result.returncode != 0
     assert "Traceback" not in result.stderr, result.stderr

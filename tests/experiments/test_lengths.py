@@ -31,7 +31,7 @@ def test_models_are_of_equal_depth_and_equal_flops(scale):
 
 
 @pytest.mark.slow
-def test_what_is_measured_is_kept_and_drawn(tmp_path, monkeypatch):
+def test_measurements_are_kept_and_drawn(tmp_path, monkeypatch):
     setup = find_setup("enwik8", "micro")
     model = setup.model | {"d_model": 16, "n_heads": 2, "d_ff": 32}
     setup = replace(setup, model=model, data=replace(setup.data, block_size=24))
@@ -61,7 +61,7 @@ def test_what_is_measured_is_kept_and_drawn(tmp_path, monkeypatch):
         lengths.measure(replace(setup, model=model | {"d_ff": 64}), "micro", path, Signals())
 
 
-def test_a_report_of_nothing_is_one_line(tmp_path):
+def test_a_report_without_measurements_raises_a_one_line_error(tmp_path):
     for flags, message in (("--report", "measure first"), ("--dataset=letters", "--lengths requires a text")):
         result = run_forked("ablate", "--lengths", "--scale=micro", flags, cwd=tmp_path)
         assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
@@ -73,7 +73,7 @@ def test_a_dry_run_measures_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_points_of_another_machine_are_reported_and_not_gone_on_with(tmp_path):
+def test_points_of_another_machine_are_reported_but_not_extended(tmp_path):
     name, setup = "lengths-micro", find_setup("enwik8", "micro")
     committed = json.loads((EXPERIMENTS / "results/ablations" / f"{name}.json").read_text())
     (tmp_path / f"{name}.json").write_text(json.dumps(committed | {"machine": "an abacus"}))

@@ -39,12 +39,12 @@ def has_pictures(notebook):
     return any("image/png" in output.get("data", {}) for output in outputs(notebook))
 
 
-def test_there_are_six():
+def test_the_repository_has_six_notebooks():
     assert len(NOTEBOOKS) == 6
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_what_is_committed_is_whole_and_clean(path):
+def test_committed_notebooks_are_executed_and_clean(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     check_outputs(notebook)
@@ -61,6 +61,6 @@ LONG = ("01_quickstart", "02_anatomy", "03_generation", "05_images", "06_boundar
 @pytest.mark.parametrize(
     "path", [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in LONG), id=p.stem) for p in NOTEBOOKS]
 )
-def test_runs_from_top_to_bottom(path, monkeypatch):
+def test_every_notebook_runs_from_top_to_bottom(path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the kernel starts in an empty directory
     check_outputs(runpy.run_path(str(ROOT / "notebooks" / "execute.py"))["execute"](path))

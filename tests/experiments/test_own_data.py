@@ -163,7 +163,7 @@ def test_a_model_is_evaluated_on_the_rest_of_its_own_text(results):
     assert figures(results("own"))["loss"] == pytest.approx(figures(results("moved"))["loss"], rel=1e-5)
 
 
-def test_a_text_that_has_changed_is_told(results):
+def test_a_changed_text_is_reported(results):
     assert "changed.txt: changed after the model was trained on it" in results("changed").stderr
     assert "| valid of changed.txt\n" in results("changed").stdout
 
@@ -199,7 +199,7 @@ def test_the_surprise_of_each_character_is_a_line(home, results, name):
     np.testing.assert_allclose(bits, nats / math.log(2), atol=2e-6)
 
 
-def test_bytes_and_characters_are_told_apart(home, results):
+def test_byte_and_character_models_report_their_own_units(home, results):
     found = figures(results("bytes"))
     whole = (home / "bytes.txt").read_bytes()
     predicted = whole[int(0.9 * len(whole)) + 1 :]
@@ -275,7 +275,7 @@ BAD_INPUT = [
 
 
 @pytest.mark.parametrize(("command", "words"), BAD_INPUT)
-def test_bad_input_gets_one_line(home, tmp_path, command, words):
+def test_invalid_data_options_raise_one_line_errors(home, tmp_path, command, words):
     for path in home.iterdir():
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "empty").mkdir()

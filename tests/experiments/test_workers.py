@@ -100,7 +100,7 @@ def test_workers_share_the_rows_and_train_nothing_twice(home):
     assert [len(row["runs"]) for row in record["rows"]] == [1, 1]
 
 
-def test_training_options_without_training_are_one_line(tmp_path):
+def test_training_options_without_training_raise_one_line_errors(tmp_path):
     for flags in (["--table=1", "--dry_run", "--workers=2"], ["--contexts", "--max_minutes=5"]):
         result = run_forked("ablate", *flags, cwd=tmp_path)
         assert result.returncode == 2 and f"{flags[-1].partition('=')[0]} does not apply" in result.stderr
