@@ -119,7 +119,6 @@ def test_every_trick_for_xla_cpu_returns_what_the_plain_code_returns():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_tricks_for_xla_cpu_are_measured_and_shown(monkeypatch):
     monkeypatch.setattr(models, "SIZES", {"vocab_size": 256, "d_model": 16, "n_heads": 2, "d_ff": 16})
     monkeypatch.setattr(cpu_suite, "CONTEXT", 16)
