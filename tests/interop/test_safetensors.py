@@ -101,7 +101,7 @@ def test_images_and_sizes_from_numpy_come_back(tmp_path):
 
 def test_an_export_takes_no_tokenizer_of_another_size_and_leaves_other_files_alone(tmp_path):
     (tmp_path / "shared.tmp").mkdir()
-    with pytest.raises(hg.UsageError, match="258 tokens, but the model 11"):
+    with pytest.raises(hg.UsageError, match="258 tokens, but the model has 11"):
         export_safetensors(make_model(small_config()), hg.ByteTokenizer(), tmp_path / "shared")
     with pytest.raises(hg.UsageError, match="tokenizer is None"):
         export_safetensors(make_model(small_config()), None, tmp_path / "shared")

@@ -335,7 +335,7 @@ def test_boundary_tokens_lists_the_boundary_characters_of_a_vocabulary():
         listed = boundary_tokens(tokenizer, name)
         assert {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.encode(characters)} == set(listed)
     assert boundary_tokens(tokenizer, "fixed") == boundary_tokens(hg.ByteTokenizer(), "whitespace") == ()
-    with pytest.raises(hg.UsageError, match="images have none"):
+    with pytest.raises(hg.UsageError, match="requires text, not images"):
         boundary_tokens(hg.ImageTokenizer((2, 2, 3)), "whitespace")
 
 
