@@ -190,7 +190,7 @@ def _attention(
 
 def in_parts(n_parts: int, tree: Any) -> Any:
     """Split the batch of each array: [B, ...] -> [n_parts, B / n_parts, ...]."""
-    return jax.tree.map(lambda x: jnp.reshape(x, (n_parts, x.shape[0] // n_parts, *x.shape[1:])), tree)
+    return jax.tree.map(lambda x: jnp.asarray(x).reshape(n_parts, x.shape[0] // n_parts, *x.shape[1:]), tree)
 
 
 def _forward(
