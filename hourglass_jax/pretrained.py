@@ -23,6 +23,7 @@ from hourglass_jax.files import whole_directory, write_whole
 from hourglass_jax.interop.parameters import build_model, named_parameters
 from hourglass_jax.interop.safetensors import WEIGHTS
 from hourglass_jax.model import HourglassLM
+from hourglass_jax.tokenizers import Tokenizer
 from hourglass_jax.training.identity import PATHS
 from hourglass_jax.training.run import Record, Run, load_run
 
@@ -43,7 +44,7 @@ def pretrained_path(name: str, directory: str | Path = SHIPPED) -> Path:
     return Path(directory).expanduser() / name
 
 
-def load(path: str | Path, step: int | None = None) -> tuple[HourglassLM, Any, HourglassConfig]:
+def load(path: str | Path, step: int | None = None) -> tuple[HourglassLM, Tokenizer | None, HourglassConfig]:
     """Load a run directory, or one that `save` wrote -> (model, tokenizer, config).
 
     step: of a run, the checkpoint to load; see `RuntimeConfig.keep_checkpoints`. Default: that of lowest validation
@@ -63,7 +64,9 @@ def load(path: str | Path, step: int | None = None) -> tuple[HourglassLM, Any, H
     return _load_weights(run.directory)
 
 
-def load_pretrained(name: str, *, directory: str | Path = SHIPPED) -> tuple[HourglassLM, Any, HourglassConfig]:
+def load_pretrained(
+    name: str, *, directory: str | Path = SHIPPED
+) -> tuple[HourglassLM, Tokenizer | None, HourglassConfig]:
     """Load a model that comes with the package -> (model, tokenizer, config), as `load` does.
 
     directory: another place with such models. Raises UsageError for an unknown name, and for damaged files.
@@ -71,7 +74,7 @@ def load_pretrained(name: str, *, directory: str | Path = SHIPPED) -> tuple[Hour
     return _load_weights(pretrained_path(name, directory))
 
 
-def _load_weights(path: Path) -> tuple[HourglassLM, Any, HourglassConfig]:
+def _load_weights(path: Path) -> tuple[HourglassLM, Tokenizer | None, HourglassConfig]:
     config, tokenizer, _, _ = Run(path).read()
     tensors = {name: tensor.astype(np.float32) for name, tensor in _read(path).items()}
     return build_model(config, tensors, path / WEIGHTS), tokenizer, config

@@ -336,7 +336,7 @@ def _is_first_file(path: Path) -> bool:
     return path.name in (LOCK, VOCABULARY) or is_temporary(path, FILES)
 
 
-def load_run(path: str | Path, step: int | None = None) -> tuple[HourglassLM, Any, HourglassConfig]:
+def load_run(path: str | Path, step: int | None = None) -> tuple[HourglassLM, Tokenizer | None, HourglassConfig]:
     """Return (model, tokenizer, config) of a run directory.
 
     step: default: the step of lowest validation loss. `RuntimeConfig.keep_checkpoints` decides which are kept.
