@@ -94,8 +94,8 @@ def test_invalid_commands_end_with_one_line(tmp_path):
 
 
 def test_the_tokenizer_is_that_of_the_data(tmp_path):
-    for name in "ab":
-        Image.new("RGB", (6, 4)).save(tmp_path / f"{name}.png")
+    for name in ("red", "blue"):
+        Image.new("RGB", (6, 4), name).save(tmp_path / f"{name}.png")
     (tmp_path / "text.txt").write_text("abc")
     folder = read_tokenizer(DataConfig(dataset="folder", path=str(tmp_path), image_size=4, train_fraction=0.5), "")
     assert (folder.shape, folder.n_tokens) == ((4, 4, 3), 48)

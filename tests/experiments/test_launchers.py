@@ -354,35 +354,27 @@ CASES = [pytest.param("pretrain", [*TINY, "--data_path=text.txt", *flags], words
 CASES += [pytest.param(*case, id=f"{case[0]}-{case[1][-1]!s}".replace("\n", " ")) for case in OTHERS]
 
 
-@pytest.fixture(scope="session")
-def bad_input(home, request, tmp_path_factory):
-    """Of every selected case: its result, and what its directory held before and after; two at a time."""
-
-    def prepare_and_run(params):
-        cwd = tmp_path_factory.mktemp("bad")
-        shutil.copy(home / "text.txt", cwd)
-        (cwd / "empty.txt").write_text("")
-        (cwd / "short.txt").write_text("too short\nto train on\n")
-        (cwd / "latin.txt").write_bytes(b"one\ntwo c\xe9 three\n" * 100)
-        (cwd / "foreign").mkdir()
-        (cwd / "foreign" / "notes.txt").write_text("not a run")
-        for name in ("run", "mismatched"):
-            shutil.copytree(home / "runs" / "pretrain", cwd / name)
-        record = json.loads((cwd / "mismatched" / "vocab.json").read_text())
-        record["vocabulary"]["日"] = len(record["vocabulary"])
-        (cwd / "mismatched" / "vocab.json").write_text(json.dumps(record))
-        before = contents(cwd)
-        return run_forked(params["script"], *params["flags"], cwd=cwd), before, contents(cwd)
-
-    name = "test_bad_input_gets_one_line_and_changes_nothing"
-    selected = [item.callspec for item in request.session.items if item.originalname == name]
-    with ThreadPoolExecutor(2) as pool:
-        yield {call.id: pool.submit(prepare_and_run, call.params) for call in selected}
+@pytest.fixture
+def bad_input(home, tmp_path):
+    """A directory with texts, a run, and files that are not what they seem."""
+    shutil.copy(home / "text.txt", tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("too short\nto train on\n")
+    (tmp_path / "latin.txt").write_bytes(b"one\ntwo c\xe9 three\n" * 100)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("not a run")
+    for name in ("run", "mismatched"):
+        shutil.copytree(home / "runs" / "pretrain", tmp_path / name)
+    record = json.loads((tmp_path / "mismatched" / "vocab.json").read_text())
+    record["vocabulary"]["日"] = len(record["vocabulary"])
+    (tmp_path / "mismatched" / "vocab.json").write_text(json.dumps(record))
+    return tmp_path
 
 
 @pytest.mark.parametrize(("script", "flags", "words"), CASES)
-def test_invalid_options_raise_one_line_errors_and_change_nothing(bad_input, request, script, flags, words):
-    result, before, after = bad_input[request.node.callspec.id].result()
+def test_invalid_options_raise_one_line_errors_and_change_nothing(bad_input, script, flags, words):
+    before = contents(bad_input)
+    result, after = run_forked(script, *flags, cwd=bad_input), contents(bad_input)
     assert result.returncode != 0
     assert "Traceback" not in result.stderr, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.strip()]
