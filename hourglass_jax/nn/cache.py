@@ -1,7 +1,8 @@
 """Decoding caches: keys and values of every attention layer, and the position of each row of the batch.
 
-All rows share one clock and are left-padded by multiples of the total factor K. So groups end at the same time in all
-rows, a level runs for the whole batch or not at all, and new keys have the same index in all rows.
+All rows share one clock and are left-padded by multiples of the shared factor K. So at and above variable boundaries,
+groups end at the same time in all rows, a level runs for the full batch or not at all, and new keys have the same index
+in all rows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jax import lax
 from hourglass_jax.errors import UsageError
 from hourglass_jax.nn.positions import rotate
 
-NEVER = -(2**30)  # earlier than any time
+NEVER = -(2**30)  # a time before all others
 
 
 @jax.tree_util.register_dataclass
@@ -115,9 +116,9 @@ class KeyValueCache:
         return self.keys[self.rows], self.values[self.rows]
 
     def lags(self, newest: jax.Array) -> jax.Array:
-        """int [1, R]: how long before the newest key that of each row comes; of a row yet to be filled, more than all.
+        """Return int [1, R]: how many keys before the newest one each cache row is. Unfilled rows have larger lags.
 
-        [B, R] where each row of the batch has a newest key of its own, `newest` [B].
+        [B, R] if each row of the batch has its own newest key, `newest` [B].
         """
         n_rows = self.keys.shape[2]
         lags = jnp.reshape(newest, (-1, 1)) % n_rows - jnp.arange(n_rows, dtype=jnp.int32)[None]
@@ -142,7 +143,7 @@ class KeyValueCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EventCache:
-    """The events of a level, and the position before the next.
+    """The boundaries of a level so far, and its newest position.
 
     when: int32 [B, R], the times of boundaries, a ring: boundary n is in row n mod R.
     count: int32 [B], boundaries so far.

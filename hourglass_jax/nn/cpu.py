@@ -23,7 +23,7 @@ def on_matrix(function: Callable[[Array], Array], x: Float[Array, "... D"]) -> F
     """Return function(x) for a function of vectors, computed on a matrix [N, D].
 
     Used by linear layers, norms and feed-forward networks. With more axes, XLA:CPU copies the whole input of a matrix
-    product in the backward pass, and sums over rows at half the speed. A whole training step gains nothing measurable.
+    product in the backward pass, and sums over rows at half the speed. A whole training step is not measurably faster.
     """
     y = function(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
     return y.reshape(*x.shape[:-1], y.shape[-1])
