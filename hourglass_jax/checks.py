@@ -142,8 +142,8 @@ def check_returned(module: nnx.Module, vectors: jax.Array, shape: tuple[int, ...
 def check_prompts(prompts: Any, config: HourglassConfig, max_tokens: int) -> list[np.ndarray]:
     """Return each prompt as int32 [n].
 
-    Raises UsageError unless `prompts` is a list of token lists, and for a prompt that is empty, has tokens outside the
-    vocabulary, or exceeds learned positions together with its new tokens.
+    Raises UsageError unless `prompts` is a list of token lists. Each must have a token and no token outside the
+    vocabulary, and fit learned positions together with its new tokens.
     """
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | Array):
         raise UsageError(

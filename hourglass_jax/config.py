@@ -42,7 +42,7 @@ class HourglassConfig:
     initialization: distribution of kernels. normal (deviation 0.02) | xavier (uniform). Embeddings have deviation 1.
     norm: stack (after each stack and each upsampling, as in Trax) | final (before the head only).
     shift: paper (k - 1) | original (k, as in the original project: one position more than causality requires).
-    causal: if False, predictions depend on both sides, nothing is shifted, and the last token of the vocabulary is the
+    causal: if False, predictions depend on both sides, and nothing is shifted. The last token of the vocabulary is the
         mask token, which exists only in the model; see `objective`. Such a model cannot generate.
     dtype: of computation, float32 | bfloat16 | float64 (requires JAX_ENABLE_X64); parameters stay float32.
     max_unrolled_layers: deeper stacks are scanned, so that compile time stays constant. The limit doubles on GPUs.

@@ -234,10 +234,11 @@ def state_bytes(config: HourglassConfig) -> int:
 def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> int:
     """Estimate the peak bytes of activations for a gradient over [batch, length] tokens; a lower bound.
 
-    A block stores its input, both norms, queries, keys, values, the attention output, the residual sum, and the hidden
-    vector of the feed-forward before and after the activation (for GELU also its tanh or erf). Attention scores are
-    recomputed in segments of 64 queries. A rematerialized stack stores one vector per layer, plus the largest block
-    once. The rest: norms of stacks and upsampling, relative keys (once per batch), float32 logits.
+    A block stores its input, both norms, queries, keys, values, the attention output and the residual sum. The
+    feed-forward network stores its hidden vector before and after the activation (for GELU also its tanh or erf).
+    Attention scores are recomputed in segments of 64 queries. A rematerialized stack stores one vector per layer, plus
+    the largest block once. Also counted: norms of stacks and upsampling, relative keys (once per batch), and float32
+    logits.
 
     Excludes dropout masks, gradients and copies by the compiler. XLA:CPU uses 1.0 to 1.9 times as much for each layer
     or shortening of short sequences. Long sequences use more, since each segment of queries copies its keys.

@@ -1,7 +1,7 @@
 """Generation with a hierarchical cache: layers at factor f run once every f tokens.
 
-The logits equal those of the full forward pass, because the shortened vector of group g is complete once the group's
-first position is known (section 2 of the paper: the shift by k - 1). `nn.cache` explains the common clock of a batch.
+The logits equal those of the full forward pass, because the shortened vector of a group is complete at the group's
+first position (section 2 of the paper: the shift by k - 1). `nn.cache` explains the common clock of a batch.
 """
 
 from __future__ import annotations

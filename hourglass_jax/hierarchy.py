@@ -58,7 +58,7 @@ class Hierarchy:
             if high % low:
                 fail(f"factor {low} does not divide the next factor {high}", f"choose a multiple of {low}")
         if min(layers) < 0 or sum(layers) == 0:
-            fail("there must be at least one layer, and none negative", "e.g. '2@1 8@3 2@1'")
+            fail("there must be at least one layer, and no negative number of layers", "e.g. '2@1 8@3 2@1'")
 
     @classmethod
     def parse(cls, text: str | Hierarchy) -> Hierarchy:

@@ -1,4 +1,4 @@
-"""Inspect a model: a table of its levels, and where it ends groups."""
+"""Inspect a model: a table of its levels, and the ends of its groups."""
 
 from __future__ import annotations
 

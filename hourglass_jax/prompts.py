@@ -55,8 +55,8 @@ class AlignedPrompts:
 def row_keys(key: jax.Array, prompts: Sequence[Sequence[int]]) -> jax.Array:
     """Return a key for each row [B], derived from `key`, the prompt and the number of earlier rows with that prompt.
 
-    A row's sample is then the same in any batch, equal prompts get different samples, and different prompts do not
-    share random numbers, which would make their texts converge.
+    So a row's sample is the same in any batch, and equal prompts get different samples. Different prompts do not share
+    random numbers, which would make their texts converge.
     """
     seen: dict[tuple[int, ...], int] = {}
     parts = []

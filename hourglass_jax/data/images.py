@@ -1,7 +1,7 @@
 """Image data sets, or a folder of images, as uint8 [N, H, W, C] with C = 1 or 3; batches of pixels.
 
-A row is BOS, then the pixels in raster order; a pixel is red, green, blue, or one gray value. With shorten factor 3,
-each group of a color image is one pixel, because the shift by k - 1 leaves only BOS in the first group.
+A row is BOS, then the pixels in raster order; a pixel is red, green, blue, or one gray value. With shorten factor 3
+each group of a color image is one pixel, since the shift by k - 1 leaves only BOS in the first group.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Decoding caches: keys and values of every attention layer, and the position of each row of the batch.
 
-All rows share one clock and are left-padded by multiples of the shared factor K. So at and above variable boundaries,
-groups end at the same time in all rows, a level runs for the full batch or not at all, and new keys have the same index
-in all rows.
+All rows share one clock and are left-padded by multiples of the shared factor K. So groups of fixed length end at the
+same time in all rows, and their level runs for the full batch or not at all. New keys have the same index in all rows.
+Below variable boundaries each row has its own time; see `Clock`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def where_live(live: jax.Array | None, new: Any, old: Any) -> Any:
 
 
 def forgotten(length: Any, context: int, factor: int) -> Any:
-    """Return how many tokens a row of `length` has dropped when the next one comes, a multiple of `factor`.
+    """Return how many tokens a row of `length` tokens has dropped at the next token, a multiple of `factor`.
 
     About a quarter of the context is dropped at a time, so a row attends to between three quarters and all of `context`
     tokens. The result depends on the row's own length only, not on its batch.
@@ -197,7 +197,7 @@ class Cache:
             raise UsageError(f"the cache holds {self.max_length} tokens and is full; create a larger one")
 
     def check_prompts(self, batch: int, length: int, *starts: Any) -> None:
-        """Raise UsageError for rows and tokens that do not fit, and for prompts that begin or end within a group."""
+        """Raise UsageError if rows or tokens do not fit, or if prompts begin or end within a group."""
         if batch != len(self.clock.start):
             raise UsageError(f"{batch} prompts for a cache of {len(self.clock.start)} rows; give one for each row")
         if length > self.max_length:

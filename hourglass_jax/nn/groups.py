@@ -23,7 +23,7 @@ LARGEST_LOGIT = 60.0  # its exponential times an activation is finite in float32
 def shift_right(x: Float[Array, "B L D"], n: int) -> Float[Array, "B L D"]:
     """Shift x right by n positions and insert zeros on the left (section 2 of the paper).
 
-    The vector of a group of k positions is added to all of them, so it must hold nothing newer than the first one.
+    The vector of a group is added to all k positions, so it must not depend on positions after the first one.
     n = k - 1 is the smallest shift that guarantees this; with k - 2, a position would depend on the next one.
     """
     return jnp.pad(x, ((0, 0), (n, 0), (0, 0)))[:, : x.shape[1]]
@@ -72,7 +72,7 @@ class Groups:
     certainty: Array | int = 1
 
     def shift_right(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """Shift x so that a group's vector holds nothing newer than the first position that uses it."""
+        """Shift x so that a group's vector depends on no position after the first one that uses it."""
         raise NotImplementedError
 
     def sum(self, x: Float[Array, "B L D"]) -> Float[Array, "B G D"]:

@@ -5,8 +5,8 @@ upsampling maps the unshifted vectors [B, L, D] and the shortened ones [B, G, D]
 methods of `nn.groups.Groups`, so that one class serves groups of fixed and of variable length.
 
 Both are constructed as `Method(config, shorten_factor, unit, rngs=rngs)`, where `unit` is the total factor of the
-longer sequence in tokens, and called with `key=` for dropout. A new method is one class and one entry in the registry.
-The base classes implement cached decoding for methods in which a group depends on its own positions only.
+longer sequence in tokens. Both are called with `key=` for dropout. A new method is one class and one entry in the
+registry. The base classes implement cached decoding for methods in which a group depends only on its own positions.
 """
 
 from __future__ import annotations
