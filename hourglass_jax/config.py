@@ -159,8 +159,8 @@ class HourglassConfig:
             raise UsageError(f"boundaries={self.boundaries!r}: only the first shortening can depend on tokens")
         if names[0] in OF_TOKENS and not self.boundary_tokens and (names[0] == "tokens" or self.vocab_size < 256):
             raise UsageError(
-                f"boundaries={names[0]!r} requires boundary_tokens with a vocabulary of {self.vocab_size} tokens; the "
-                "default, for whitespace and spacelike only, is for vocabularies of 256 or more, treated as bytes"
+                f"boundaries={names[0]!r} requires boundary_tokens with a vocabulary of {self.vocab_size} tokens; "
+                "only whitespace and spacelike have a default, for vocabularies of 256 or more, treated as bytes"
             )
         for option, value in (("shortening", self.shortening), ("upsampling", self.upsampling)):
             if "linear" in value:

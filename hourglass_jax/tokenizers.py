@@ -70,7 +70,7 @@ class CharTokenizer:
         single = all(isinstance(c, str) and len(c) == 1 for c in self.characters)
         if not single or len(set(self.characters)) != len(self.characters):
             raise UsageError(
-                "characters are not different single characters; list each once, without <EOS>, <UNK>, <BOS>"
+                "characters must be distinct single characters; list each once, without <EOS>, <UNK>, <BOS>"
             )
         to_utf8("".join(self.characters))  # raises for characters that the saved vocabulary cannot encode
         self.eos_id, self.unk_id, self.bos_id = range(3)

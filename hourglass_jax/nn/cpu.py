@@ -1,4 +1,4 @@
-"""Tricks for XLA:CPU: each function returns what the plain code returns, and only changes how XLA compiles it.
+"""Tricks for XLA:CPU: each function returns the same as the plain code, but XLA compiles it differently.
 
 `experiments/benchmark.py --suite=cpu` measures each trick; its report is experiments/results/cpu/tricks.md. Callers
 write `cpu.on_matrix(...)`, so that the benchmark can replace a trick by the plain code.

@@ -63,7 +63,8 @@ def random_bits(key: jax.Array, shape: tuple[int, ...], skipped: jax.Array | int
     """Return uint32 [*shape]: a hash of each element's index, counted from `skipped`, with a seed drawn from `key`.
 
     The counter-based integer hash (the finalizer of MurmurHash3) fuses into its consumer. On a CPU a mask takes a
-    fiftieth of the time that threefry takes. Its quality suffices only for dropout.
+    fiftieth of the time that threefry takes. It is good enough for dropout, but not for
+    other random numbers.
     """
     seeds = jax.random.bits(key, (2,), jnp.uint32)
     index = jnp.full(shape, seeds[0] + jnp.uint32(skipped), jnp.uint32)

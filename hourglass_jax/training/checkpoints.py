@@ -209,7 +209,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def damage(directory: Path) -> str:
-    """Return what is wrong with a sealed directory; empty if it is intact."""
+    """Return the problem of a sealed directory; empty if it is intact."""
     expected = read_manifest(directory).get("files")
     if not isinstance(expected, dict):
         return "it is incomplete"
