@@ -5,7 +5,7 @@
     logits = model(tokens)  # int [B, L] -> [B, L, V]; logits[:, t] predicts token t + 1
 
 Models      HourglassConfig, HourglassLM, Hourglass, Hierarchy, summary, check_causality, at_shorten_factor, group_ends
-Extending   Shortening, Upsampling (subclass them), registry (name them)
+Extending   Shortening, Upsampling (subclass them), registry (register them)
 Sequences   CharTokenizer, ByteTokenizer, ImageTokenizer, generate, init_cache
 Training    fit, Hook, Run, DataConfig, OptimizerConfig, TrainConfig, RuntimeConfig
 Saving      save, load, load_pretrained
@@ -78,7 +78,7 @@ __all__ = [
 
 _MODULES = ["costs", "data", "interop", "nn", "registry", "training"]
 
-# Imported on first use: orbax, grain and optax take as long to import as all the rest.
+# Imported on first use, because orbax, grain and optax double the import time.
 _LAZY = {
     "Evaluation": "evaluation",
     "Hook": "training.hooks",
@@ -103,5 +103,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Names for tab completion; other modules can be imported, but are not the place to start."""
+    """Return the names for tab completion: only the public API."""
     return sorted([*__all__, *_MODULES, "__version__"])

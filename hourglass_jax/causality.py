@@ -11,7 +11,7 @@ from hourglass_jax.checks import check_tokens
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.ranges import check_range
 
-N_REPLACEMENTS = 8  # texts whose ends replace the end of another text
+N_REPLACEMENTS = 8  # number of texts whose ends replace the end of the checked text
 
 
 class CausalityError(AssertionError):
@@ -19,7 +19,7 @@ class CausalityError(AssertionError):
 
 
 class NotStrictlyCausal(CausalityError):
-    """No derivative leaks, but in this configuration later tokens are known to change predictions."""
+    """No derivative leaks, but later tokens can change predictions in this configuration."""
 
 
 @jax.jit
@@ -40,7 +40,7 @@ def influence(model: HourglassLM, tokens: jax.Array) -> np.ndarray:
     """Return how much each prediction depends on each token: int [L] -> float [L, L].
 
     Entry (t, s) is the largest absolute derivative of a random projection of `logits[t]` with respect to the embedding
-    of token s; exactly 0 means no dependence. It takes the memory of L backward passes. Raises UsageError for tokens
+    of token s; exactly 0 means no dependence. Requires the memory of L backward passes. Raises UsageError for tokens
     outside the vocabulary.
     """
     tokens = jnp.asarray(check_tokens("tokens", tokens, model.config.vocab_size, "L"))
@@ -61,7 +61,7 @@ def _moved(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array, others: ja
 
     starts = jnp.tile(jnp.arange(length + 1), len(others))
     logits = jax.lax.map(replaced_from, (starts, jnp.repeat(others, length + 1, axis=0)))
-    moved = (logits != logits[-1:]).any(-1)  # the last one replaces nothing
+    moved = (logits != logits[-1:]).any(-1)  # the last start replaces nothing
     return moved.reshape(len(others), length + 1, 2, length).any(0)
 
 
@@ -76,14 +76,14 @@ def check_causality(model: HourglassLM, length: int | None = None) -> None:
     Raises CausalityError for causal=False too, and NotStrictlyCausal for LSH attention (section 3.3), whose derivatives
     do not leak.
 
-    Derivatives do not show discrete decisions. With variable boundaries, therefore, replacing the tokens from position
-    s on must not change any bit of an earlier logit or of another row, and a prefix must have the logits of the whole
-    text.
+    Derivatives do not reveal discrete decisions, so variable boundaries are also checked by replacing tokens. New
+    tokens from position s on must leave earlier logits and other rows bit-identical. A prefix must have the logits of
+    the full text.
 
     length: number of random tokens; default: two groups of the innermost level plus one, or four with variable
         boundaries.
 
-    It takes seconds, mostly to compile: run it once before you train a new method or mask.
+    The check takes seconds, mostly for compilation. Run it once before you train a new method or mask.
     """
     config = model.config
     if not config.causal:
@@ -115,9 +115,9 @@ def _check_decisions(model: HourglassLM, length: int) -> None:
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, config.vocab_size, (2 + N_REPLACEMENTS, length))
     for row in tokens[2:]:
-        row[:] = rng.choice(row[:2], length)  # only two distinct tokens: other statistics
+        row[:] = rng.choice(row[:2], length)  # only two distinct tokens, so that statistics differ
     at_boundary = getattr(model.hourglass.boundaries, "tokens", ())
-    if at_boundary:  # else random tokens would contain few boundaries
+    if at_boundary:  # otherwise random tokens would contain few boundaries
         tokens = np.where(rng.random(tokens.shape) < 0.3, rng.choice(at_boundary, tokens.shape), tokens)
     rows, others = jnp.asarray(tokens[:2]), jnp.asarray(tokens[2:])
     moved = np.array(_moved(*split, rows, others))

@@ -42,7 +42,7 @@ def check_tokens(name: str, tokens: Any, vocab_size: int, axes: str) -> Array:
 
 
 def _readable(array: Array) -> bool:
-    """Return whether this process can read the values: not of a traced array, nor of other processes' devices."""
+    """Return whether this process can read the values. Tracers and other processes' shards are not readable."""
     return isinstance(array, np.ndarray) or (not isinstance(array, jax.core.Tracer) and array.is_fully_addressable)
 
 
@@ -69,7 +69,7 @@ def check_tokenizer(tokenizer: Tokenizer, config: HourglassConfig) -> None:
     if tokenizer.vocab_size != config.tokenizer_size:
         raise UsageError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the model has {config.tokenizer_size}; use the "
-            "tokenizer of its training"
+            "tokenizer that it was trained with"
         )
 
 
@@ -77,14 +77,16 @@ def check_mask(mask: Any, shape: tuple[int, ...], config: HourglassConfig) -> Ar
     """Return `mask`. Raises UsageError unless it is bool of this shape, and for a causal model."""
     mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
     if config.causal:
-        raise UsageError("mask: a causal model does not support a mask, and needs none for padding at the end; omit it")
+        raise UsageError(
+            "mask: a causal model does not support a mask; omit it, since padding at the end changes no other position"
+        )
     if mask.dtype != bool or mask.shape != shape:
         raise UsageError(f"mask is {mask.dtype} {list(mask.shape)}; give bool {list(shape)}, False for padding")
     return mask
 
 
 def check_causal(config: HourglassConfig, problem: str) -> None:
-    """Raise UsageError, with the problem, for a model with causal=False."""
+    """Raise UsageError for a model with causal=False; the message ends with `problem`."""
     if not config.causal:
         raise UsageError(f"causal=False: predictions see the tokens on both sides, {problem}")
 
@@ -140,8 +142,8 @@ def check_returned(module: nnx.Module, vectors: jax.Array, shape: tuple[int, ...
 def check_prompts(prompts: Any, config: HourglassConfig, max_tokens: int) -> list[np.ndarray]:
     """Return each prompt as int32 [n].
 
-    Raises UsageError unless `prompts` is a list of token lists, and for a prompt that is empty, has tokens outside the
-    vocabulary, or exceeds learned positions together with its new tokens.
+    Raises UsageError unless `prompts` is a list of token lists. Each must have a token and no token outside the
+    vocabulary, and fit learned positions together with its new tokens.
     """
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | Array):
         raise UsageError(

@@ -20,7 +20,7 @@ class HourglassConfig:
     """Model configuration: a validated, frozen dataclass. Defaults: the paper's enwik8 ablation model (section 3).
 
     vocab_size: number of tokens; they are 0 .. vocab_size - 1.
-    hierarchy: the paper's notation, layers@factor with total factors; see `Hierarchy`. Stored in normal form.
+    hierarchy: the paper's notation, layers@factor with total factors; see `Hierarchy`. Stored in normalized form.
     d_model, d_ff: width of a position's vector and of the hidden layer of feed-forward networks.
     n_heads: attention heads; must divide d_model unless d_head is given.
     d_head: width of a head; 0: d_model / n_heads.
@@ -39,23 +39,24 @@ class HourglassConfig:
     max_length: tokens; limits learned positions and sets the default cache size.
     activation: gelu (tanh form) | gelu_exact (with erf, as in PyTorch) | relu.
     qkv_bias: whether query, key and value projections have biases.
-    initialization: of kernels: normal (standard deviation 0.02) | xavier (uniform); embeddings have deviation 1.
+    initialization: distribution of kernels. normal (deviation 0.02) | xavier (uniform). Embeddings have deviation 1.
     norm: stack (after each stack and each upsampling, as in Trax) | final (before the head only).
-    shift: paper (k - 1) | original (k, as in the original project, one character staler).
-    causal: if False, predictions depend on both sides, nothing is shifted, and the last token of the vocabulary is the
-        mask token, which the tokenizer does not have; see `objective`. Such a model cannot generate.
+    shift: paper (k - 1) | original (k, as in the original project: one position more than causality requires).
+    causal: if False, predictions depend on both sides, and nothing is shifted. The last token of the vocabulary is the
+        mask token, which exists only in the model; see `objective`. Such a model cannot generate.
     dtype: of computation, float32 | bfloat16 | float64 (requires JAX_ENABLE_X64); parameters stay float32.
-    max_unrolled_layers: deeper stacks are scanned, so that compile time stays constant. Twice as many on GPUs.
+    max_unrolled_layers: deeper stacks are scanned, so that compile time stays constant. The limit doubles on GPUs.
     attention: implementation; all give the same result. auto (the best for platform, dtype, head size, positions and
         dropout) | blocked (jnp, memory linear in length) | fused (cuDNN on GPUs, splash attention on TPUs; falls back
-        to blocked with relative positions or dropout) | kernel (Pallas kernels with both; interpreted on CPUs, for
+        to blocked with relative positions or dropout) | kernel (Pallas, supports both; interpreted on CPUs, for
         tests) | plain (the formula in jnp, the only one that supports forward-mode derivatives).
     window: layers on the tokens (factor 1) attend to the W newest tokens; 0: all. Deeper layers and resampling attend
         to everything, so the distant past remains visible at lower resolution.
     token_attention: of layers on the tokens. full | lsh (Reformer's, section 3.3: linear in length, but not strictly
         causal, and without decoding; see `nn.attention.lsh`). lsh excludes relative positions and windows.
-    lsh_chunk, lsh_hashes: positions in a chunk of sorted ones, and hashing rounds.
-    remat: what the backward pass recomputes: none | dots (all but matrix products) | full (layers) | auto.
+    lsh_chunk, lsh_hashes: positions per chunk after sorting by hash, and the number of hash rounds.
+    remat: what the backward pass recomputes: none | dots (all but matrix products) | full (layers) | auto (full for
+        scanned stacks, otherwise none).
 
     Raises UsageError for values out of range and for options that exclude each other.
     """
@@ -158,14 +159,14 @@ class HourglassConfig:
             raise UsageError(f"boundaries={self.boundaries!r}: only the first shortening can depend on tokens")
         if names[0] in OF_TOKENS and not self.boundary_tokens and (names[0] == "tokens" or self.vocab_size < 256):
             raise UsageError(
-                f"boundaries={names[0]!r} requires boundary_tokens with a vocabulary of {self.vocab_size} tokens; the "
-                "default, for whitespace and spacelike only, is for vocabularies of 256 or more, treated as bytes"
+                f"boundaries={names[0]!r} requires boundary_tokens with a vocabulary of {self.vocab_size} tokens; "
+                "only whitespace and spacelike have a default, for vocabularies of 256 or more, treated as bytes"
             )
         for option, value in (("shortening", self.shortening), ("upsampling", self.upsampling)):
             if "linear" in value:
                 raise UsageError(
                     f"{option}={value!r} requires groups of equal length, unlike boundaries={self.boundaries!r}; "
-                    f"choose {'average' if option == 'shortening' else 'repeat'}, or that with attention"
+                    f"choose {'average' if option == 'shortening' else 'repeat'}, or the same with attention"
                 )
 
     @property
@@ -177,17 +178,17 @@ class HourglassConfig:
         return (*names[:n_fixed], *("every" if name == "fixed" else name for name in names[n_fixed:]))
 
     def ends_by_events(self, factor: int) -> bool:
-        """Whether the level of this total factor is shortened by variable boundaries."""
+        """Return whether variable boundaries shorten the level of this total factor."""
         return factor >= self.shared_factor and self.event_levels > 0
 
     @property
     def event_levels(self) -> int:
-        """The number of shortenings, the innermost ones, whose groups differ between rows."""
+        """Number of shortenings with variable boundaries; these are the innermost ones."""
         return sum(name != "fixed" for name in self.boundaries_by_level)
 
     @property
     def shared_factor(self) -> int:
-        """K: the total factor of the fixed shortenings, by which all rows of a batch are aligned."""
+        """K: the total factor of the fixed shortenings; decoding aligns the rows of a batch to multiples of it."""
         levels = self.parsed_hierarchy.levels
         return levels[len(levels) - 1 - self.event_levels].factor
 
@@ -203,7 +204,7 @@ class HourglassConfig:
 
     @property
     def tokenizer_size(self) -> int:
-        """Vocabulary size of its tokenizer, which lacks the mask token of a model that is not causal."""
+        """Vocabulary size of the tokenizer, which excludes the mask token of a model with causal=False."""
         return self.vocab_size if self.causal else self.vocab_size - 1
 
     @property
@@ -235,7 +236,7 @@ class HourglassConfig:
         block_size: int = 256,
         **overrides: Any,
     ) -> HourglassConfig:
-        """The exact architecture of the PyTorch project this library grew out of.
+        """Return the exact architecture of the PyTorch project that this library grew out of.
 
         Learned absolute positions, ReLU, linear pooling, repeat upsampling, a final norm only, shift by k. As in its
         code, each factor multiplies the ones before it. `n_heads` need not divide `n_embedding`: the defaults are 6

@@ -28,9 +28,9 @@ from hourglass_jax.ranges import check_range
 class Work(NamedTuple):
     """Number of vectors that one position of a level processes."""
 
-    queries: float  # each with an output projection and a feed-forward
-    keys: float  # each with a value
-    pairs: float  # of a query and a visible key
+    queries: float  # each also has an output projection and a feed-forward network
+    keys: float  # each also has a value
+    pairs: float  # pairs of a query and a visible key
     distances: float  # relative keys, shared by the sequences of a batch
     mixed: float = 0  # d_model x d_model products of shortening, upsampling and boundaries, without attention
 
@@ -72,8 +72,8 @@ def resampling_of(
 ) -> Resampling:
     """Count the work of resampling methods by tracing a call on one group.
 
-    The result is exact for methods that look at one group, and for subclasses of `AttentionShortening` and
-    `AttentionUpsampling`; it is an underestimate for other methods that look at several groups.
+    The result is exact for methods in which groups are independent, and for subclasses of `AttentionShortening` and
+    `AttentionUpsampling`. For other methods that combine groups it is an underestimate.
     """
     k = level.shorten_factor
 
@@ -103,7 +103,7 @@ def call_flops(module: nnx.Module, call: Callable[..., Any], *inputs: jax.ShapeD
 
 
 class Seen(NamedTuple):
-    """Averages of a query: visible positions, relative keys; and the number of queries."""
+    """Average visible positions and relative keys of a query, and the number of queries."""
 
     positions: float
     distances: float
@@ -111,17 +111,17 @@ class Seen(NamedTuple):
 
     @classmethod
     def causally(cls, length: int, window: int = 0) -> Seen:
-        """Causal attention over `length` positions, limited to the newest `window` (0: all)."""
+        """Return the averages of causal attention over `length` positions, limited to the newest `window` (0: all)."""
         width = min(window or length, length)
         return cls(width - width * (width - 1) / (2 * length), width / length, length)
 
     @classmethod
     def by(cls, config: HourglassConfig, length: int, window: int = 0) -> Seen:
-        """Causal or full attention, as the configuration says."""
+        """Return the averages of causal or full attention, as configured."""
         return cls.causally(length, window) if config.causal else cls(length, (2 * length - 1) / length, length)
 
 
-SeenAt = Callable[[Level, int], Seen]  # from a level and the window of its layers (0: none)
+SeenAt = Callable[[Level, int], Seen]  # maps a level and the window of its layers (0: none)
 
 
 def work_by_level(config: HourglassConfig, seen: SeenAt) -> Iterator[tuple[Level, Work, Work]]:
@@ -173,7 +173,7 @@ def position_flops(config: HourglassConfig, seen: SeenAt) -> dict[int, float]:
 def level_lengths(config: HourglassConfig, length: int) -> dict[int, int]:
     """Return the number of positions of each level for `length` tokens, by the factor of the level.
 
-    With variable groups that is the capacity, since compiled programs have fixed shapes. Raises UsageError for a length
+    For variable groups this is the capacity, since compiled programs have fixed shapes. Raises UsageError for a length
     below 1.
     """
     check_range("length", length, 1)
@@ -191,12 +191,12 @@ def head_flops(config: HourglassConfig) -> int:
 
 
 def decoding_flops(config: HourglassConfig, length: int) -> dict[int, float]:
-    """Return FLOPs of matrix products when a level runs in cached decoding, by its factor f: once every f tokens.
+    """Return the FLOPs of matrix products in one decoding step of each level, by its factor f.
 
     length: tokens in the cache.
 
-    The average per token is sum(flops / f). The shortening that produces a level counts with it, the head with the
-    tokens. Raises UsageError for a model without cached decoding.
+    A level runs once every f tokens, so the average per token is sum(flops / f). The shortening that produces a level
+    counts with it, and the head with the tokens. Raises UsageError for a model without cached decoding.
     """
     check_decodes(config)
     return position_flops(config, lambda level, window: Seen(min(length / level.factor, window or length), 0, length))
@@ -234,13 +234,14 @@ def state_bytes(config: HourglassConfig) -> int:
 def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> int:
     """Estimate the peak bytes of activations for a gradient over [batch, length] tokens; a lower bound.
 
-    A block stores its input, both norms, queries, keys, values, the attention output, the residual sum, and the hidden
-    vector of the feed-forward before and after the activation (for GELU also its tanh or erf). Attention scores are
-    recomputed in segments of 64 queries. A rematerialized stack stores one vector per layer, plus the largest block
-    once. The rest: norms of stacks and upsampling, relative keys (once per batch), float32 logits.
+    A block stores its input, both norms, queries, keys, values, the attention output and the residual sum. The
+    feed-forward network stores its hidden vector before and after the activation (for GELU also its tanh or erf).
+    Attention scores are recomputed in segments of 64 queries. A rematerialized stack stores one vector per layer, plus
+    the largest block once. Also counted: norms of stacks and upsampling, relative keys (once per batch), and float32
+    logits.
 
     Excludes dropout masks, gradients and copies by the compiler. XLA:CPU uses 1.0 to 1.9 times as much for each layer
-    or shortening of short sequences; more for long ones, since each segment of queries copies its keys.
+    or shortening of short sequences. Long sequences use more, since each segment of queries copies its keys.
     """
     d, d_heads = config.d_model, config.n_heads * config.head_dim
     hidden = config.d_ff * (2 if config.activation == "relu" else 3)
@@ -273,6 +274,6 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
 
 
 def cache_bytes(config: HourglassConfig, length: int, batch: int = 1) -> int:
-    """Return the bytes of a decoding cache for [batch, length] tokens; the total factor must divide `length`."""
+    """Return the bytes of a decoding cache for [batch, length] tokens; `config.shared_factor` must divide `length`."""
     cache = jax.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0)).init_cache(batch, length))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))

@@ -1,4 +1,4 @@
-"""Files that are complete at every moment, even if the process is killed."""
+"""Atomic writes of files and directories: an interrupted write leaves the old content."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _unwritten: set[str] = set()  # the files that `optional_output` has warned abou
 def write_whole(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content` atomically; text is encoded as UTF-8.
 
-    Of several writers, the last one wins. A killed process may leave a file that `is_temporary`.
+    The last of several writers wins. A killed process may leave a temporary file, see `is_temporary`.
     """
     with whole_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -54,9 +54,9 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def optional_output(path: Path, *errors: type[Exception]) -> Iterator[None]:
-    """Log one warning per file, instead of raising, when the body cannot write `path` or the file its error names.
+    """Log a warning, once per file, if the body cannot write `path` or the file that its error names.
 
-    errors: exceptions of the body that mean the same as an OSError.
+    errors: exceptions that are handled like an OSError.
     """
     kinds: tuple[type[Exception], ...] = (OSError, *errors)
     try:
@@ -70,7 +70,7 @@ def optional_output(path: Path, *errors: type[Exception]) -> Iterator[None]:
 
 
 def is_temporary(path: Path, names: Collection[str]) -> bool:
-    """Return whether a killed `write_whole` left this file while it wrote one of `names`."""
+    """Return whether this is a temporary file of `write_whole` for one of `names`, left by a killed process."""
     match = re.fullmatch(r"(.+?)(\.[0-9a-f]{8})?\.tmp", path.name)
     return bool(match and match[1] in names)
 

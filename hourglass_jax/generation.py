@@ -1,7 +1,7 @@
 """Generation with a hierarchical cache: layers at factor f run once every f tokens.
 
-The logits equal those of the full forward pass, because the shortened vector of group g is complete once the group's
-first position is known (section 2 of the paper: the shift by k - 1). `nn.cache` explains the common clock of a batch.
+The logits equal those of the full forward pass, because the shortened vector of a group is complete at the group's
+first position (section 2 of the paper: the shift by k - 1). `nn.cache` explains the common clock of a batch.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from hourglass_jax.ranges import check_range
 MAX_NEW_TOKENS = 10**9  # positions are int32
 BLOCK = 64  # tokens for each call of the jitted loop
 STREAM_BLOCK = 8  # the same with a `stream`
-MIN_CACHE = 256  # tokens; a cache grows with its text, since each step attends over all of it
-ROWS_PER_CORE = 4  # on a CPU: a step of so few rows keeps only one core busy
+MIN_CACHE = 256  # tokens; a cache grows with its text, since each step attends to the full cache
+ROWS_PER_CORE = 4  # least rows per thread on a CPU; a step with so few rows occupies only one core
 
 Parts = list[np.ndarray]  # the new tokens of each row
 Split = tuple[nnx.GraphDef, nnx.State]  # a model, as `nnx.split` returns it
@@ -89,7 +89,8 @@ class SamplingPlan:
 
     max_tokens: new tokens for each row.
     stops, banned: bool [V], tokens that end a row, and tokens that are never sampled.
-    context: tokens that a row attends to, a multiple of `factor`, the total shorten factor.
+    context: tokens that a row attends to, a multiple of `factor`.
+    factor: K, `HourglassConfig.shared_factor`.
     """
 
     max_tokens: int
@@ -226,7 +227,7 @@ def _split_over_cores(continue_rows: Callable[..., Parts], rows: Sequence[np.nda
         return continue_rows(rows, keys, BLOCK, after_block)
     with ThreadPoolExecutor(n_parts) as pool:
         if pool.submit(lambda: jax.config.values).result() != jax.config.values:
-            return continue_rows(rows, keys, BLOCK, after_block)  # settings such as jax.enable_x64 of this thread only
+            return continue_rows(rows, keys, BLOCK, after_block)  # settings of this thread, such as jax.enable_x64
         bounds = np.linspace(0, len(rows), n_parts + 1).astype(int)
         try:
             parts = [
@@ -300,7 +301,7 @@ def _prefill(graph, params, tokens, start, origin, *, max_length, context):
 def _extend(graph, params, plan: SamplingPlan, rows: _Rows, state: _State, steps) -> tuple[_State, jax.Array]:
     """Decode steps steps[0] .. steps[1] - 1, at most BLOCK, or until all rows have ended.
 
-    Return the state and the tokens that each step sampled, int [B, BLOCK]; steps within a prompt sample too.
+    Return the state and the tokens that each step sampled, int [B, BLOCK]; steps within a prompt also sample.
     """
     model = nnx.merge(graph, params)
 
@@ -328,7 +329,7 @@ _drop = jax.jit(Cache.drop, donate_argnums=0)
 
 @partial(jax.jit, static_argnames=("graph", "max_length"))
 def _grow(graph, params, cache, *, max_length):
-    """Return the cache with room for `max_length` tokens."""
+    """Return a larger copy of the cache, for `max_length` tokens."""
     model = nnx.merge(graph, params)
     larger = model.init_cache(len(cache.clock.start), max_length, cache.context)
     return larger.filled_from(cache)

@@ -13,12 +13,12 @@ from hourglass_jax.errors import UsageError
 
 @dataclass(frozen=True)
 class Level:
-    """One level of an Hourglass, outermost first.
+    """One level of an Hourglass.
 
     pre_layers, post_layers: layers before the shortening and after the upsampling (the innermost level has
         only `pre_layers`).
     factor: total shortening of this level's sequence, in tokens per position.
-    shorten_factor: k, by which this level shortens for the next one; 1 at the innermost level.
+    shorten_factor: k, the ratio of the next level's factor to this one; 1 at the innermost level.
     """
 
     pre_layers: int
@@ -58,7 +58,7 @@ class Hierarchy:
             if high % low:
                 fail(f"factor {low} does not divide the next factor {high}", f"choose a multiple of {low}")
         if min(layers) < 0 or sum(layers) == 0:
-            fail("there must be at least one layer, and none negative", "e.g. '2@1 8@3 2@1'")
+            fail("there must be at least one layer, and no negative number of layers", "e.g. '2@1 8@3 2@1'")
 
     @classmethod
     def parse(cls, text: str | Hierarchy) -> Hierarchy:
@@ -96,7 +96,7 @@ class Hierarchy:
 
     @property
     def levels(self) -> tuple[Level, ...]:
-        """Outermost level first; see `Level`."""
+        """The levels, outermost first."""
         depth = len(self.stages) // 2
         levels = []
         for i in range(depth + 1):
@@ -123,9 +123,9 @@ class Hierarchy:
 
     @property
     def total_factor(self) -> int:
-        """K, the shortening of the innermost level, in tokens."""
+        """Tokens per position of the innermost level."""
         return max(f for _, f in self.stages)
 
     def lengths(self, length: int) -> tuple[int, ...]:
-        """Positions at each level, outermost first, for `length` tokens (incomplete groups count as one)."""
+        """Return the number of positions of each level, outermost first; incomplete groups count as one."""
         return tuple(-(-length // level.factor) for level in self.levels)

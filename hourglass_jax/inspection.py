@@ -1,4 +1,4 @@
-"""Inspect a model: a table of its levels, and where it ends groups."""
+"""Inspect a model: a table of its levels, and the ends of its groups."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEADER = ("", "factor", "layers", "length", "parameters", "forward MFLOPs")
 
 
 class Row(NamedTuple):
-    """A row of the table; `layers` of a level are those before + after the deeper levels."""
+    """A row of the table; `layers` counts the layers before + after the deeper levels."""
 
     name: str
     factor: str
@@ -37,9 +37,9 @@ class Row(NamedTuple):
 
 
 def summary(model: HourglassLM | HourglassConfig, length: int | None = None) -> str:
-    """Return a table of the levels of a model, or of a configuration, for which no model is built (section 2).
+    """Return a table of the levels of a model, or of a configuration without building its model (section 2).
 
-    length: of a sequence in tokens; default: `max_length`.
+    length: sequence length in tokens; default: `max_length`.
 
     The lines before the table show the model and its attention implementation on this platform. Columns of a level:
     factor in tokens per position; layers before + after the deeper levels; positions of a sequence (the capacity, for

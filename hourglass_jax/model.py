@@ -42,7 +42,7 @@ def n_parameters(module: nnx.Module | None) -> int:
 
 
 class Hourglass(nnx.Module):
-    """Pre stack, shorten, inner Hourglass, upsample, post stack; at the innermost level a stack only (Algorithm 1).
+    """Pre stack, shorten, inner Hourglass, upsample, post stack; the innermost level is only a stack (Algorithm 1).
 
     `y = hourglass(x)`: [B, L, D] -> [B, L, D]; y[:, t] depends on x[:, :t + 1] only, unless config.causal is False.
     Constructed from the levels of a hierarchy: `Hourglass(config, config.parsed_hierarchy.levels, rngs=rngs)`.
@@ -87,9 +87,9 @@ class Hourglass(nnx.Module):
         mask: Bool[Array, "B L"] | None = None,
         row_keys: Array | None = None,
     ) -> tuple[Float[Array, "B L D"], list[Groups]]:
-        """As `__call__`; also returns the groups of each shortening, outermost first.
+        """Return the result of `__call__`, and the groups of each shortening, outermost first.
 
-        `row_keys` [B] seed the noise of learned boundaries, one key a row; default: derived from `key`.
+        `row_keys` [B] seed the noise of learned boundaries, one key per row; default: derived from `key`.
         """
         keys = split_key(key, 5)
         if row_keys is None and key is not None:
@@ -106,7 +106,7 @@ class Hourglass(nnx.Module):
         return self.post(self.add_upsampled(x, up), keys[4], mask), [groups, *deeper]
 
     def rules(self) -> list[nnx.Module]:
-        """The boundary rule of each shortening, outermost first."""
+        """Return the boundary rule of each shortening, outermost first."""
         return [] if self.inner is None else [self.boundaries, *self.inner.rules()]
 
     def __repr__(self) -> str:
@@ -116,7 +116,7 @@ class Hourglass(nnx.Module):
 
     @property
     def notation(self) -> str:
-        """The paper's notation, with total factors; also for an inner Hourglass."""
+        """The hierarchy in the paper's notation, with total factors; an inner Hourglass starts at its own factor."""
         stages = f"{self.pre.n_layers}@{self.unit}"
         return stages if self.inner is None else f"{stages} {self.inner.notation} {self.post.n_layers}@{self.unit}"
 
@@ -125,7 +125,7 @@ class Hourglass(nnx.Module):
         return x + (up if self.upsample_norm is None else self.upsample_norm(up))
 
     def init_cache(self, batch: int, max_length: int, context: int) -> dict[str, Any]:
-        """Return the empty cache of this level and those below.
+        """Return an empty cache of this level and the deeper ones.
 
         `max_length`: tokens that fit; `context`: tokens that a row may attend to.
         """
@@ -147,7 +147,7 @@ class Hourglass(nnx.Module):
     def prefill(
         self, x: jax.Array, cache: dict[str, Any], clock: Clock, tokens: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Run a call on rows [B, L, D] from `clock.start` to `clock.time`, L whole groups, and fill the cache."""
+        """Process rows [B, L, D] of complete groups, from `clock.start` to `clock.time`, and fill the cache."""
         x, pre = self.pre.prefill(x, cache["pre"], clock.start)
         if self.inner is None:
             return x, {"pre": pre}
@@ -162,7 +162,7 @@ class Hourglass(nnx.Module):
     def step(
         self, x: jax.Array, cache: dict[str, Any], clock: Clock, token: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Decode one position, [B, D] -> [B, D]; the levels below run if its group receives a new vector."""
+        """Decode one position, [B, D] -> [B, D]; the deeper levels run if a group is due here."""
         x, pre = self.pre.step(x, cache["pre"], clock)
         if self.inner is None:
             return x, {"pre": pre}
@@ -181,7 +181,7 @@ class Hourglass(nnx.Module):
         return x, {"pre": pre, "boundaries": boundaries, "post": post} | below
 
     def step_rows(self, inner_step: InnerStep, n_rows: int, cache: dict[str, Any]) -> dict[str, Any]:
-        """`step_below` on a batch of `n_rows` rows, which include all that are due."""
+        """Run `step_below` on only `n_rows` rows, which include all due ones."""
         rows = jnp.argsort(~inner_step.due)[:n_rows]
         return with_rows(cache, rows, self.step_below(inner_step.of_rows(rows), of_rows(cache, rows)))
 
@@ -200,7 +200,7 @@ class HourglassLM(nnx.Module):
     """Hourglass language model: `HourglassLM(config, rngs=nnx.Rngs(0))` initializes parameters with seed 0.
 
     `logits = model(tokens)`: int [B, L] -> float [B, L, vocab_size], for any L; `logits[:, t]` predicts token t + 1
-    from the tokens <= t. `model(tokens, key)` applies dropout; without a key, or after `model.eval()`, there is none.
+    from the tokens <= t. `model(tokens, key)` applies dropout, unless `model.eval()` was called.
     With causal=False `logits[:, t]` predicts token t from all tokens; `model(tokens, mask=mask)`, bool [B, L], ignores
     padding, where the mask is False.
 
@@ -223,7 +223,7 @@ class HourglassLM(nnx.Module):
         self.hourglass = Hourglass(config, config.parsed_hierarchy.levels, rngs=rngs)
         self.norm = layer_norm(config, rngs=rngs) if config.norm == "final" else None
         self.head = linear(config, config.d_model, config.vocab_size, rngs=rngs)
-        self.head.preferred_element_type = at_least_float32(config.dtype)  # bfloat16 logits would tie
+        self.head.preferred_element_type = at_least_float32(config.dtype)  # bfloat16 logits would have ties
 
     def __call__(
         self, tokens: Int[Array, "B L"], key: Array | None = None, *, mask: Bool[Array, "B L"] | None = None
@@ -241,8 +241,8 @@ class HourglassLM(nnx.Module):
     ) -> tuple[Float[Array, "B L V"], Float[Array, ""], dict[str, Array]]:
         """Return the logits, the auxiliary loss of learned boundaries, and statistics of all variable boundaries.
 
-        The auxiliary loss is to be added to the mean loss in nats. `weights`: how much each token counts in it
-        (default: 1), see `nn.rates.boundary_terms`. `row_keys` [B] seed the noise of learned boundaries.
+        Add the auxiliary loss to the mean loss in nats. `weights`: the weight of each token in it (default: 1), see
+        `nn.rates.boundary_terms`. `row_keys` [B] seed the noise of learned boundaries.
         """
         logits, groups = self.forward(self.embed(tokens), key, jnp.asarray(tokens), mask, row_keys)
         weights = jnp.ones(logits.shape[:2], logits.dtype) if weights is None else jnp.asarray(weights, logits.dtype)
@@ -290,7 +290,7 @@ class HourglassLM(nnx.Module):
             [*_, name] = sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
             raise UsageError(
                 f"the parameters do not fit the configuration: {name} has the shape {shapes.get(name)} and requires "
-                f"{wanted.get(name)}; choose the sizes, methods and vocabulary of their training"
+                f"{wanted.get(name)}; choose the sizes, methods and vocabulary that they were trained with"
             )
         return nnx.merge(graph, parameters)
 
@@ -308,7 +308,7 @@ class HourglassLM(nnx.Module):
         return self.embed_at(tokens, jnp.arange(length)[None])
 
     def embed_at(self, tokens: Int[Array, " ..."], positions: Int[Array, " ..."]) -> Float[Array, "... D"]:
-        """Embed tokens at `positions`, which are used if positions are learned and clipped to 0 .. max_length - 1."""
+        """Embed tokens; learned positions, if configured, are those at `positions`, clipped to 0 .. max_length - 1."""
         check_x64(self.config)
         x = self.embedding(tokens)
         if self.positions is None:
@@ -320,7 +320,7 @@ class HourglassLM(nnx.Module):
         return self.head(x if self.norm is None else self.norm(x))
 
     def init_cache(self, batch: int, max_length: int, context: int | None = None) -> Cache:
-        """Return an empty cache for `max_length` tokens a row, which attends to `context` of them (default: all).
+        """Return an empty cache for `max_length` tokens per row, which attends to `context` of them (default: all).
 
         Both must be multiples of K, the shared factor; `hg.init_cache` rounds up.
         """
@@ -362,7 +362,7 @@ class HourglassLM(nnx.Module):
         return self.logits(x), replace(cache, clock=clock, levels=levels)
 
     def step(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Decode one token a row, int [B] -> logits [B, V] of the next one. Raises UsageError if the cache is full."""
+        """Decode one token per row: int [B] -> logits [B, V] of the next. Raises UsageError if the cache is full."""
         check_decodes(self.config)
         tokens = jnp.asarray(check_tokens("tokens", tokens, self.config.vocab_size, "B"))
         cache.check_room(len(tokens))

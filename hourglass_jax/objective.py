@@ -1,7 +1,7 @@
 """Training objective: predict the next token, or masked tokens if the model is not causal.
 
-Masking follows BERT (arXiv:1810.04805, section 3.1). The mask token is the last one of the model's vocabulary; the
-tokenizer lacks it. The softmax includes it, as in BERT; since it is never a target, its probability soon vanishes.
+Masking follows BERT (arXiv:1810.04805, section 3.1). The mask token is the last one of the model's vocabulary, and
+not in the tokenizer's. The softmax includes it, as in BERT; it is never a target, so its probability soon vanishes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.nn.layers import hashed, threefry
 
-SHARE = 0.15  # of the tokens are predicted
-MASKED, REPLACED = 0.8, 0.1  # of these become the mask token, a random token; the others stay
+SHARE = 0.15  # share of tokens to predict
+MASKED, REPLACED = 0.8, 0.1  # shares of these that become the mask token, or a random one; others stay
 EVALUATION_SEED = 0
 _STREAM = 0x4D41534B  # separates these draws from those of dropout in the same step
 
@@ -55,7 +55,7 @@ def corrupt(
     """Mask tokens int [B, L] as BERT does: return model inputs int32 [B, L], and which to predict, bool [B, L].
 
     mask: bool [B, L], False for padding.
-    share: of the tokens of a row to predict, at least one. 80 % of these become the mask token, 10 % a random token;
+    share: of a row's tokens to predict, at least one token. 80 % of these become the mask token, 10 % a random token;
         10 % stay.
 
     The draws of a row depend on `key` and its tokens, not on other rows.

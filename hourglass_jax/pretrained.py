@@ -1,8 +1,8 @@
-"""Weights that come with the package, in bfloat16: one directory a name.
+"""Pretrained weights that ship with the package, in bfloat16: one directory per name.
 
-model.safetensors       parameters, named as in `interop.parameters`; of a model that was fine-tuned from another one
-                        here, those that changed, and as metadata the other's name, `base`
-config.json, vocab.json as of a run directory, with the settings of the training
+model.safetensors       parameters, named as in `interop.parameters`; if the metadata names another model here as
+                        `base`, only the parameters that differ from it
+config.json, vocab.json as in a run directory, with the training settings
 README.md               the model card
 """
 
@@ -32,44 +32,44 @@ CARD = "README.md"
 
 
 def pretrained_names(directory: str | Path = SHIPPED) -> list[str]:
-    """Of the models there are."""
+    """Return the names of the available models."""
     return sorted(path.parent.name for path in Path(directory).expanduser().glob(f"*/{WEIGHTS}"))
 
 
 def pretrained_path(name: str, directory: str | Path = SHIPPED) -> Path:
-    """The directory of a model, of which `Run` reads the settings; raises UsageError for an unknown name."""
+    """Return the directory of a model, which is a run directory for `Run`. Raises UsageError for an unknown name."""
     names = pretrained_names(directory)
     if name not in names:
-        raise UsageError(f"no pretrained model is called {name!r}; there are: {', '.join(names) or 'none yet'}")
+        raise UsageError(f"no pretrained model is named {name!r}; available models: {', '.join(names) or 'none'}")
     return Path(directory).expanduser() / name
 
 
 def load(path: str | Path, step: int | None = None) -> tuple[HourglassLM, Tokenizer | None, HourglassConfig]:
-    """Load a run directory, or one that `save` wrote -> (model, tokenizer, config).
+    """Load a run directory, or a directory that `save` wrote -> (model, tokenizer, config).
 
-    step: of a run, the checkpoint to load; see `RuntimeConfig.keep_checkpoints`. Default: that of lowest validation
+    step: the checkpoint of a run to load; see `RuntimeConfig.keep_checkpoints`. Default: the one of lowest validation
         loss.
 
     The model is on the first device and in evaluation mode: no dropout until `model.train()`. The tokenizer is None
-    for a model of bare tokens.
+    for a model on plain tokens.
 
-    Raises UsageError where `path` is no such directory, holds no whole checkpoint or not that of `step`, is damaged, or
-    does not match its vocabulary.
+    Raises UsageError if `path` is not such a directory, has no complete checkpoint (of `step`), is damaged, or does not
+    match its vocabulary.
     """
     run = Run(path)
     if run.has_checkpoints or not (run.directory / WEIGHTS).is_file():
         return load_run(path, step)
     if step is not None:
-        raise UsageError(f"{path}: holds one model and no steps; leave out step={step}")
+        raise UsageError(f"{path}: contains one model without steps; leave out step={step}")
     return _load_weights(run.directory)
 
 
 def load_pretrained(
     name: str, *, directory: str | Path = SHIPPED
 ) -> tuple[HourglassLM, Tokenizer | None, HourglassConfig]:
-    """Load a model that comes with the package -> (model, tokenizer, config), as `load` does.
+    """Load a model that ships with the package -> (model, tokenizer, config); see `load`.
 
-    directory: another place with such models. Raises UsageError for an unknown name, and for damaged files.
+    directory: another directory with such models. Raises UsageError for an unknown name, and for damaged files.
     """
     return _load_weights(pretrained_path(name, directory))
 
@@ -83,11 +83,11 @@ def _load_weights(path: Path) -> tuple[HourglassLM, Tokenizer | None, HourglassC
 def save_pretrained(
     model: HourglassLM, record: Record, card: str, directory: str | Path, *, base: str | None = None
 ) -> None:
-    """Writes `directory`, which must be empty or absent; raises UsageError where it is not.
+    """Write a model to `directory`. Raises UsageError unless it is empty or absent.
 
-    record: what the model's run says of itself; of its paths, the last names are kept.
-    base: the name of a model beside `directory`, whose parameters it takes where they are the same in bfloat16; it may
-        have no others.
+    record: configuration, tokenizer and settings of the model's run; paths are reduced to their last names.
+    base: the name of a model beside `directory`. Parameters that are equal in bfloat16 are stored only there. Raises
+        UsageError if the base has parameters that this model lacks.
     """
     directory = Path(directory).expanduser()
     tensors = {name: tensor.astype(jnp.bfloat16) for name, tensor in named_parameters(model).items()}
@@ -95,18 +95,18 @@ def save_pretrained(
         shared = _read(pretrained_path(base, directory.parent))
         if foreign := sorted(shared.keys() - tensors.keys()):
             raise UsageError(
-                f"base={base!r} has {foreign[0]}, which the model has not; give the one it grew out of, or none"
+                f"base={base!r} has {foreign[0]}, which this model lacks; give the model it was trained from, or none"
             )
         tensors = {name: own for name, own in tensors.items() if not _same(own, shared.get(name))}
     with whole_directory(directory) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "flax"} | ({"base": base} if base else {}))
-        (temporary / WEIGHTS).chmod(0o644)  # others may install it
+        (temporary / WEIGHTS).chmod(0o644)  # save_file makes it private
         Run(temporary).write(record._replace(settings=without_places(record.settings)))
         write_whole(temporary / CARD, card)
 
 
 def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that say nothing of the machine's directories: of each path, the last name."""
+    """Return the settings with each path reduced to its last name, which hides the directories of the machine."""
 
     def shorter(name: str, value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -119,7 +119,7 @@ def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """Its tensors, and those of its base that it has not."""
+    """Return the tensors of a model, including those that only its base stores."""
     try:
         with safe_open(path / WEIGHTS, "numpy") as file:
             own = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping

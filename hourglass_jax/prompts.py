@@ -18,10 +18,10 @@ from hourglass_jax.nn.layers import threefry
 class AlignedPrompts:
     """Prompts of different lengths, each split into a prefix of complete groups and a tail.
 
-    prefix: [B, M], tokens for one prefill pass; M is a multiple of the total factor K. Row b starts at start[b].
+    prefix: [B, M], tokens for one prefill pass; M is a multiple of the shared factor K. Row b starts at start[b].
     start: [B].
     origin: [B], start[b] minus the number of tokens that were dropped because they exceed the context.
-    tail: [B, K], the last 1 to K tokens of each prompt, which the decoding loop reads.
+    tail: [B, K], the last 1 to K tokens of each prompt, for the decoding loop.
     lengths: [B], tokens of each prompt.
     """
 
@@ -55,8 +55,8 @@ class AlignedPrompts:
 def row_keys(key: jax.Array, prompts: Sequence[Sequence[int]]) -> jax.Array:
     """Return a key for each row [B], derived from `key`, the prompt and the number of earlier rows with that prompt.
 
-    A row's sample is then the same in any batch, equal prompts get different samples, and different prompts do not
-    share random numbers, which would make their texts converge.
+    So a row's sample is the same in any batch, and equal prompts get different samples. Different prompts do not share
+    random numbers, which would make their texts converge.
     """
     seen: dict[tuple[int, ...], int] = {}
     parts = []
@@ -69,7 +69,7 @@ def row_keys(key: jax.Array, prompts: Sequence[Sequence[int]]) -> jax.Array:
 @jax.jit
 @partial(jax.vmap, in_axes=(None, 0))
 def _fold_in_parts(key: jax.Array, part: jax.Array) -> jax.Array:
-    """key, uint32 [B, 2] -> keys [B]."""
+    """Return key b with both parts of row b folded in: key, uint32 [B, 2] -> keys [B]."""
     return jax.random.fold_in(jax.random.fold_in(key, part[0]), part[1])
 
 

@@ -29,7 +29,7 @@ def plain(value: Any) -> Any:
 
 
 def literals(cls: type) -> dict[str, tuple[Any, ...]]:
-    """The allowed values of the fields of a dataclass that have a Literal type."""
+    """Return the allowed values of each field of Literal type in a dataclass."""
     hints = get_type_hints(cls)
     return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 

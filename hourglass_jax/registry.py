@@ -1,7 +1,7 @@
-"""The resampling methods by name: `HourglassConfig(shortening=..., upsampling=..., boundaries=...)` chooses among them.
+"""Resampling methods by name, for `HourglassConfig(shortening=..., upsampling=..., boundaries=...)`.
 
-`nn.resampling`, `nn.boundaries` and `nn.learned` have the interfaces and fill them. A new method is one class and one
-entry, from anywhere: `SHORTENINGS["gated"] = GatedShortening`.
+`nn.resampling`, `nn.boundaries` and `nn.learned` define the interfaces and register their methods. A new method is one
+class and one entry, in any module: `SHORTENINGS["gated"] = GatedShortening`.
 """
 
 from collections.abc import Callable

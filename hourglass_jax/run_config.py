@@ -30,8 +30,8 @@ def check_image_size(dataset: str, image_size: int) -> None:
 class DataConfig:
     """Data set and batches. `order` and `split` apply only to text.
 
-    path: a UTF-8 text file, a directory of .txt files, a pattern such as "books/*.txt", or several of these with commas
-        in between; texts are joined in the order of their names. With tokenizer="byte", any files. For images, their
+    path: a UTF-8 text file, a directory of .txt files, a pattern such as "books/*.txt", or several of these separated
+        by commas; texts are joined in the order of their names. tokenizer="byte" reads any files. For images, their
         directory. Empty: the built-in corpus.
     dataset: text | cifar10 | imagenet32 | imagenet64 | folder (of image files).
     image_size: side in pixels to which images are averaged down; must divide the stored side. 0: as stored. Images of a
@@ -74,7 +74,7 @@ class DataConfig:
         if self.valid_path and (self.dataset != "text" or self.split != "fraction"):
             other = f"dataset={self.dataset!r}" if self.dataset != "text" else f"split={self.split!r}"
             raise UsageError(
-                f"valid_path={self.valid_path!r} excludes {other}, which has a validation split; leave out one"
+                f"valid_path={self.valid_path!r} excludes {other}, which has its own validation split; leave out one"
             )
         check_range("background", self.background, 0, 255)
         check_range("block_size", self.block_size, 1)
@@ -86,9 +86,9 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with a learning rate schedule; the defaults are the paper's (section 3): no weight decay, no clipping.
 
-    learning_rate: maximum, after the warm-up.
-    schedule: after the warm-up. cosine (to 0) | inverse_sqrt | constant.
-    warmup_steps: length of the linear warm-up from 0.
+    learning_rate: maximum, after the warmup.
+    schedule: after the warmup. cosine (to 0) | inverse_sqrt | constant.
+    warmup_steps: length of the linear warmup from 0.
     decay_steps: length of a linear decay to 0 at the end of training, with any schedule.
     beta1, beta2, eps: of Adam.
     weight_decay: applies only to linear kernels; see `training.optimizer.decay_mask`.
@@ -154,7 +154,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Devices, memory, checkpoints and logs. They do not affect what is learned and may change when a run resumes.
+    """Devices, memory, checkpoints and logs. They do not affect the result and may change when a run resumes.
 
     data: devices that share a batch; -1: all devices, divided by fsdp.
     fsdp: devices that share parameters, optimizer state and batch.

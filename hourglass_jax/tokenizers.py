@@ -59,7 +59,7 @@ class CharTokenizer:
     SPECIALS = ("<EOS>", "<UNK>", "<BOS>")
 
     def __init__(self, characters: Sequence[str], *, clean: bool = False):
-        """Tokenizer with these characters, in the order of their tokens, after the special tokens.
+        """Create a tokenizer with these characters, which follow the special tokens in this order.
 
         clean: apply `clean` to text before encoding.
 
@@ -70,15 +70,15 @@ class CharTokenizer:
         single = all(isinstance(c, str) and len(c) == 1 for c in self.characters)
         if not single or len(set(self.characters)) != len(self.characters):
             raise UsageError(
-                "characters are not different single characters; list each once, without <EOS>, <UNK>, <BOS>"
+                "characters must be distinct single characters; list each once, without <EOS>, <UNK>, <BOS>"
             )
-        to_utf8("".join(self.characters))  # the encoding of the saved vocabulary
+        to_utf8("".join(self.characters))  # raises for characters that the saved vocabulary cannot encode
         self.eos_id, self.unk_id, self.bos_id = range(3)
         self._ids = {c: i + len(self.SPECIALS) for i, c in enumerate(self.characters)}
 
     @classmethod
     def from_text(cls, text: str, *, clean: bool = False) -> CharTokenizer:
-        """Tokenizer with the characters of `text`, cleaned first if `clean`."""
+        """Return a tokenizer with the characters of `text`, cleaned first if `clean`."""
         check_text(text)
         return cls(sorted(set(_clean(text) if clean else text)), clean=clean)
 

@@ -50,7 +50,8 @@ def extend_vocabulary(model: HourglassLM, tokenizer: Tokenizer, text: str) -> tu
     """Return a model and a tokenizer with the unknown characters of `text` added; the originals stay unchanged.
 
     Rows of new tokens, appended to embedding and head, are the mean of the old rows. So logits of old tokens do not
-    change. Text-based boundaries include the new characters. Without unknown characters the originals are returned.
+    change. Boundaries that depend on text include the new characters. Without unknown characters the originals are
+    returned.
 
     Raises UsageError for a tokenizer whose size differs from the model's, and for a model that is not causal.
     """
@@ -58,7 +59,7 @@ def extend_vocabulary(model: HourglassLM, tokenizer: Tokenizer, text: str) -> tu
     new = tokenizer.unknown(text)
     if not new or not isinstance(tokenizer, CharTokenizer):
         return model, tokenizer
-    check_causal(model.config, "and its mask is the last token, so none can be added; give a text of known characters")
+    check_causal(model.config, "and no token can follow the mask token, the last one; give a text of known characters")
     extended = type(tokenizer)([*tokenizer.characters, *new], clean=tokenizer.clean)
     config = replace(model.config, vocab_size=extended.vocab_size)
     if config.boundary_tokens == boundary_tokens(tokenizer, config.boundaries):  # not a user's own list

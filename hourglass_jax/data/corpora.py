@@ -30,7 +30,7 @@ class Splits(NamedTuple):
 
 
 def decode_text(raw: bytes, source: object) -> str:
-    """Decode UTF-8 and convert line ends to "\\n". Raises UsageError for other bytes. `source` is named in errors."""
+    """Decode UTF-8 and convert line ends to "\\n". Raises UsageError for invalid UTF-8; errors name `source`."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -194,7 +194,7 @@ def split_tokens(tokens: np.ndarray, config: DataConfig) -> Splits:
 
 
 def shortage(splits: Splits, config: DataConfig) -> str:
-    """Return which part has too few tokens; empty if none has."""
+    """Return a message that names the part with too few tokens; empty if both parts are long enough."""
     needed = config.block_size + 1
     if len(splits.train) < needed:
         return f"{len(splits.train):,} training tokens are too few (block_size={config.block_size} requires {needed:,})"

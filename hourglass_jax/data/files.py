@@ -22,7 +22,7 @@ def warn_once(message: str) -> None:
 
 
 def files_of_kind(directory: str | Path, suffixes: Collection[str]) -> list[Path]:
-    """Return the files below a directory with one of the suffixes, ignoring case; log how many others there are."""
+    """Return the files below a directory with one of the suffixes, ignoring case; log the number of others."""
     files, others = [], Counter[str]()
     for file in files_below(directory):
         suffix = file.suffix.lower()

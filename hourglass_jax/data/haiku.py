@@ -16,7 +16,7 @@ from hourglass_jax.tokenizers import TextTokenizer
 
 
 def parse_haiku(text: str, source: str) -> list[str]:
-    """Parse haiku of three lines each, separated by blank lines or by nothing. `source` is named in errors."""
+    """Parse haiku of three lines each, with or without blank lines between them. Errors name `source`."""
     blocks = [[line.strip() for line in block.split("\n")] for block in re.split(r"\n\s*\n", text.strip())]
     if len(blocks) == 1:
         [lines] = blocks
@@ -46,7 +46,7 @@ def encode_haiku(haiku: str, tokenizer: TextTokenizer, form: str = "haiku") -> t
 
 
 def usable_haiku(haiku: list[str], tokenizer: TextTokenizer, block_size: int) -> list[str]:
-    """Return the haiku that fit a block and have no empty line after cleaning; log how many do not."""
+    """Return the haiku that fit a block and have no empty line after cleaning; log the number of others."""
     kept = [
         poem
         for poem in haiku
@@ -59,7 +59,7 @@ def usable_haiku(haiku: list[str], tokenizer: TextTokenizer, block_size: int) ->
 
 
 def without_held_out(train: list[str], valid: list[str]) -> list[str]:
-    """Return the training haiku that are not in `valid`; log how many are. Raises UsageError if all are."""
+    """Return the training haiku that are not in `valid`; log how many are. Raises UsageError if none is left."""
     held_out = set(valid)
     kept = [poem for poem in train if poem not in held_out]
     if train and not kept:
@@ -77,6 +77,6 @@ def make_examples(haiku: list[str], tokenizer: TextTokenizer, form: str) -> Batc
 
 
 def is_haiku(text: str, n_lines: int = 3) -> bool:
-    """Whether `text` is exactly `n_lines` non-empty lines."""
+    """Return whether `text` consists of exactly `n_lines` non-empty lines."""
     lines = text.split("\n")
     return len(lines) == n_lines and all(map(str.strip, lines))

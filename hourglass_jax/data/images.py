@@ -1,7 +1,7 @@
 """Image data sets, or a folder of images, as uint8 [N, H, W, C] with C = 1 or 3; batches of pixels.
 
-A row is BOS, then the pixels in raster order; a pixel is red, green, blue, or one gray value. With shorten factor 3,
-each group of a color image is one pixel: the shift by k-1 leaves BOS alone in the first group.
+A row is BOS, then the pixels in raster order; a pixel is red, green, blue, or one gray value. With shorten factor 3
+each group of a color image is one pixel, since the shift by k - 1 leaves only BOS in the first group.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hourglass_jax.run_config import IMAGE_SIZES, check_image_size
 from hourglass_jax.tokenizers import ImageTokenizer
 
 CIFAR_RECORD = 1 + 3 * 32 * 32  # bytes: label and image
-# The names in a pickled array. Any other name could run code.
+# Names that a pickled array refers to. Any other name could run code.
 ARRAY_PARTS = {("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # names in Pillow
 # Pillow's modes of 8 bits per channel.
@@ -148,7 +148,7 @@ LAYOUTS = {"cifar10": _CIFAR10} | {
 
 
 def channel_last(data: Any, size: int, path: Path) -> np.ndarray:
-    """Convert color planes uint8 [N, 3 * size * size] to [N, size, size, 3]; return that shape unchanged."""
+    """Convert color planes uint8 [N, 3 * size * size] to [N, size, size, 3], which is also accepted."""
     shape, dtype = getattr(data, "shape", ()), getattr(data, "dtype", type(data).__name__)
     if dtype == np.uint8 and np.size(data):
         if shape[1:] == (size, size, 3):

@@ -14,14 +14,14 @@ from hourglass_jax.errors import UsageError
 WINDOW = 64  # tokens
 N_SAMPLES = 256  # passages of the validation text
 PIECE, MAX_PIECES = 2**20, 128  # tokens in a piece of the training text; pieces searched
-MIN_DISTINCT = 4  # tokens in a window: blank lines and rules of dashes occur in any text
-MAX_SHARE = 0.1  # of repeated samples; measured: 0.4 % in books, 8 % in Python's reference
+MIN_DISTINCT = 4  # distinct tokens in a window: blank lines and rows of dashes occur in any text
+MAX_SHARE = 0.1  # share of repeated samples; measured: 0.4 % in books, 8 % in Python's reference
 
 
 def without_copies(train: list[Path], valid: Collection[Path], source: object) -> list[Path]:
     """Return the files of `train` without those of `valid` and their copies; log the excluded files.
 
-    Raises UsageError if no file is left. `source` is named in messages.
+    Raises UsageError if no file is left. Messages name `source`.
     """
     excluded = copies(train, valid)
     if len(excluded) == len(train):
@@ -63,7 +63,7 @@ def repeated_share(train: np.ndarray, valid: np.ndarray) -> float:
     """Return the share of sampled validation passages that occur in the training text.
 
     Training windows start at multiples of WINDOW. A sample has 2 * WINDOW - 1 tokens: a copy of such a passage contains
-    one whole training window, wherever it starts. In long texts evenly spaced pieces are searched.
+    one whole training window, wherever it starts. Only evenly spaced pieces of a long text are searched.
     """
     n_starts = len(valid) - 2 * WINDOW + 2
     if n_starts < 1:

@@ -1,8 +1,8 @@
 """Batches as pure functions of (seed, step), so that resuming requires only the step.
 
 A batch is a pair: tokens int32 [B, L + 1] and weights float32 [B, L], the loss weight of predicting token t + 1 at
-position t. A text is an array [N] of any integer type; of a memory-mapped file only the tokens of a batch are read.
-Grain prefetches the batches.
+position t. A text is an array [N] of any integer type; a batch reads only its own tokens from a memory-mapped
+file. Grain prefetches the batches.
 """
 
 from __future__ import annotations

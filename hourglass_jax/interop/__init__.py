@@ -1,4 +1,4 @@
-"""Weights of other projects: PyTorch checkpoints of two of them, and safetensors."""
+"""Import and export of weights: PyTorch checkpoints of two projects, and safetensors."""
 
 from hourglass_jax.interop.safetensors import export_safetensors, import_safetensors
 from hourglass_jax.interop.torch import from_original, from_pypi

@@ -24,7 +24,7 @@ def named_parameters(model: HourglassLM) -> dict[str, np.ndarray]:
 def build_model(
     config: HourglassConfig, tensors: Mapping[str, np.ndarray], source: object, *, add_biases: bool = False
 ) -> HourglassLM:
-    """Build a model with these parameters, in evaluation mode. `source` is named in errors.
+    """Build a model with these parameters, in evaluation mode. Errors name `source`.
 
     add_biases: sets biases to zero if no layer has them.
 
@@ -51,7 +51,7 @@ def build_model(
 
 
 def listed(names: Iterable[str], at_most: int = 4) -> str:
-    """Join the first names in alphabetical order, and the number of others."""
+    """Join the first names in alphabetical order, and append the number of others."""
     names = sorted(names)
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return ", ".join(names[:at_most]) + more

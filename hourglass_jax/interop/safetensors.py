@@ -1,8 +1,8 @@
-"""Save and load models as a directory with safetensors, without optimizer state and executable code.
+"""Save and load models as a directory with safetensors, without optimizer state or executable code.
 
 model.safetensors   parameters by the names of `interop.parameters`
 config.json         format version, model configuration, tokenizer
-vocab.json          tokens of characters (character models)
+vocab.json          characters and their tokens (character models)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def save(directory: str | Path, model: HourglassLM, tokenizer: Tokenizer | None 
 
     tokenizer: None for a model without one.
 
-    Raises UsageError unless `directory` is empty or absent, and for a tokenizer of another size than the model's.
+    Raises UsageError unless `directory` is empty or absent, and for a tokenizer whose size differs from the model's.
     """
     if tokenizer is not None:
         check_tokenizer(tokenizer, model.config)

@@ -5,7 +5,7 @@
 Both rename the tensors of a state dict by a table of (pattern, replacement), applied in order to each name. The results
 are this library's names, but with PyTorch's endings and one tensor per layer, such as
 `hourglass.inner.pre.layers.3.attention.query.weight`. Attention may also have a matrix per head,
-`attention.heads.2.query`, or for several projections, `attention.qkv`. An empty result drops a buffer.
+`attention.heads.2.query`, or for several projections, `attention.qkv`. A tensor whose name becomes empty is dropped.
 """
 
 from __future__ import annotations
@@ -131,8 +131,9 @@ def from_pypi(
     n_heads, shorten_factor, causal: as in its constructor; weights do not contain them. Linear resampling does not
         require `shorten_factor`.
 
-    With causal=False the model gets a mask token (see `objective`), and, unlike in the package,
-    shortening ignores padding.
+    With causal=False the model gets a mask token (see `objective`), and shortening ignores padding, unlike in the
+    package.
+
     Raises UsageError for attention resampling, which differs from this library's, and for files of other models.
     """
     state, _ = read_state_dict(path)
@@ -171,7 +172,7 @@ def from_pypi(
 
 
 def _with_bos(tensors: Tensors, path: str | Path) -> Tensors:
-    """Add <BOS>, which early versions lack: it copies the embedding of <EOS>, with which texts began instead."""
+    """Add <BOS>, which early versions lack. It copies the embedding of <EOS>, which started their texts."""
     eos, bos = CharTokenizer.SPECIALS.index("<EOS>"), CharTokenizer.SPECIALS.index("<BOS>")
     embedding, kernel = tensors["embedding.embedding"], tensors.get("head.kernel")
     if kernel is None or kernel.shape != embedding.T.shape:
@@ -185,7 +186,7 @@ def _with_bos(tensors: Tensors, path: str | Path) -> Tensors:
 
 
 def _with_mask(tensors: Tensors) -> Tensors:
-    """Add a mask token after the others: it has their mean embedding, and is never predicted."""
+    """Append a mask token, with the mean embedding and a logit so low that it is never predicted."""
     larger = {
         "embedding.embedding": lambda x: np.concatenate([x, x.mean(0, keepdims=True)]),
         "head.kernel": lambda x: np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)]),

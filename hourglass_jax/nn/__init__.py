@@ -1,1 +1,1 @@
-"""The parts of the model: attention, transformer stacks, shortening and upsampling."""
+"""The parts of the model: attention, transformer stacks, boundaries, shortening and upsampling."""

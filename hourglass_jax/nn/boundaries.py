@@ -27,7 +27,7 @@ from hourglass_jax.registry import BOUNDARIES
 SPARE = 4  # boundaries beyond the rate limit, so that a row may begin with several
 SPECIAL = (256, 257)  # BOS and EOS of the byte tokenizer
 WHITESPACE = (*range(9, 14), 32, *SPECIAL)  # bytes
-# SpaceByte's: neither ASCII letters or digits, nor continuation bytes of UTF-8.
+# SpaceByte's rule: all bytes except ASCII letters, digits and continuation bytes of UTF-8.
 SPACELIKE = (*(b for b in range(256) if b >= 0xC0 or (b < 0x80 and not chr(b).isalnum())), *SPECIAL)
 
 
@@ -45,7 +45,7 @@ class Position(NamedTuple):
 class InnerStep(NamedTuple):
     """One step of decoding, as the deeper level receives it.
 
-    due: bool [] or [B], whether the deeper level takes a step.
+    due: bool [] or [B], whether the deeper level runs.
     clock: the deeper level's clock.
     x, groups: the input of shortening, which runs at every position if `gathers`, otherwise only when due.
     """
@@ -64,7 +64,7 @@ class InnerStep(NamedTuple):
 
 
 class FixedBoundaries(nnx.Module):
-    """A group every k positions, at the same time in all rows."""
+    """A boundary every k positions, at the same time in all rows."""
 
     own_time = False  # whether each row of the deeper level has its own time
 
@@ -85,16 +85,16 @@ class FixedBoundaries(nnx.Module):
         row_keys: jax.Array | None = None,
     ) -> FixedGroups:
         """Return the groups of x [B, L, D]; `mask` marks positions that are not padding, if not causal."""
-        if mask is None and not self.causal:  # attention must not see what fills the last group
+        if mask is None and not self.causal:  # hides the padding of the last group from attention
             mask = jnp.ones(x.shape[:2], bool)
         return FixedGroups(self.k, x.shape[1], self.shift, mask)
 
     def n_groups(self, length: int) -> int:
-        """The number of groups of a sequence of `length` positions."""
+        """Return the number of groups of a sequence of `length` positions."""
         return -(-length // self.k)
 
     def max_partial_rows(self, batch: int) -> int:
-        """See `Boundaries`: the groups of all rows end at the same time."""
+        """Return 0: the groups of all rows end at the same time; see `Boundaries`."""
         return 0
 
     def inner_capacity(self, max_length: int, context: int) -> tuple[int, int]:
@@ -112,7 +112,7 @@ class FixedBoundaries(nnx.Module):
     def prefill(
         self, x: jax.Array, tokens: jax.Array | None, cache: jax.Array, clock: Clock
     ) -> tuple[jax.Array, FixedGroups, Clock, jax.Array]:
-        """Process x [B, L, D], L whole groups -> the input of shortening, its groups, the inner clock, the cache."""
+        """Process x [B, L, D], k divides L -> the input of shortening, its groups, the inner clock, the cache."""
         begun = jnp.arange(x.shape[1], dtype=jnp.int32)[None] >= clock.start[:, None] // self.unit
         known = jnp.where(begun[..., None], x, 0)  # zeros, not padding, enter with the shift
         return known, self(x), clock, jnp.concatenate([cache, known], axis=1)[:, -self.shift - 1 :]
@@ -137,22 +137,22 @@ class Boundaries(nnx.Module):
     def __init__(self, config: HourglassConfig, level: Level, *, rngs: nnx.Rngs):
         self.k, self.unit = level.shorten_factor, level.factor
         self.d_model, self.dtype = config.d_model, config.dtype
-        self.slack = min(config.boundary_slack, self.k)  # room for every position, and never more
+        self.slack = min(config.boundary_slack, self.k)  # k allows a boundary at every position
 
     def fires(self, here: Position, before: Position) -> jax.Array:
         """Return whether a group ends at `here`, bool [B, L]; at a row's first position `before` is zero."""
         raise NotImplementedError
 
     def decide(self, here: Position, before: Position, row_keys: jax.Array | None = None) -> Decision:
-        """`fires`, and always a row's first position; `row_keys` [B] turn on the noise of training."""
+        """Add a row's first position to `fires`; `row_keys` [B] turn on the noise of training."""
         return Decision(self.fires(here, before) | (here.place == 0))
 
     def room(self, length: Any) -> Any:
-        """The limit on boundaries among a row's first `length` positions, an integer or an array."""
+        """Return the largest number of boundaries among a row's first `length` positions, an integer or an array."""
         return length * round(100 * self.slack) // (100 * self.k) + SPARE
 
     def n_groups(self, length: int) -> int:
-        """The number of groups of a sequence of `length` positions."""
+        """Return the largest number of groups of a sequence of `length` positions."""
         return min(self.room(length), length)
 
     def __call__(
@@ -180,7 +180,7 @@ class Boundaries(nnx.Module):
         return EventGroups(fires, self.n_groups(x.shape[1]), valid, decision)
 
     def max_partial_rows(self, batch: int) -> int:
-        """Up to this number of due rows, decoding runs the deeper level on them only; 0: always on all rows."""
+        """Return the largest number of due rows that decoding processes without the others; 0: always all rows."""
         few = -(-2 * batch // self.k)  # twice as many as expected
         return few if batch >= 8 and 2 * few <= batch else 0
 

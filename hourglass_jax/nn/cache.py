@@ -1,7 +1,8 @@
 """Decoding caches: keys and values of every attention layer, and the position of each row of the batch.
 
-All rows share one clock and are left-padded by multiples of the total factor K. So groups end at the same time in all
-rows, a level runs for the whole batch or not at all, and new keys have the same index in all rows.
+All rows share one clock and are left-padded by multiples of the shared factor K. So groups of fixed length end at the
+same time in all rows, and their level runs for the full batch or not at all. New keys have the same index in all rows.
+Below variable boundaries each row has its own time; see `Clock`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jax import lax
 from hourglass_jax.errors import UsageError
 from hourglass_jax.nn.positions import rotate
 
-NEVER = -(2**30)  # earlier than any time
+NEVER = -(2**30)  # a time before all others
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +50,7 @@ def where_live(live: jax.Array | None, new: Any, old: Any) -> Any:
 
 
 def forgotten(length: Any, context: int, factor: int) -> Any:
-    """Return how many tokens a row of `length` has dropped when the next one comes, a multiple of `factor`.
+    """Return how many tokens a row of `length` tokens has dropped at the next token, a multiple of `factor`.
 
     About a quarter of the context is dropped at a time, so a row attends to between three quarters and all of `context`
     tokens. The result depends on the row's own length only, not on its batch.
@@ -115,9 +116,9 @@ class KeyValueCache:
         return self.keys[self.rows], self.values[self.rows]
 
     def lags(self, newest: jax.Array) -> jax.Array:
-        """int [1, R]: how long before the newest key that of each row comes; of a row yet to be filled, more than all.
+        """Return int [1, R]: how many keys before the newest one each cache row is. Unfilled rows have larger lags.
 
-        [B, R] where each row of the batch has a newest key of its own, `newest` [B].
+        [B, R] if each row of the batch has its own newest key, `newest` [B].
         """
         n_rows = self.keys.shape[2]
         lags = jnp.reshape(newest, (-1, 1)) % n_rows - jnp.arange(n_rows, dtype=jnp.int32)[None]
@@ -142,7 +143,7 @@ class KeyValueCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EventCache:
-    """The events of a level, and the position before the next.
+    """The boundaries of a level so far, and its newest position.
 
     when: int32 [B, R], the times of boundaries, a ring: boundary n is in row n mod R.
     count: int32 [B], boundaries so far.
@@ -196,7 +197,7 @@ class Cache:
             raise UsageError(f"the cache holds {self.max_length} tokens and is full; create a larger one")
 
     def check_prompts(self, batch: int, length: int, *starts: Any) -> None:
-        """Raise UsageError for rows and tokens that do not fit, and for prompts that begin or end within a group."""
+        """Raise UsageError if rows or tokens do not fit, or if prompts begin or end within a group."""
         if batch != len(self.clock.start):
             raise UsageError(f"{batch} prompts for a cache of {len(self.clock.start)} rows; give one for each row")
         if length > self.max_length:

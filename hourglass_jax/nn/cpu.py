@@ -1,4 +1,4 @@
-"""Tricks for XLA:CPU: each function returns what the plain code returns, and only changes how XLA compiles it.
+"""Tricks for XLA:CPU: each function returns the same as the plain code, but XLA compiles it differently.
 
 `experiments/benchmark.py --suite=cpu` measures each trick; its report is experiments/results/cpu/tricks.md. Callers
 write `cpu.on_matrix(...)`, so that the benchmark can replace a trick by the plain code.
@@ -23,7 +23,7 @@ def on_matrix(function: Callable[[Array], Array], x: Float[Array, "... D"]) -> F
     """Return function(x) for a function of vectors, computed on a matrix [N, D].
 
     Used by linear layers, norms and feed-forward networks. With more axes, XLA:CPU copies the whole input of a matrix
-    product in the backward pass, and sums over rows at half the speed. A whole training step gains nothing measurable.
+    product in the backward pass, and sums over rows at half the speed. A whole training step is not measurably faster.
     """
     y = function(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
     return y.reshape(*x.shape[:-1], y.shape[-1])

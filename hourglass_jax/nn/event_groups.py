@@ -1,6 +1,6 @@
 """Groups of variable length, which end at boundaries that depend on the text.
 
-`EventGroups` holds those of whole sequences, in arrays of static shape; `OpenGroup` is for decoding.
+`EventGroups` holds the groups of full sequences in arrays of static shape; `OpenGroup` is for decoding.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from hourglass_jax.nn.transformer import Block
 
 
 class Decision(NamedTuple):
-    """A boundary rule's decision at each position.
+    """The decision of a boundary rule at each position.
 
     boundary_mask: whether the position should end a group.
-    boundary_prob: its probability, above 1/2 where `boundary_mask` is set, 1 at a row's first position. None: given.
+    boundary_prob: its probability, above 1/2 where `boundary_mask` is set, 1 at a row's first position. None if the
+        rule is not learned.
     score: the value that `boundary_prob` is computed from.
     """
 
@@ -40,7 +41,7 @@ class EventGroups(Groups):
     served: int [B, L], the newest boundary so far, whose vector the position uses; -1: none.
     member: int [B, L], the group that the position belongs to; `n_groups` for padding.
     when: int [B, G], the position of each boundary; the last position for unused groups.
-    carry: [B, D] for each sum taken, over the group in progress.
+    carry: [B, D] for each call of `total`, the sum over the group in progress.
     """
 
     def __init__(
@@ -50,12 +51,12 @@ class EventGroups(Groups):
         valid: Bool[Array, "B L"] | bool = True,
         decision: Decision | None = None,
     ):
-        """Boundaries lie at `fires`, within `valid` positions; `decision` is the rule's, before the limit."""
+        """`fires` marks boundaries, `valid` the positions that are not padding; `decision` is before the limit."""
         self.fires, self.decision = fires, decision or Decision(fires)
         self.wanted, self.boundary_prob = self.decision.boundary_mask.sum(axis=1), self.decision.boundary_prob
         if self.boundary_prob is not None:
-            zero = (self.boundary_prob - lax.stop_gradient(self.boundary_prob))[..., None]  # with a derivative
-            # A boundary at u would take the later positions out of the group (dynamic pooling).
+            zero = (self.boundary_prob - lax.stop_gradient(self.boundary_prob))[..., None]  # value 0, derivative 1
+            # A boundary at u would exclude the later positions from the group (dynamic pooling).
             self.share = 1 + jnp.cumsum(zero, axis=1) - zero
             self.certainty = 1 + jnp.where(fires[..., None], zero, -zero)
         self.length, self.n_groups = fires.shape[1], n_groups
@@ -107,7 +108,7 @@ class EventGroups(Groups):
 
 
 class OpenGroup(Groups):
-    """The group in progress of each row, one position at a time: x and z are [B, 1, D], of this position.
+    """The group in progress of each row, for one position at a time: x and z are [B, 1, D].
 
     `carry` holds the sums up to this position, computed from those up to the previous one.
     """
@@ -133,7 +134,7 @@ class OpenGroup(Groups):
         return OpenGroup(self.fresh, self.due, self.serving, sums, self.boundary_prob)
 
     def of_rows(self, rows: Int[Array, " b"]) -> OpenGroup:
-        """The groups of these rows only."""
+        """Select rows [b]."""
         parts = (self.fresh, self.due, self.serving, self.sums, self.boundary_prob)
         return OpenGroup(*jax.tree.map(lambda leaf: leaf[rows], parts))
 
@@ -164,7 +165,7 @@ class OpenGroup(Groups):
     def step_to_positions(
         self, block: Block, z: Float[Array, "B D"], x: Float[Array, "B 1 D"], cache: KeyValueCache, clock: Clock
     ) -> tuple[Float[Array, "B D"], KeyValueCache]:
-        """Every position is cached; attention runs only if a group ends in some row."""
+        """Cache every position; run attention only if a group ends in some row."""
         cache = block.write(x, cache, clock)
         return lax.cond(self.due.any(), lambda: block.step(z, cache=cache, clock=clock)[0], lambda: z), cache
 
@@ -184,7 +185,7 @@ def limit(boundary_mask: Bool[Array, "B L"], room: Int[Array, "... L"]) -> Bool[
 def one_hot_product(equation: str, rows: Int[Array, "B L"], n: int, x: Array) -> Array:
     """Multiply x by the matrix [B, L, n] that is 1 at each position's row.
 
-    Unlike a scatter on a GPU, it adds in a fixed order. At n = L / 4 it takes 2 L n D operations, a tenth of a layer's
+    Unlike a scatter on a GPU, it adds in a fixed order. At n = L / 4 it costs 2 L n D operations, a tenth of a layer's
     at L = 2048.
     """
     hot = jax.nn.one_hot(rows, n, dtype=x.dtype)
@@ -199,13 +200,13 @@ def sum_rows(x: Float[Array, "B L D"], rows: Int[Array, "B L"], n: int) -> Float
 
 @jax.custom_vjp
 def spread_rows(z: Float[Array, "B n D"], rows: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-    """Take z at each position's row; zero for rows outside 0 .. n - 1."""
+    """Return z at each position's row; zero for rows outside 0 .. n - 1."""
     inside = (rows >= 0) & (rows < z.shape[1])
     taken = jnp.take_along_axis(z, jnp.clip(rows, 0, z.shape[1] - 1)[..., None], axis=1)
     return jnp.where(inside[..., None], taken, 0)
 
 
-# Each is the other's transpose.
+# The two functions are transposes of each other.
 sum_rows.defvjp(
     lambda x, rows, n: (sum_rows(x, rows, n), (rows, jnp.zeros((0,), x.dtype))),
     lambda n, saved, d: (spread_rows(d, saved[0]).astype(saved[1].dtype), None),

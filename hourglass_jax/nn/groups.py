@@ -1,4 +1,4 @@
-"""Groups of positions: the operations that shortening and upsampling are written in, for groups of any kind.
+"""Groups of positions: the operations that shortening and upsampling use, for fixed and for variable length.
 
 At each boundary the deeper level consumes one pooled vector; its output is used until the next boundary. With a fixed
 factor k there are boundaries at 0, k, 2k ..., and a group is a row of a reshaped array: `FixedGroups`. Boundaries that
@@ -17,14 +17,14 @@ from hourglass_jax.nn.cache import Clock, KeyValueCache
 from hourglass_jax.nn.layers import at_least_float32
 from hourglass_jax.nn.transformer import Block
 
-LARGEST_LOGIT = 60.0  # exp of it, times activations, stays finite in float32
+LARGEST_LOGIT = 60.0  # its exponential times an activation is finite in float32
 
 
 def shift_right(x: Float[Array, "B L D"], n: int) -> Float[Array, "B L D"]:
-    """x moved right by n positions, with zeros entering on the left (section 2 of the paper).
+    """Shift x right by n positions and insert zeros on the left (section 2 of the paper).
 
-    The vector of a group of k positions is added to all of them, so it must hold nothing newer than the first one.
-    n = k - 1 is the smallest shift that guarantees this: with k - 2, a position would see the one after it.
+    The vector of a group is added to all k positions, so it must not depend on positions after the first one.
+    n = k - 1 is the smallest shift that guarantees this; with k - 2, a position would depend on the next one.
     """
     return jnp.pad(x, ((0, 0), (n, 0), (0, 0)))[:, : x.shape[1]]
 
@@ -39,12 +39,12 @@ def to_groups(x: Float[Array, "B L D"], k: int) -> Float[Array, "B G k D"]:
 
 
 def sum_dtype(x: Array) -> np.dtype:
-    """The dtype of sums over x: float32 at least."""
+    """Return the dtype of sums over x: float32 at least."""
     return at_least_float32(x.dtype)
 
 
 class Groups:
-    """Operations on groups. Below, x is a vector for each position [B, L, D], z one for each group [B, G, D].
+    """Operations on groups; x [B, L, D] has a vector for each position, z [B, G, D] one for each group.
 
     length: L of one step of decoding.
     carry: the sums over the group in progress, from which decoding continues.
@@ -72,15 +72,15 @@ class Groups:
     certainty: Array | int = 1
 
     def shift_right(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """Shift x so that a group's vector holds nothing newer than the first position that uses it."""
+        """Shift x so that a group's vector depends on no position after the first one that uses it."""
         raise NotImplementedError
 
     def sum(self, x: Float[Array, "B L D"]) -> Float[Array, "B G D"]:
-        """The sum over each group."""
+        """Return the sum over each group."""
         return self.total(x).astype(x.dtype)
 
     def mean(self, x: Float[Array, "B L D"], logits: Float[Array, "B L 1"] | None = None) -> Float[Array, "B G D"]:
-        """The mean of each group, weighted by the softmax of `logits` over the group if given."""
+        """Return the mean of each group, weighted by the softmax of `logits` over the group if given."""
         if logits is None:
             weights = jnp.ones((*x.shape[:2], 1), x.dtype)
         else:
@@ -90,17 +90,17 @@ class Groups:
         return (total / jnp.where(weight > 0, weight, 1)).astype(x.dtype)
 
     def select(self, x: Float[Array, "B L D"]) -> Float[Array, "B G D"]:
-        """The newest position of each group, at its boundary."""
+        """Return the newest vector of each group, at its boundary."""
         raise NotImplementedError
 
     def spread(self, z: Float[Array, "B G D"]) -> Float[Array, "B L D"]:
-        """At each position the group vector that it uses, or zero if there is none yet."""
+        """Return the group vector that each position uses; zero before the first boundary."""
         raise NotImplementedError
 
     def slots(self, x: Float[Array, "B L D"]) -> Float[Array, "B G k D"]:
         """Split x into groups of equal length. Raises UsageError for groups of variable length."""
         raise UsageError(
-            "this method requires groups of equal length, which only boundaries='fixed' has; choose another method, or "
+            "this method requires groups of equal length, which boundaries='fixed' makes; choose another method, or "
             "write it with the operations of nn.groups.Groups"
         )
 
@@ -109,23 +109,23 @@ class Groups:
         return self.slots(slots)
 
     def total(self, x: Float[Array, "B L D"]) -> Float[Array, "B G D"]:
-        """As `sum`, in float32 at least."""
+        """Return the sum over each group, in float32 at least, and append that of the group in progress to `carry`."""
         raise NotImplementedError
 
     def last(self, z: Float[Array, "B G D"], old: Float[Array, "B D"]) -> Float[Array, "B D"]:
-        """The vector that the next position uses; `old` if that position begins a group and receives a new one."""
+        """Return the vector that the next position uses; `old` if that position receives a new one."""
         raise NotImplementedError
 
     def with_carry(self, sums: list[Array]) -> Groups:
-        """The same groups in decoding, given the sums up to the previous position."""
+        """Return the groups of a decoding step that continues from the sums up to the previous position."""
         return self
 
     def newest(self, x: Float[Array, "B n D"], place: Int[Array, ""]) -> Float[Array, "B D"]:
-        """The vector of the position being decoded, the `place`-th of its sequence."""
+        """Return the vector of the decoded position, which has index `place` in its sequence."""
         raise NotImplementedError
 
     def query_clock(self, clock: Clock) -> Clock:
-        """The clock at which a position at `clock` attends to group vectors."""
+        """Return the clock for attention from a position at `clock` to group vectors."""
         return clock
 
     def attend_to_positions(
@@ -160,10 +160,10 @@ class Groups:
 
 
 class FixedGroups(Groups):
-    """Groups of k positions of a sequence of `length`: plain reshapes. Zeros fill the last group in shortening."""
+    """Groups of k positions in a sequence of `length`, by reshaping; shortening fills the last group with zeros."""
 
     def __init__(self, k: int, length: int, shift: int = 0, valid: Bool[Array, "B L"] | None = None):
-        """`valid`: the positions that are not padding, if not causal. A group counts if any of its positions does."""
+        """`valid`: the positions that are not padding, if not causal. A group is valid if any of its positions is."""
         self.k, self.length, self.shift, self.carry, self.valid = k, length, shift, [], valid
         if valid is not None:
             slots = self.slots(valid[..., None])[..., 0]
@@ -172,7 +172,7 @@ class FixedGroups(Groups):
         self.count = self.wanted = jnp.full(1, self.when.shape[1], jnp.int32)
 
     def shift_right(self, x: Float[Array, "B L D"]) -> Float[Array, "B Gk D"]:
-        """Section 2 of the paper; the result has whole groups."""
+        """Shift as in section 2 of the paper; the result has complete groups."""
         if self.valid is not None:
             x = jnp.where(self.valid[..., None], x, 0)
         return shift_right(self.slots(x).reshape(x.shape[0], -1, x.shape[2]), self.shift)
@@ -186,7 +186,7 @@ class FixedGroups(Groups):
         return (jax.nn.softmax(self.slots(logits), axis=2) * self.slots(x)).sum(axis=2)
 
     def select(self, x: Float[Array, "B L D"]) -> Float[Array, "B G D"]:
-        return self.slots(x)[:, :, -1 if self.valid is None else 0]  # the shift moves the first position to the end
+        return self.slots(x)[:, :, -1 if self.valid is None else 0]  # a shift moves the first to the end
 
     def spread(self, z: Float[Array, "B G D"]) -> Float[Array, "B L D"]:
         return self.positions(jnp.broadcast_to(z[:, :, None], (*z.shape[:2], self.k, z.shape[2])))

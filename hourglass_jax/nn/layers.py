@@ -1,4 +1,4 @@
-"""Linear layers with the configured initialisation, and dropout with an explicit key."""
+"""Linear layers with the configured initialization, and dropout with an explicit key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jax import lax
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.nn import cpu
 
-_ROWS = 0x726F7773  # what is folded into a key so that its rows' share nothing with its parts
+_ROWS = 0x726F7773  # folded into a key, so that its row keys differ from its split keys
 
 
 def kernel_init(config: HourglassConfig) -> nnx.Initializer:
@@ -50,20 +50,21 @@ def linear(config: HourglassConfig, d_in: int, d_out: int, *, bias: bool = True,
 
 
 def layer_norm(config: HourglassConfig, *, rngs: nnx.Rngs) -> LayerNorm:
-    """LayerNorm over d_model; Flax takes mean and variance in float32 at least."""
+    """Return a LayerNorm over d_model; Flax computes mean and variance in float32 at least."""
     return LayerNorm(config.d_model, epsilon=1e-5, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
 def at_least_float32(dtype: Any) -> np.dtype:
-    """`dtype`, or float32 if that is wider; the type of sums and probabilities."""
+    """Return `dtype`, or float32 if that is wider; the type of sums and probabilities."""
     return np.promote_types(jnp.dtype(dtype), np.float32)
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...], skipped: jax.Array | int = 0) -> jax.Array:
-    """uint32 [*shape], hashed from each element's index, counted from `skipped`, and a seed drawn from `key`.
+    """Return uint32 [*shape]: a hash of each element's index, counted from `skipped`, with a seed drawn from `key`.
 
-    A counter-based integer hash (the finaliser of MurmurHash3) fuses into its consumer: on a CPU a mask costs
-    a fiftieth of one drawn by threefry. Good enough to drop units, not for anything else.
+    The counter-based integer hash (the finalizer of MurmurHash3) fuses into its consumer. On a CPU a mask takes a
+    fiftieth of the time that threefry takes. It is good enough for dropout, but not for
+    other random numbers.
     """
     seeds = jax.random.bits(key, (2,), jnp.uint32)
     index = jnp.full(shape, seeds[0] + jnp.uint32(skipped), jnp.uint32)
@@ -75,7 +76,7 @@ def random_bits(key: jax.Array, shape: tuple[int, ...], skipped: jax.Array | int
 
 
 def hashed(index: jax.Array, seed: jax.Array) -> jax.Array:
-    """uint32 -> uint32; see `random_bits`."""
+    """Hash uint32 to uint32; see `random_bits`."""
     bits = index * jnp.uint32(0x9E3779B9) ^ seed
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
@@ -83,16 +84,16 @@ def hashed(index: jax.Array, seed: jax.Array) -> jax.Array:
 
 
 def dropped(x: jax.Array, rate: float, key: jax.Array, rows_before: jax.Array | int = 0) -> jax.Array:
-    """Zeroes elements with probability `rate` and scales the others by 1 / (1 - rate).
+    """Zero elements with probability `rate` and scale the others by 1 / (1 - rate).
 
-    Where x is a part of a larger array's rows, `rows_before` it, the same are zeroed as in the whole.
+    rows_before: number of rows before x in a larger array. A slice of rows gets the same mask as in the full array.
     """
     keep = random_bits(key, x.shape, rows_before * math.prod(x.shape[1:])) >= jnp.uint32(rate * 2**32)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 class Dropout(nnx.Module):
-    """`dropped`, but only where it is given a key, and never after `model.eval()`."""
+    """Dropout, applied only with a key, and not after `model.eval()`."""
 
     def __init__(self, rate: float):
         self.rate = rate
@@ -103,22 +104,22 @@ class Dropout(nnx.Module):
         return x if key is None else dropped(x, self.rate, key)
 
     def used(self, key: jax.Array | None) -> jax.Array | None:
-        """The key, if anything is to be dropped."""
+        """Return `key`, or None if dropout is off."""
         return None if self.deterministic or self.rate == 0 else key
 
 
 def threefry(key: jax.Array) -> jax.Array:
-    """Return `key` if it is a threefry key, else one drawn from it: under vmap, other keys draw for the whole batch."""
+    """Return `key`, or a threefry key drawn from it: under vmap, other implementations draw for the whole batch."""
     if str(jax.random.key_impl(key)) == "threefry2x32":
         return key
     return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
 
 
 def keys_of_rows(key: jax.Array, n_rows: int) -> jax.Array:
-    """A key for each row [n_rows], of `key` and the row's number; none that comes of splitting `key`."""
+    """Return a key for each row [n_rows], derived from `key` and the row index; unlike those of `split_key`."""
     return jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(threefry(key), _ROWS)))(jnp.arange(n_rows))
 
 
 def split_key(key: jax.Array | None, n: int) -> list[jax.Array | None]:
-    """n keys, or n times None where there is no key."""
+    """Split a key into n keys; return n times None without a key."""
     return [None] * n if key is None else list(jax.random.split(key, n))

@@ -26,7 +26,7 @@ from hourglass_jax.nn.transformer import ACTIVATIONS
 class LearnedBoundaries(Boundaries):
     """Base class: computes boundaries, their probability and a loss from `score`."""
 
-    loss_weight = 1.0  # the paper's
+    loss_weight = 1.0  # as in the rule's paper
 
     def score(self, here: Position, before: Position) -> jax.Array:
         """Return float [B, L], above 0 at boundaries; ignored at a row's first position."""
@@ -73,7 +73,7 @@ class RouterBoundaries(LearnedBoundaries):
 
 
 class PredictedBoundaries(LearnedBoundaries):
-    """Scored by a feed-forward network on the position's vector (dynamic pooling)."""
+    """Base class: the score is a feed-forward network of the position's vector (dynamic pooling)."""
 
     temperature = 1.0  # affects gradients only
 
@@ -91,9 +91,9 @@ class PredictedBoundaries(LearnedBoundaries):
 
 
 class GumbelBoundaries(PredictedBoundaries):
-    """Boundaries are sampled with probability sigmoid(score) in training; otherwise this is thresholded at 1/2.
+    """Boundaries sampled with probability sigmoid(score) in training, and thresholded at 1/2 otherwise.
 
-    The loss keeps their number in a row near a binomial distribution of one boundary in k positions.
+    The loss is the negative log-likelihood of their number in a row: binomial, one in k positions.
     """
 
     temperature = 0.5
@@ -103,7 +103,7 @@ class GumbelBoundaries(PredictedBoundaries):
         self.deterministic = False
 
     def noise(self, row_keys: jax.Array, score: jax.Array) -> jax.Array | float:
-        """Logistic noise, a function of the row's key, the level and the position; none after `model.eval()`."""
+        """Return logistic noise that depends on the row's key, the level and the position; 0 after `model.eval()`."""
         if self.deterministic:
             return 0.0
 
@@ -119,43 +119,43 @@ class GumbelBoundaries(PredictedBoundaries):
 
 
 class EntropyBoundaries(PredictedBoundaries):
-    """Predicts where the entropy of the model's own prediction rises, which is known too late to decide by."""
+    """Boundaries where the entropy of predictions is expected to rise; the entropy itself is known too late."""
 
     def probability(self, score: jax.Array) -> jax.Array:
-        return lax.stop_gradient(super().probability(score))  # only its own loss trains it
+        return lax.stop_gradient(super().probability(score))  # only the rule's own loss trains it
 
     def loss(self, groups: EventGroups, weights: jax.Array, entropy: jax.Array) -> jax.Array:
         score = groups.decision.score
         losses = jax.nn.softplus(score) - spikes(entropy).astype(score.dtype) * score
-        return mean(losses, weights.at[:, 0].set(0))  # always a boundary
+        return mean(losses, weights.at[:, 0].set(0))  # the first position is always a boundary
 
 
 def deciding(
     config: HourglassConfig, d_in: int, d_out: int, init: nnx.Initializer, *, bias: bool = False, rngs: nnx.Rngs
 ) -> Linear:
-    """A projection in float32 at least, so that boundaries do not depend on the compute dtype."""
+    """Return a projection in float32 at least, so that boundaries do not depend on the compute dtype."""
     dtype, exact = at_least_float32(config.dtype), lax.Precision.HIGHEST
     return Linear(d_in, d_out, use_bias=bias, kernel_init=init, dtype=dtype, precision=exact, rngs=rngs)
 
 
 def identity(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Initialize a square kernel with the identity."""
+    """Return the identity as initial value of a square kernel."""
     return jnp.eye(shape[0], dtype=dtype)
 
 
 def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The cosine of the angle between vectors [..., D] -> [...]; 0 for zero vectors."""
+    """Return the cosine of the angle between vectors, [..., D] -> [...]; 0 for zero vectors."""
     norms = (x * x).sum(axis=-1) * (y * y).sum(axis=-1)
     return (x * y).sum(axis=-1) * lax.rsqrt(jnp.maximum(norms, 1e-24))
 
 
 def mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """The weighted mean of values [B, L]."""
+    """Return the weighted mean of values [B, L]."""
     return (values.astype(weights.dtype) * weights).sum() / jnp.maximum(weights.sum(), 1)
 
 
 def ratio_loss(fired: jax.Array, likely: jax.Array, k: int) -> jax.Array:
-    """H-Net's ratio loss: 1 if the share of boundaries `fired` and the mean probability `likely` are both 1 / k.
+    """Return H-Net's ratio loss: 1 if the share of boundaries `fired` and the mean probability `likely` are both 1 / k.
 
     Its derivative with respect to `likely` has the sign of fired - 1 / k.
     """
@@ -163,7 +163,7 @@ def ratio_loss(fired: jax.Array, likely: jax.Array, k: int) -> jax.Array:
 
 
 def binomial_loss(count: jax.Array, n: jax.Array, prior: float) -> jax.Array:
-    """Mean over rows of -log P(`count` [B] of `n` [B] positions) / n, each with probability `prior`."""
+    """Return the mean over rows of -log P(count) / n, where `count` [B] is binomial(`n` [B], `prior`)."""
     n = jnp.maximum(n, 1)
     ways = gammaln(n + 1) - gammaln(count + 1) - gammaln(n - count + 1)
     return -((ways + count * jnp.log(prior) + (n - count) * jnp.log1p(-prior)) / n).mean()
@@ -176,7 +176,7 @@ def spikes(entropy: jax.Array) -> jax.Array:
 
 
 def entropies(logits: jax.Array) -> jax.Array:
-    """The entropy of predictions in nats, [..., V] -> [...]; passes no gradients."""
+    """Return the entropy of predictions in nats, [..., V] -> [...], without gradients."""
     log_p = jax.nn.log_softmax(lax.stop_gradient(logits))
     return -(jnp.exp(log_p) * log_p).sum(axis=-1)
 

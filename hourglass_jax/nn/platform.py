@@ -1,4 +1,4 @@
-"""The platform that a program is traced for, which can differ from the one that traces it."""
+"""The platform that a program is traced for; it can differ from the one that traces."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def n_devices() -> int:
 
 
 def on_one_cpu() -> bool:
-    """Whether one CPU computes the whole batch, so that the batch can be split into parts."""
+    """Return whether one CPU computes the whole batch, so that the batch can be split into parts."""
     return platform() == "cpu" and n_devices() == 1

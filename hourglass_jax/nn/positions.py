@@ -8,19 +8,19 @@ from jaxtyping import Array, Float, Int
 
 
 def angles_at(positions: Int[Array, " ..."], n: int) -> Float[Array, "... n"]:
-    """Angle i grows by 10000^(-i/n) a token."""
+    """Return n angles for each position; angle i grows by 10000^(-i/n) per token."""
     frequencies = 10_000.0 ** (-jnp.arange(n) / n)
     return jnp.multiply.outer(jnp.asarray(positions, frequencies.dtype), frequencies)
 
 
 def sinusoids(distances: Int[Array, " ..."], d_model: int) -> Float[Array, "... D"]:
-    """R of Transformer-XL for distances in tokens: sines in the first half, cosines in the second."""
+    """Return R of Transformer-XL for distances in tokens: sines in the first half, cosines in the second."""
     angles = angles_at(distances, (d_model + 1) // 2)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :d_model]
 
 
 def rotate(x: Float[Array, "... H K"], positions: Int[Array, " ..."]) -> Float[Array, "... H K"]:
-    """Rotary positions (RoFormer): pairs (i, i + K/2) turn by the angle position * 10000^(-2i/K)."""
+    """Apply rotary positions (RoFormer): rotate the pairs (i, i + K/2) by position * 10000^(-2i/K)."""
     half = x.shape[-1] // 2
     angles = angles_at(positions, half)[..., None, :]
     angles = jnp.expand_dims(angles, range(x.ndim - angles.ndim))
@@ -32,9 +32,9 @@ def rotate(x: Float[Array, "... H K"], positions: Int[Array, " ..."]) -> Float[A
 def slot_distances(
     groups: int, query_slots: int, key_slots: int, unit: int, *, causal: bool = True
 ) -> Int[Array, "N P S"]:
-    """Distances in tokens between slots of groups that lie N - 1, N - 2, ... 0 groups apart, N = `groups`.
+    """Return the distances in tokens between slots of groups that are N - 1, N - 2, ... 0 groups apart, N = `groups`.
 
-    If not causal, N = 2 `groups` - 1, and the distances continue to the keys that lie as far ahead.
+    If not causal, N = 2 `groups` - 1, and the distances continue to keys equally far ahead.
     """
     lags = jnp.arange(0 if causal else 1 - groups, groups)
     lag = lags[::-1, None, None] * (query_slots * key_slots)
@@ -44,7 +44,7 @@ def slot_distances(
 def relative_shift(x: Float[Array, "... b N S"]) -> Float[Array, "... b N S"]:
     """Align scores by lag to scores by key, as Transformer-XL does (its appendix B).
 
-    For b = N = 3 queries, S = 1 key slot a group, and a score q_i,lag in row i at column N - 1 - lag:
+    For b = N = 3 queries, S = 1 key slot per group, and a score q_i,lag in row i at column N - 1 - lag:
 
         lag 2  lag 1  lag 0           key 0  key 1  key 2
         q0,2   q0,1   q0,0            q0,0   .      .
@@ -59,7 +59,7 @@ def relative_shift(x: Float[Array, "... b N S"]) -> Float[Array, "... b N S"]:
 
 
 def relative_shift_padded(x: Float[Array, "... b N+1 S"]) -> Float[Array, "... b N S"]:
-    """`relative_shift` of rows that already have one more column, of any value."""
+    """Apply `relative_shift` to rows that already have the additional column, of any value."""
     *lead, b, n_padded, s = x.shape
     n = n_padded - 1
     flat = x.reshape(*lead, b * n_padded, s)
@@ -67,11 +67,11 @@ def relative_shift_padded(x: Float[Array, "... b N+1 S"]) -> Float[Array, "... b
 
 
 def relative_shift_newest(x: Float[Array, "... n"], newest: Int[Array, ""]) -> Float[Array, "... n"]:
-    """`relative_shift` for one query, whose keys are a ring that ends at row `newest`; column e has lag n - 1 - e."""
+    """Apply `relative_shift` to one query whose keys are a ring up to row `newest`; column e has lag n - 1 - e."""
     n = x.shape[-1]
     return jax.lax.dynamic_slice_in_dim(jnp.concatenate([x, x], axis=-1), n - 1 - newest, n, axis=-1)
 
 
 def relative_shift_each(x: Float[Array, "B H n"], lags: Int[Array, "B n"]) -> Float[Array, "B H n"]:
-    """`relative_shift_newest` for queries of different rows, given the lag of each key."""
+    """Apply `relative_shift_newest` to queries with different newest rows, given the lag of each key."""
     return jnp.take_along_axis(x, x.shape[-1] - 1 - lags[:, None], axis=-1)

@@ -19,11 +19,13 @@ def boundary_terms(
     """Return the sum of the losses of learned boundaries, with their papers' weights, and statistics by name.
 
     levels: the rule and the groups of each shortening, outermost first.
-    weights: how much each token counts; entropy: of the prediction made there; float [B, L].
+    weights: float [B, L], weight of each token.
+    entropy: float [B, L], entropy of the prediction at each token.
 
-    The names, which end in the number of the shortening from the second on:
-    boundary_rate: boundaries for each position; boundary_spread: standard deviation of the rate over rows.
-    boundary_suppressed: share of the boundaries that the limit dropped.
+    Statistics; from the second shortening on, names end in its number, as in boundary_rate_2:
+    boundary_rate: boundaries per position.
+    boundary_spread: standard deviation of the rate over rows.
+    boundary_suppressed: share of boundaries that the limit dropped.
     boundary_loss: the loss of a learned rule, without its weight.
     """
     loss = jnp.zeros((), weights.dtype)
@@ -42,7 +44,7 @@ def boundary_terms(
 
 
 def rates(groups: EventGroups, weights: jax.Array) -> dict[str, jax.Array]:
-    """The statistics of one shortening, see `boundary_terms`."""
+    """Return the statistics of one shortening, see `boundary_terms`."""
     fired, wanted = (mean(events, weights) for events in (groups.fires, groups.decision.boundary_mask))
     of_row = (groups.fires.astype(weights.dtype) * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
     return {

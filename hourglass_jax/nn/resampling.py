@@ -5,8 +5,8 @@ upsampling maps the unshifted vectors [B, L, D] and the shortened ones [B, G, D]
 methods of `nn.groups.Groups`, so that one class serves groups of fixed and of variable length.
 
 Both are constructed as `Method(config, shorten_factor, unit, rngs=rngs)`, where `unit` is the total factor of the
-longer sequence in tokens, and called with `key=` for dropout. A new method is one class and one entry in the registry.
-The base classes implement cached decoding for methods in which a group depends on its own positions only.
+longer sequence in tokens. Both are called with `key=` for dropout. A new method is one class and one entry in the
+registry. The base classes implement cached decoding for methods in which a group depends only on its own positions.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class AverageShortening(Shortening):
 
 
 class SelectShortening(Shortening):
-    """The newest vector of each group; the layers before it have gathered the rest."""
+    """The newest vector of each group; the pre layers have added information from the others."""
 
     def __call__(self, x: Float[Array, "B L D"], groups: Groups, *, key: Array | None = None) -> Float[Array, "B G D"]:
         return groups.select(x)
@@ -121,7 +121,7 @@ class Upsampling(nnx.Module):
     In decoding, `receive` stores a new shortened vector, and `step` computes each token of its group from it.
     """
 
-    normed = True  # the Hourglass normalizes the result where norm='stack'
+    normed = True  # whether the Hourglass normalizes the result with norm='stack'
 
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, rngs: nnx.Rngs):
         self.unit = unit
@@ -172,7 +172,7 @@ class SmoothUpsampling(Upsampling):
     """H-Net's smoothing: a moving average of the shortened vectors, weighted by their boundary probability.
 
     The average passes gradients to the boundary probability; a second factor of value 1 does so at each position. A
-    norm would cancel that factor. Boundaries that are given have probability 1, so the result equals repetition.
+    norm would cancel that factor. Without learned boundaries the result equals repetition.
     """
 
     normed = False
@@ -237,7 +237,7 @@ class LinearUpsampling(Upsampling):
 class AttentionUpsampling(Upsampling):
     """U + Attention(Q=U, K=V=x'), then a feed-forward network, where U = x or x plus another upsampling of x'.
 
-    With groups of variable length, each group counts as the number of tokens expected of it in relative distances.
+    With groups of variable length, each group counts as k positions, its expected length, in relative distances.
     """
 
     def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, base: type | None, rngs: nnx.Rngs):
@@ -252,7 +252,7 @@ class AttentionUpsampling(Upsampling):
         return groups.attend_to_groups(self.block, self.queries(x, short, groups), short, key=key)
 
     def queries(self, x: Float[Array, "B L D"], short: Float[Array, "B G D"], groups: Groups) -> Float[Array, "B L D"]:
-        """U of the formula."""
+        """Return U of the formula."""
         return x if self.base is None else x + self.base(x, short, groups)
 
     def init_cache(self, batch: int, max_length: int) -> dict[str, Any]:
@@ -284,7 +284,7 @@ class AttentionUpsampling(Upsampling):
 
 
 def moving_average(z: Float[Array, "B G D"], p: Float[Array, "B G 1"]) -> Float[Array, "B G D"]:
-    """a[g] = p[g] z[g] + (1 - p[g]) a[g - 1] with a[-1] = 0, in float32 at least (H-Net's smoothing module)."""
+    """Return a[g] = p[g] z[g] + (1 - p[g]) a[g - 1] with a[-1] = 0, in float32 at least (H-Net's smoothing module)."""
 
     def compose(first: tuple[Array, Array], then: tuple[Array, Array]) -> tuple[Array, Array]:
         return first[0] * then[0], then[0] * first[1] + then[1]

@@ -1,4 +1,4 @@
-"""Pre-norm transformer blocks, and stacks of them, which scan over layers if deep."""
+"""Pre-norm transformer blocks, and stacks of blocks; deep stacks scan over layers."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Block(nnx.Module):
     def prefill(
         self, x: jax.Array, memory: jax.Array | None = None, *, cache: KeyValueCache, start: jax.Array
     ) -> tuple[jax.Array, KeyValueCache]:
-        """Run a call on rows that begin at token `start` [B], and fill the cache."""
+        """Process rows that begin at token `start` [B], and fill the cache."""
         y, cache = self.attention.prefill(*self.normalize(x, memory), cache, start)
         return self.residual(x, y), cache
 
@@ -133,7 +133,7 @@ class Block(nnx.Module):
 
 
 def is_unrolled(config: HourglassConfig, n_layers: int) -> bool:
-    """Whether a stack's layers are compiled one by one instead of scanned.
+    """Return whether a stack's layers are compiled one by one instead of scanned.
 
     The limit is twice as high on a GPU: a scan copies the residuals of the backward pass, and kernels compile fast.
     """
@@ -177,7 +177,7 @@ class Stack(nnx.Module):
         return lax.scan(layer, x, (state, keys))[0]
 
     def blocks(self) -> Sequence[Block]:
-        """The layers as a list, for decoding: a scan would copy every layer's cache at every step."""
+        """Return the layers as a list, for decoding: a scan would copy every layer's cache at every step."""
         if self.layers is None:
             return []
         if isinstance(self.layers, nnx.List):
@@ -197,7 +197,7 @@ class Stack(nnx.Module):
     def prefill(
         self, x: jax.Array, cache: list[KeyValueCache], start: jax.Array
     ) -> tuple[jax.Array, list[KeyValueCache]]:
-        """Run a call on rows [B, L, D] that begin at token `start` [B], and fill the cache."""
+        """Process rows [B, L, D] that begin at token `start` [B], and fill the cache."""
         x, filled = x[:, :, None], []
         for block, layer_cache in zip(self.blocks(), cache, strict=True):
             x, layer_cache = block.prefill(x, cache=layer_cache, start=start)

@@ -51,9 +51,10 @@ class CheckpointStore:
         self._sealing: list[Future[None]] = []
 
     def sound_step(self, *, best: bool = False) -> int | None:
-        """Return the newest complete step, or with `best` the one of lowest validation loss; None if there is no step.
+        """Return the newest complete step, or with `best` the one of lowest validation loss.
 
-        Warns about each damaged or incomplete step. Raises UsageError if there are steps and none is complete.
+        Returns None if there is no step, or only one that was never sealed. Warns about each damaged or incomplete
+        step. Raises UsageError if all steps are damaged or incomplete.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         if best:
@@ -102,7 +103,7 @@ class CheckpointStore:
                 self._manager.delete(later)
 
     def save(self, step: int, params: Any, opt_state: Any = None, valid_loss: float | None = None) -> None:
-        """Write a checkpoint in the background, after the previous one. Raises UsageError if that one failed.
+        """Write a checkpoint in the background, after the previous one. Raises UsageError if the previous one failed.
 
         A checkpoint without `opt_state` can be loaded, but training cannot resume from it.
         """
@@ -111,7 +112,7 @@ class CheckpointStore:
         free = disk_usage(self.directory).free
         if free < needed:
             raise UsageError(
-                f"{self.directory}: the checkpoint of step {step} needs {needed / 1e6:,.0f} MB, but the disk has "
+                f"{self.directory}: the checkpoint of step {step} requires {needed / 1e6:,.0f} MB, but the disk has "
                 f"{free / 1e6:,.0f} MB left; earlier checkpoints are intact: free disk space and run the same command "
                 "again"
             )
@@ -122,7 +123,7 @@ class CheckpointStore:
         self._sealing.append(self._sealer.submit(self._seal, step, {} if valid_loss is None else {METRIC: valid_loss}))
 
     def set_valid_loss(self, step: int, valid_loss: float) -> None:
-        """Add the validation loss to the checkpoint of `step` once that is sealed."""
+        """Add the validation loss to the checkpoint of `step` as soon as it is sealed."""
         if jax.process_index() == 0:
             self._sealing.append(self._sealer.submit(self._add_facts, step, {METRIC: valid_loss}))
 
@@ -150,7 +151,7 @@ class CheckpointStore:
         }
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is sealed, in all processes: they must agree which steps are complete."""
+        """Wait until the last checkpoint is sealed, in all processes: they must agree on the complete steps."""
         sealing, self._sealing = self._sealing, []
         for done in sealing:
             done.result()
@@ -177,7 +178,7 @@ def _unmasked(tree: Any) -> Any:
 
 @contextmanager
 def _explained(step: int) -> Iterator[None]:
-    """Turn the exceptions of a failed write, which have many types, into a UsageError."""
+    """Convert the exceptions of a failed write, which have many types, to UsageError."""
     try:
         yield
     except Exception as error:
@@ -208,7 +209,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def damage(directory: Path) -> str:
-    """Return what is wrong with a sealed directory; empty if it is intact."""
+    """Return the problem of a sealed directory; empty if it is intact."""
     expected = read_manifest(directory).get("files")
     if not isinstance(expected, dict):
         return "it is incomplete"

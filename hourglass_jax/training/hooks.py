@@ -103,7 +103,7 @@ class ShowProgress(Hook):
 
 
 class Profile(Hook):
-    """Write a JAX profile of steps first .. last, or of those among them that this process trains."""
+    """Write a JAX profile of steps first .. last, as far as this process trains them."""
 
     def __init__(self, directory: Path, first: int, last: int):
         self.directory, self.first, self.last = directory, first, last
@@ -134,7 +134,7 @@ class Profile(Hook):
 class Patience(Hook):
     """End training after `patience` evaluations in a row without a lower validation loss; 0: never.
 
-    valid_losses: by step, of the evaluations before this process resumed the run.
+    valid_losses: loss by step, from evaluations before this process resumed the run.
     """
 
     def __init__(self, patience: int, valid_losses: Mapping[int, float]):
@@ -152,7 +152,7 @@ class Patience(Hook):
 
 
 class WarnOfSuppression(Hook):
-    """Warn at the end of training if learned boundaries are suppressed for lack of room."""
+    """Warn at the end of training if the rate limit suppresses many learned boundaries."""
 
     def __init__(self, config: HourglassConfig):
         self.config = config
@@ -176,7 +176,7 @@ class WarnOfSuppression(Hook):
 
 
 class ReleaseMemory(Hook):
-    """Return to the system what compiling an evaluation or a sample has freed."""
+    """Return memory to the system that compiling an evaluation or a sample has freed."""
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         release_memory()
@@ -186,7 +186,7 @@ class ReleaseMemory(Hook):
 
 
 class Progress:
-    """A progress bar of `total` steps, `initial` of them done, or plain lines where nothing redraws a bar.
+    """A progress bar of `total` steps, `initial` of them done, or plain lines if the output cannot redraw a bar.
 
     mode: bar | plain | auto (bar if stderr is a terminal) | none.
     """

@@ -1,4 +1,4 @@
-"""Identity of a run: its settings and fingerprints of its data, without paths and without options of speed."""
+"""Identity of a run: settings and data fingerprints, except paths and options that affect only speed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hourglass_jax.run_config import DataConfig, OptimizerConfig, TrainConfig
 PATHS = ("path", "valid_path", "data_path", "pretrained")  # settings that are paths
 MEANS = ("attention", "remat", "max_unrolled_layers")  # options that do not change the result
 DEFAULTS = {"model": HourglassConfig, "data": DataConfig, "optimizer": OptimizerConfig, "train": TrainConfig}
-N_PIECES, PIECE = 64, 65_536  # a long text is sampled in so many pieces of so many tokens
+N_PIECES, PIECE = 64, 65_536  # number of sampled pieces of a long text; tokens per piece
 
 
 def fingerprint(tokens: np.ndarray) -> int:
     """Return a checksum of tokens of any integer type.
 
-    For a long text it covers the length and evenly spaced pieces, including both ends, so 100 GB take no time.
+    For a long text it covers the length and evenly spaced pieces, including both ends, which is fast even for 100 GB.
     """
     tokens = tokens.reshape(-1)
     crc, starts, length = 0, [0], len(tokens)

@@ -35,9 +35,9 @@ def read_curves(directory: Path) -> list[dict[str, Any]]:
 
 
 class CurveWriter:
-    """Appends records to metrics.jsonl and TensorBoard files, after it removed those of steps after `start_step`.
+    """Append-only writer of metrics.jsonl and TensorBoard files; it first removes records after `start_step`.
 
-    If a file cannot be written, one warning is logged; the records are written as soon as it can be.
+    If a file cannot be written, one warning is logged, and later records try again.
     """
 
     def __init__(self, directory: Path, start_step: int = 0):
@@ -69,7 +69,7 @@ class CurveWriter:
 
 
 class _AppendedFile:
-    """A file that complete records are appended to; the buffer keeps records that a full disk rejects."""
+    """Append complete records to a file; the buffer keeps records that a full disk rejects."""
 
     def __init__(self, path: Path):
         self._path = path

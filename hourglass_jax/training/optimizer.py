@@ -14,7 +14,7 @@ from flax import nnx
 from hourglass_jax.errors import UsageError
 from hourglass_jax.run_config import OptimizerConfig
 
-Filter = Callable[[Sequence[Any], Any], bool]  # of a parameter's path and value, as in Flax
+Filter = Callable[[Sequence[Any], Any], bool]  # maps path and value of a parameter to bool, as in Flax
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -32,8 +32,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def decay_mask(params: Any) -> Any:
     """Return True for parameters with weight decay: the kernels of linear layers.
 
-    minGPT and big_vision do the same: biases, norms, embeddings and positions do not decay. The mask goes by name,
-    because the biases of stacked layers have as many axes as a matrix.
+    minGPT and big_vision do the same: biases, norms, embeddings and positions do not decay. The mask selects by
+    name, because the biases of stacked layers have as many axes as a matrix.
     """
     return jax.tree.map_with_path(lambda path, _: any(getattr(key, "key", None) == "kernel" for key in path), params)
 
@@ -41,8 +41,8 @@ def decay_mask(params: Any) -> Any:
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Return a linear warmup, then a cosine to 0 at `steps`, peak * sqrt(warmup / step), or a constant.
 
-    Over the last `decay_steps` the rate is multiplied by a line from 1 to 0. Before them, a constant rate does not
-    depend on `steps`, so shorter runs can branch off one long run (warmup, stable, decay).
+    Over the last `decay_steps` the rate is multiplied by a factor that falls linearly from 1 to 0. Before them, a
+    constant rate does not depend on `steps`, so shorter runs can branch off one long run (warmup, stable, decay).
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     rise = optax.linear_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)

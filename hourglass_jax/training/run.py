@@ -1,10 +1,10 @@
 """A run directory: settings, vocabulary, checkpoints and curves, and a lock for the process that trains.
 
-config.json   format version, model configuration, tokenizer (with the shape of images), settings, and the history:
-              at which step the number of steps was raised
+config.json   format version, model configuration, tokenizer (with the shape of images), settings, and the history
+              of changes to the number of steps
 vocab.json    characters and their tokens (character models)
 checkpoints/  one folder for each step, written by orbax's CheckpointManager and sealed by a manifest
-lock          host and process that train here; held while the process lives
+lock          host and id of the process that trains here; locked until that process ends
 Also curves (metrics.jsonl, tensorboard/, loss.png), profile/, samples.png and an ablation's result.json.
 """
 
@@ -117,7 +117,7 @@ class Run:
         if tokenizer and tokenizer.vocab_size != config.tokenizer_size:
             raise UsageError(
                 f"{self}: the vocabulary has {tokenizer.vocab_size} tokens, but the model has {config.tokenizer_size}; "
-                "restore the vocab.json of its training"
+                "restore the vocab.json that it was trained with"
             )
         return Record(config, tokenizer, settings, history)
 
@@ -156,8 +156,8 @@ class Run:
     ) -> None:
         """Lock the directory, then create the run, or check that an existing run may resume.
 
-        settings: JSON that the run depends on. New names are added to an existing run; the others must be equal, except
-            paths and `train.steps`, which may grow.
+        settings: JSON that the run depends on. New names are added to an existing run. The others must be equal, except
+            paths, options that affect only speed (see `identity`), and `train.steps`, which may grow.
         overwrite: remove an existing run first, but no other files.
         resume: allow an existing run.
 
@@ -332,14 +332,14 @@ def _is_ours(path: Path) -> bool:
 
 
 def _is_first_file(path: Path) -> bool:
-    """Whether the file can exist without config.json: in a run that was killed while it started or was removed."""
+    """Return whether a run that was killed during its start or removal can have this file without config.json."""
     return path.name in (LOCK, VOCABULARY) or is_temporary(path, FILES)
 
 
 def load_run(path: str | Path, step: int | None = None) -> tuple[HourglassLM, Tokenizer | None, HourglassConfig]:
     """Return (model, tokenizer, config) of a run directory.
 
-    step: default: the step of lowest validation loss. `RuntimeConfig.keep_checkpoints` decides which are kept.
+    step: the checkpoint to load; see `RuntimeConfig.keep_checkpoints`. Default: the one of lowest validation loss.
 
     The model is on the first device and in evaluation mode: no dropout until `model.train()`. The tokenizer is None
     for a run on plain tokens.

@@ -22,7 +22,7 @@ from hourglass_jax.run_config import RuntimeConfig
 
 
 def make_mesh(config: RuntimeConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return a data x fsdp mesh of `devices`, default all. Raises UsageError unless that is their number."""
+    """Return a data x fsdp mesh of `devices` (default: all). Raises UsageError unless the product is their number."""
     found = np.array(jax.devices() if devices is None else devices)
     data = len(found) // config.fsdp if config.data == -1 else config.data
     if data * config.fsdp != len(found):

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and a time limit set a flag that training, evaluation and sampling poll."""
+"""Stop on SIGTERM, SIGINT or a time limit, at points where training, evaluation and sampling poll."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Signals:
 
     @property
     def reason(self) -> str:
-        """Why to stop; empty if there is no reason."""
+        """The reason to stop; empty if there is none."""
         if self.received is not None:
             return f"stopped by {self.received.name}"
         return "stopped by the time limit" if time.monotonic() >= self.end else ""

@@ -41,7 +41,7 @@ class Part(NamedTuple):
 
 
 Metrics = dict[str, jax.Array]
-# By default XLA:CPU allocates what the backward pass needs long before it runs.
+# By default XLA:CPU allocates buffers of the backward pass long before it runs.
 CPU_OPTIONS: dict[str, str | bool] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
@@ -122,6 +122,6 @@ def make_train_step(
 
 
 def compile_step(train_step: jax.stages.Wrapped, state: TrainState, *batch: jax.Array) -> jax.stages.Compiled:
-    """Compile a training step for this state and batch; on a CPU in the order of operations that needs least memory."""
+    """Compile a training step for this state and batch; on a CPU, schedule operations for least memory."""
     devices = jax.tree.leaves(state)[0].sharding.device_set
     return train_step.lower(state, *batch).compile(CPU_OPTIONS if next(iter(devices)).platform == "cpu" else None)

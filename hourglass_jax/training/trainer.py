@@ -105,7 +105,7 @@ def fit(
 
 @dataclasses.dataclass(eq=False)
 class _Training:
-    """The arguments of `fit`, and the state of the run between its newest checkpoint and its last step."""
+    """The arguments of `fit`, and the state of training."""
 
     model: HourglassLM
     batch_at: BatchAt
@@ -169,7 +169,7 @@ class _Training:
         return self.take_best_parameters()
 
     def start_run(self) -> None:
-        """Make the directory a run, or check that it is this one."""
+        """Create the run, or check that an existing run has the same settings."""
         if jax.process_index() == 0:
             self.run.start(self.model.config, settings=self.settings)
         if jax.process_count() > 1:
@@ -231,7 +231,7 @@ class _Training:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Call `on_end` of all hooks, then close the checkpoints, also if one of these raises."""
+        """Call `on_end` of all hooks, then close the checkpoints, even if one of these raises."""
         error: BaseException | None = None
         try:
             yield
@@ -255,7 +255,7 @@ class _Training:
             if self.saved_step != self.step:
                 self.save()
             raise Interrupted(f"{interruption} after step {self.step}, which is saved in {self.run}") from None
-        except FileChanged as problem:  # raised by a later batch: the steps so far have read the file as it was
+        except FileChanged as problem:  # from a later batch; the completed steps have read the original file
             if self.saved_step != self.step and jax.process_count() == 1:
                 self.save()
             saved = "no step is saved" if self.saved_step is None else f"step {self.saved_step} is saved in {self.run}"
@@ -267,7 +267,7 @@ class _Training:
 
     @property
     def stop(self) -> str:
-        """Why a hook ends training; empty if none does."""
+        """The reason why a hook ends training; empty if none does."""
         return next((hook.stop for hook in self.hooks if hook.stop), "")
 
     @property
@@ -282,7 +282,7 @@ class _Training:
         return bool(interval) and self.step % interval == 0
 
     def check_signals(self) -> None:
-        """Raise Interrupted after a signal. Several processes agree at log steps only, since asking takes time."""
+        """Raise Interrupted after a signal. Several processes agree only at log steps, since that takes time."""
         if jax.process_count() == 1:
             self.signals.check()
         elif self.step % LOG_INTERVAL == 0 and sharding.any_process(bool(self.signals.reason)):
@@ -318,7 +318,7 @@ class _Training:
                 if not math.isfinite(value):
                     saved = "there is no checkpoint"
                     if self.saved_step is not None:
-                        saved = f"the last good checkpoint is that of step {self.saved_step}"
+                        saved = f"the last good checkpoint is of step {self.saved_step}"
                     raise Diverged(
                         f"step {step}: {name} is {value}, on batch {step - 1} in the order of seed {self.config.seed}; "
                         f"{saved} in {self.run}; lower the learning rate or set a clip_norm"
@@ -344,7 +344,7 @@ class _Training:
         model = nnx.merge(self.graph, sharding.gather(self.state.params))
         model.eval()
         if jax.process_index() == 0:
-            with optional_output(self.run.directory):  # a sample may be a picture
+            with optional_output(self.run.directory):  # a sample may write a picture
                 self.call_hooks("on_sample", self.step, sample(model))
         self.start_clock()
 
@@ -357,7 +357,7 @@ class _Training:
 
     def evaluate(self) -> None:
         """Log the validation loss and add it to the checkpoint of this step."""
-        if self.step not in self.valid_losses:  # else an earlier process has logged it and ended before it added it
+        if self.step not in self.valid_losses:  # otherwise an earlier process has logged it
             results = self.evaluate_factors(self.state.params, evenly_spaced(self.validation, self.config.eval_batches))
             mean = mean_evaluation(results.values())
             metrics = {f"valid_bpc_at_{k}": result.bits_per_character for k, result in results.items() if k is not None}

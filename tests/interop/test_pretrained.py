@@ -104,7 +104,7 @@ def test_a_fine_tuned_model_holds_what_changed_alone(weights):
     n_head = tuned().head.kernel[...].size
     assert 2 * n_head < (weights / "haiku" / "model.safetensors").stat().st_size < 2 * n_head + 500
     (weights / "books" / "model.safetensors").unlink()
-    with pytest.raises(hg.UsageError, match="called 'books'; there are: haiku"):
+    with pytest.raises(hg.UsageError, match="named 'books'; available models: haiku"):
         hg.load_pretrained("haiku", directory=weights)
 
 
@@ -112,7 +112,7 @@ def test_a_base_has_no_parameters_of_its_own(weights):
     """What the model has and its base has not is stored, and comes back."""
     one, other = (small_config(vocab_size=258, hierarchy=hierarchy) for hierarchy in ("1@1", CONFIG.hierarchy))
     record = Record(one, hg.ByteTokenizer(), {}, [])
-    with pytest.raises(hg.UsageError, match=r"base='books' has hourglass\.inner\..*, which the model has not"):
+    with pytest.raises(hg.UsageError, match=r"base='books' has hourglass\.inner\..*, which this model lacks"):
         save_pretrained(make_model(one), record, "", weights / "plain", base="books")
     assert not (weights / "plain").exists()
     save_pretrained(make_model(one), record, "", weights / "plain")
@@ -129,7 +129,7 @@ def test_a_directory_may_lie_in_the_home_directory(weights, monkeypatch):
 
 
 def test_unknown_names_and_damaged_files_raise_one_line_errors(weights):
-    with pytest.raises(hg.UsageError, match="called 'sonnets'; there are: books, haiku") as error:
+    with pytest.raises(hg.UsageError, match="named 'sonnets'; available models: books, haiku") as error:
         hg.load_pretrained("sonnets", directory=weights)
     assert "\n" not in str(error.value)
     path = weights / "books" / "model.safetensors"
@@ -177,8 +177,8 @@ def test_a_haiku_is_written_from_its_first_line(tmp_path):
 @pytest.mark.parametrize(
     "script, flags, message",
     [
-        ("generate", ["--pretrained=sonnets"], "no pretrained model is called 'sonnets'"),
-        ("evaluate", ["--pretrained=sonnets"], "no pretrained model is called 'sonnets'"),
+        ("generate", ["--pretrained=sonnets"], "no pretrained model is named 'sonnets'"),
+        ("evaluate", ["--pretrained=sonnets"], "no pretrained model is named 'sonnets'"),
         ("finetune", ["--pretrained=books", "--load_model_path=run"], "both given"),
     ],
 )

@@ -366,6 +366,6 @@ def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(copy,
     before = sorted((copy / CHECKPOINTS).rglob("*"))
     disk = shutil.disk_usage(copy)._replace(free=1_000)
     monkeypatch.setattr("hourglass_jax.training.checkpoints.disk_usage", lambda path: disk)
-    with pytest.raises(hg.UsageError, match=r"step 20 needs 0 MB, but the disk has 0 MB left"):
+    with pytest.raises(hg.UsageError, match=r"step 20 requires 0 MB, but the disk has 0 MB left"):
         train(copy)
     assert sorted((copy / CHECKPOINTS).rglob("*")) == before

@@ -1,6 +1,6 @@
 """Attention in blocks of queries, with a custom backward pass: memory grows linearly with length.
 
-If causal, few scores of later keys are computed, and with a window, few of keys before it. The forward pass keeps each
+Blocks skip most keys that the causal mask or the window hides. The forward pass keeps each
 query's log-sum-exp; from it, the backward pass recomputes a block's weights without a sum over keys. `plain` has the
 formula, `positions.relative_shift` the alignment of relative scores.
 """
@@ -23,7 +23,7 @@ from hourglass_jax.nn.platform import platform
 from hourglass_jax.nn.positions import relative_shift_padded
 
 QUERY_ROWS = 64  # queries in a block on a CPU; eight times as many on accelerators
-SEGMENTS = 8  # most segments in a sequence; a segment is one loop over its blocks, with the keys up to its end
+SEGMENTS = 8  # maximum per sequence; a segment is one loop over its blocks and the keys up to its end
 
 
 DropoutKey = tuple[jax.Array, jax.Array | int] | None  # key, and the number of earlier rows in the batch
@@ -69,12 +69,12 @@ class Segment(NamedTuple):
         """Return the keys, values and relative keys of the segment, as columns; see `with_columns`."""
         k, v, r, n = inputs.k, inputs.v, inputs.r, self.n_key_groups * slots
         ahead = 0 if r is None else max(r.shape[-1] - k.shape[-1], 0)  # lags below 0, if not causal
-        if r is not None:  # first, masked lags beyond the largest; last, the column of `relative_shift_padded`
+        if r is not None:  # prepend masked lags beyond the largest; append the column of `relative_shift_padded`
             r = pad_columns(r[..., -n - ahead :], max(n - r.shape[-1], 0), slots)
         if self.reach is not None:
             k, v = (pad_columns(x, self.reach * slots, self.missing * slots) for x in (k, v))
             return k, v, r
-        if r is not None:  # first, lags of padding groups; last, lags of later keys
+        if r is not None:  # prepend lags of padding groups; append lags of later keys
             r = pad_columns(r, self.missing * slots, (self.n_blocks * self.block - 1) * slots - ahead)
         return k[..., :n], v[..., :n], r
 

@@ -1,4 +1,4 @@
-"""Choice of the implementation of attention, by name and by which kernels the platform has."""
+"""Choice of the attention implementation, by name and by platform."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def choose(name: str, dtype: Any, head_dim: int, used: tuple[str, ...] = (), cau
     used: the options in use that fused attention does not support.
     """
     if name == "auto":
-        not_causal = "blocked", "the kernels are causal"
+        not_causal = "blocked", "the kernels support only causal attention"
         name, reason = best(platform(), jnp.dtype(dtype), head_dim, used) if causal else not_causal
         log_once(f"attention: {name} ({reason})")
         return name, reason
@@ -68,7 +68,7 @@ def best(platform: str, dtype: Any, head_dim: int, used: tuple[str, ...]) -> tup
 
 
 def has_fused(platform: str, head_dim: int) -> bool:
-    """Whether fused attention supports these heads; JAX's TPU kernel supports one device only."""
+    """Return whether fused attention supports these heads; JAX's TPU kernel supports one device only."""
     if platform == "gpu":
         return head_dim % 8 == 0 and head_dim <= LARGEST_HEAD
     return platform == "cpu" or n_devices() == 1
@@ -76,7 +76,7 @@ def has_fused(platform: str, head_dim: int) -> bool:
 
 @functools.cache
 def log_once(message: str) -> None:
-    """Log a message the first time that it occurs."""
+    """Log a message once per process."""
     logging.info(message)
 
 

@@ -70,7 +70,7 @@ def splash(
     window: int,
     interpret: bool = False,
 ) -> Float[Array, "B HP L K"]:
-    """`dot_product_attention` with JAX's TPU kernel."""
+    """Compute `dot_product_attention` with JAX's TPU kernel."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     length, heads_per_key = q.shape[2], q.shape[1] // k.shape[1]

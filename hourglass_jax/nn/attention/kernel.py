@@ -33,7 +33,7 @@ BLOCKS = {"gpu": 64, "tpu": 128, "cpu": 16}  # queries and keys in a block
 SMALLEST = 16  # smallest dimension of a matrix product on a GPU
 LANES = 128  # a TPU pads the last axis to a multiple of this
 ROOM = 16 * 2**20  # bytes of a TPU's VMEM for intermediate values
-# Block products: per tile without relative positions, per tile with them, and with them once more per program.
+# Block products: per tile without relative positions, per tile with them, and extra ones per program with them.
 PRODUCTS: dict[Callable[..., Any], tuple[int, int, int]] = {
     forward_tile: (2, 3, 0),
     query_tile: (3, 5, 1),
@@ -51,7 +51,7 @@ def kernel_attention(
     """
     batch, heads, n_queries, size = inputs.q.shape
     if not isinstance(batch, int):
-        raise UsageError("attention='kernel' needs a fixed batch size; export with another attention or a fixed batch")
+        raise UsageError("attention='kernel' requires a fixed batch size; export with one, or with another attention")
     groups = n_queries // pattern.query_slots
     plan = make_plan(pattern if key is not None else pattern._replace(dropout=0.0), heads, groups, size)
     q, q_position = (slots_apart(plan, x, pattern.query_slots) for x in (inputs.q, inputs.q_position))
@@ -199,7 +199,7 @@ def call(
 def sharded_by_rows(run: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Callable[..., Any]:
     """Return `run` sharded over the batch; by default XLA would compute the whole batch on every device.
 
-    With a mesh, over all of its axes. Otherwise by a custom sharding rule, which TPUs do not support
+    With a mesh, the batch is sharded over all axes. Otherwise a custom sharding rule applies, which TPUs do not support
     (jax-ml/jax#38196).
     """
     mesh = jax.sharding.get_abstract_mesh()

@@ -20,8 +20,9 @@ from hourglass_jax.nn.attention.pattern import upcast
 from hourglass_jax.nn.layers import Dropout, dropped, linear, split_key
 from hourglass_jax.nn.positions import rotate
 
-LATER, ITSELF = -1e30, -1e5  # scores of later positions and of the own one, which counts only without earlier ones
-EVALUATION_SEED = 0  # seed of the hash without a key
+# Scores of later positions, and of the query's own, to which it attends only without earlier ones.
+LATER, ITSELF = -1e30, -1e5
+EVALUATION_SEED = 0  # seed of the hash in evaluation
 
 
 class LSHAttention(nnx.Module):

@@ -158,7 +158,7 @@ class Attention(nnx.Module):
         return self.merge_heads(jnp.einsum("bhnm,bmhk->bnhk", weights.astype(v.dtype), v)), k, v
 
     def init_cache(self, batch: int, max_length: int) -> KeyValueCache:
-        """Return an empty cache for `max_length` tokens, a multiple of the total factor, or for the window."""
+        """Return an empty cache for `max_length` tokens, a multiple of the stride, or for a shorter window."""
         stride = self.unit * self.query_slots
         rows = min(max_length // stride, self.window or max_length)
         relative = None
@@ -175,7 +175,7 @@ class Attention(nnx.Module):
         cache: KeyValueCache,
         start: Int[Array, " B"],
     ) -> tuple[Float[Array, "B G P D"], KeyValueCache]:
-        """Run a call on rows that begin at token `start`, and store their keys and values from row 0 on."""
+        """Process rows that begin at token `start`, and store their keys and values from row 0 on."""
         q, k, v = self.project(queries, keys)
         out = self.attend(q, k, v, padding=start // (self.unit * self.query_slots * self.key_slots))
         k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v))

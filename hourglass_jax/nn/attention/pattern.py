@@ -19,8 +19,8 @@ class Inputs(NamedTuple):
 
     q: q + u with relative positions, otherwise q; divided by sqrt(K).
     q_position: q + v, divided by sqrt(K); None without relative positions.
-    r: W_r R for each query slot. Each S rows belong to one lag in groups, from the largest, N - 1, down to 0; if not
-        causal, from G - 1 down to 1 - G.
+    r: W_r R for each query slot, with S rows per lag. Lags are in groups and fall from N - 1 to 0; if not causal, from
+        G - 1 to 1 - G.
     """
 
     q: Float[Array, "B H GP K"]
@@ -42,11 +42,11 @@ class Pattern(NamedTuple):
 
     query_slots, key_slots: P and S.
     dropout: the probability of zeroing a weight.
-    window: the number of groups that a query attends to, its own included; 0: no limit.
+    window: the number of groups that a query attends to, including its own; 0: no limit.
     causal: whether a query attends only to groups up to its own.
 
-    The methods and the implementations take `padding`: int [B], the number of padding groups at the start of each row;
-    if not causal, bool [B, G S], which is true for keys that are not padding; None: no padding.
+    `padding` in methods and implementations is int [B], the number of padding groups at the start of each row. If not
+    causal, it is bool [B, G S], true for keys that are not padding. None: no padding.
     """
 
     query_slots: int

@@ -1,4 +1,4 @@
-"""Attention as its formula states it, in jnp: the reference for the other implementations.
+"""Attention computed directly from its formula in jnp: the reference for the other implementations.
 
 With relative positions (Transformer-XL, Dai et al. 2019, section 3.3) the score of query i and key j <= i is
 

@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 
     heads, groups: H, and G without padding.
     parts: sizes that add up to K. A GPU's matrix products need powers of two: 96 is 64 + 32.
-    block: b, the query groups in a block, and the keys.
+    block: b, the number of query groups, and of keys, in a block.
     n_blocks: blocks of queries, and of the keys of a slot.
     by_memory: whether relative logits are shifted through memory; otherwise by rotation.
     """
@@ -145,7 +145,7 @@ class Tile:
         return lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
 
     def scores(self, i: Any, slot: Any, d: Any, q: Heads, by_key: jax.Array | None) -> jax.Array:
-        """Return the masked scores of query block i and the keys d blocks earlier, relative logits included."""
+        """Return the masked scores of query block i and the keys d blocks earlier, including relative logits."""
         scores = self.logits(q, self.load(self.arrays.k, i - d, slot))
         if by_key is not None:
             scores += by_key
@@ -183,9 +183,9 @@ class Tile:
         return x[:, : n * block]
 
     def keep(self, ring: int, d: Any, x: jax.Array) -> Any:
-        """Return x, or, if shifting through memory, None after storing x in the inputs' dtype.
+        """Return x; if shifts go through memory, store x in the inputs' dtype instead and return None.
 
-        A ring is memory for the blocks of an even and an odd d.
+        A ring is memory for two blocks: one of an even d and one of an odd d.
         """
         if not self.plan.by_memory:
             return x
@@ -227,14 +227,14 @@ class Tile:
         return jnp.where(keep, weights / (1 - rate), 0)
 
     def n_key_blocks(self, i: Any) -> Any:
-        """Return how many blocks of a slot's keys query block i attends to, its own included."""
+        """Return how many blocks of a slot's keys query block i attends to, including its own."""
         if not self.pattern.window:
             return i + 1
         lowest = jnp.maximum(i * self.plan.block - self.pattern.window + 1, 0)
         return i + 1 - divide(lowest, self.plan.block)
 
     def n_query_blocks(self, j: Any) -> Any:
-        """Return how many query blocks attend to key block j, its own included."""
+        """Return how many query blocks attend to key block j, including its own."""
         end: Any = self.plan.n_blocks
         if self.pattern.window:
             last = (j + 1) * self.plan.block - 1 + self.pattern.window - 1
@@ -247,7 +247,7 @@ def add(totals: Any, more: Any) -> Any:
 
 
 class Queries(NamedTuple):
-    """What the backward pass loads for one block of queries."""
+    """Arrays that the backward pass loads for one block of queries."""
 
     q: Heads
     q_position: Heads | None
