@@ -50,7 +50,7 @@ BASE = flags.DEFINE_string(
     "base", None, "package: a model beside the output; parameters equal to its are not stored again."
 )
 ABOUT = launcher.define_path(
-    "about", None, "package: Markdown about data, licence, training and limits, for the model card."
+    "about", None, "package: Markdown about data, license, training and limits, for the model card."
 )
 EVALUATIONS = flags.DEFINE_list("evaluations", [], "package: records of evaluate.py --report, for the model card.")
 MODEL = launcher.define_path("model", None, "Input: a .pth file, a safetensors directory or a run directory.")

@@ -20,7 +20,7 @@ from hourglass_jax.model import n_parameters
 from hourglass_jax.training.run import Record
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
-SECTIONS = ("## Data", "## Licence", "## Training", "## Not good for")  # of a description
+SECTIONS = ("## Data", "## License", "## Training", "## Not good for")  # of a description
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
