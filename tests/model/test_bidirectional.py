@@ -306,7 +306,7 @@ def test_launchers_train_and_evaluate_bidirectional_models(tmp_path):
         return result
 
     trained = launch("pretrain", *flags).stdout
-    assert "causal: no, it sees both sides" in trained and "is filled in:" in trained and "vocabulary 259" in trained
+    assert "causal: no, bidirectional" in trained and "is filled in:" in trained and "vocabulary 259" in trained
     [reported] = [line for line in trained.splitlines() if line.startswith("validation: ")]
     assert "masked bits/byte" in reported
     evaluated = launch("evaluate", "--load_model_path=runs/pretrain").stdout
