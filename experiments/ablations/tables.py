@@ -72,8 +72,8 @@ def table_2() -> Table:
         for name, (bpc, millions) in others.items()
     ]
     note = (
-        "The paper's figures are for the test split with long contexts, as in evaluate.py --protocol=sliding --split=test "
-        "(windows of 4096, step 128). Ours is a validation figure without context."
+        "The paper's figures are for the test split with long contexts, as in evaluate.py --protocol=sliding "
+        "--split=test (windows of 4096, step 128). Ours is a validation figure without context."
     )
     main = Table("2", "enwik8", "Models on enwik8", "model", "bpc", tuple(rows), "Hourglass", note)
     return replace(main, model={"d_model": 768, "d_ff": 3072}, warmup_steps=20_000, steps=350_000)
@@ -211,8 +211,8 @@ def table_a1() -> Table:
     )
     note = (
         "The paper gives no setup for this task. A chunk is a random letter, #, and the letter again. The best "
-        "accuracy is 2/3, since the first letter of a chunk is random. The figure for (0,0) is that of predicting # and "
-        "guessing both letters."
+        "accuracy is 2/3, since the first letter of a chunk is random. The figure for (0,0) is that of predicting # "
+        "and guessing both letters."
     )
     return Table("A1", "letters", "Vanilla layers and L#L", "vanilla layers", "accuracy", rows, "(1,1)", note)
 

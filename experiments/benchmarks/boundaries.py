@@ -95,8 +95,8 @@ def describe(rows: list[dict[str, Any]], repeats: int) -> str:
 {HIERARCHY}, d_model {sizes["d_model"]}, {sizes["n_heads"]} heads, average and repeat, relative positions, float32;
 {repeats} runs of each in turn, without compilation; ratios are medians over rounds, times are medians. Training: a step
 of {BATCH} windows of {LENGTH} bytes of real text, AdamW; FLOPs include unused room for groups. Decoding: {NEW} tokens
-per row from an untrained model, which samples tokens almost uniformly. A sixth of the vocabulary ends a group, so rows end
-groups at different steps.
+per row from an untrained model, which samples tokens almost uniformly. A sixth of the vocabulary ends a group, so rows
+end groups at different steps.
 
 {markdown_table(header, cells)}
 """
