@@ -151,7 +151,7 @@ def compare(first: Path, second: Path) -> dict[str, bool]:
 def soak(workdir: Path, *, kills: int, steps: int, seed: int = 0) -> dict[str, Any]:
     """Train twice in `workdir`, without and with `kills` kills, and return a record that compares the results.
 
-    Every other kill comes up to 30 ms after a checkpoint write starts or ends; the others come at a random time, at most
+    Every other kill comes up to 30 ms after a checkpoint write starts or ends; the others come at a random time, up to
     a second after the first write. The record's "failure" is set if a restart failed, or the run ended early.
     """
     rng, started = random.Random(seed), time.perf_counter()
