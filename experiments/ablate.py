@@ -1,4 +1,4 @@
-"""Train the rows of the paper's tables, measure their cost, and report them beside the paper's figures.
+"""Train the rows of the paper's tables, measure their cost, and compare them with the paper's figures.
 
 python experiments/ablate.py --table=7 --dataset=enwik8 --scale=paper                   downloads enwik8 to data/
 python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --scale=tiny --dry_run
@@ -7,7 +7,7 @@ python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --sc
 python experiments/ablate.py --table=1,5 --dataset=enwik8 --data_path=books --scale=tiny --time
 python experiments/ablate.py --curves --data_path=books --scale=micro      learning curves at equal FLOPs
 python experiments/ablate.py --lengths --scale=micro                       cost of a step at 256 to 16,384 characters
-python experiments/ablate.py --contexts --data_path=books --scale=micro    how far back Table 1's trained rows look
+python experiments/ablate.py --contexts --data_path=books --scale=micro    bits of Table 1's trained rows by context
 python experiments/ablate.py --costs                                       parameters, FLOPs and memory of Table 1
 
 A row is a run directory that pretrain.py could have written. Rows that tables share are trained once, finished rows are
@@ -67,7 +67,7 @@ MAX_MINUTES = flags.DEFINE_float(
     "max_minutes", 0, "Stop training after this many minutes; the same command resumes. 0: no limit.", lower_bound=0
 )
 WORKERS = flags.DEFINE_integer(
-    "workers", 1, "Processes that train side by side, each its own rows; 0: started by another process.", lower_bound=0
+    "workers", 1, "Processes that train side by side, each on its own rows; 0: internal.", lower_bound=0
 )
 COMMENT = flags.DEFINE_string("comment", None, "With --report: a remark on the table, which later reports keep.")
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the rows and their estimated cost without training.")
@@ -80,7 +80,7 @@ CHARACTERS = flags.DEFINE_integer(
     "characters", 0, "With --curves: train up to this many characters; 0: all.", lower_bound=0
 )
 LENGTHS = flags.DEFINE_boolean("lengths", False, "Measure a step at each length; requires an idle machine.")
-CONTEXTS = flags.DEFINE_boolean("contexts", False, "Measure bits against context of Table 1's trained rows.")
+CONTEXTS = flags.DEFINE_boolean("contexts", False, "Measure bits of Table 1's trained rows by length of context.")
 PRETRAINED = flags.DEFINE_list("pretrained", [], "With --contexts: also measure these shipped models.")
 COSTS = flags.DEFINE_boolean("costs", False, "Print parameters, FLOPs and memory of Table 1.")
 launcher.define_runtime()
@@ -170,7 +170,7 @@ def report_tables(tables: list[Table], setup: Setup, directory: Path, name: str)
 
 
 def train_and_report(train: Callable[[Signals], None], report: Callable[[], None]) -> None:
-    """Train until it is done, the time is up or a signal comes; then the first process writes the reports."""
+    """Train to the end, the time limit or a signal; then the first process writes the reports."""
     try:
         train_together(train, WORKERS.value, MAX_MINUTES.value)
     except Interrupted as interruption:
@@ -181,7 +181,9 @@ def train_and_report(train: Callable[[Signals], None], report: Callable[[], None
 
 def run_lengths(setup: Setup) -> None:
     if DATASET.value not in TEXTS:
-        raise UsageError(f"--lengths requires a text; dataset={DATASET.value!r} is none, choose {' or '.join(TEXTS)}")
+        raise UsageError(
+            f"--lengths requires a text; dataset={DATASET.value!r} is not one, choose {' or '.join(TEXTS)}"
+        )
     path = Path(RESULTS.value) / f"lengths-{SCALE.value}"
     if DRY_RUN.value:
         print(lengths.plan_table(setup))
@@ -217,7 +219,9 @@ def run_curves(setup: Setup, directory: Path, name: str) -> None:
 
 def run_contexts(setup: Setup, directory: Path, name: str) -> None:
     if DATASET.value not in TEXTS:
-        raise UsageError(f"--contexts requires a text; dataset={DATASET.value!r} is none, choose {' or '.join(TEXTS)}")
+        raise UsageError(
+            f"--contexts requires a text; dataset={DATASET.value!r} is not one, choose {' or '.join(TEXTS)}"
+        )
     path = Path(RESULTS.value) / f"contexts-{name}"
     if REPORT.value:
         print(contexts.report(path, COMMENT.value))

@@ -1,4 +1,4 @@
-"""Measure speed, beside the PyPI package hourglass-transformer-pytorch at the same sizes and in the same run.
+"""Measure speed; also that of the PyPI package hourglass-transformer-pytorch with the same sizes in the same run.
 
 pip install -e ".[bench]"
 python experiments/benchmark.py --suite=decoding --report=experiments/results/decoding/cpu
@@ -31,11 +31,13 @@ from hourglass_jax.training.identity import describe, differences
 SUITE = flags.DEFINE_enum(
     "suite", "decoding", ["decoding", "training", "boundaries", "cpu", "accelerator"], "What to measure."
 )
-REPEATS = flags.DEFINE_integer("repeats", 5, "Runs of which each figure is the median.", lower_bound=1)
+REPEATS = flags.DEFINE_integer("repeats", 5, "Number of runs; figures are medians.", lower_bound=1)
 PEER = flags.DEFINE_boolean("peer", True, "Also measure the PyPI package (requires the extra [bench]).")
 REPORT = launcher.define_path("report", "", "Write PATH.json, PATH.md and, for decoding, PATH.png.")
 LENGTHS = flags.DEFINE_list("lengths", ["128", "512", "1024", "2048", "4096"], "Decoding: characters to generate.")
-BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Decoding: rows at once; the first of these at every length.")
+BATCHES = flags.DEFINE_list(
+    "batches", ["1", "16"], "Decoding: batch sizes; the first is measured at all lengths, the others up to 512."
+)
 launcher.define_config("accelerator", accelerator.Accelerator())
 
 TAKEN_BY = {
@@ -80,7 +82,7 @@ def main(_: list[str]) -> None:
 
 
 def integers(flag: flags.FlagHolder) -> list[int]:
-    """Return a flag's numbers; raise UsageError for an empty list or anything else."""
+    """Return a flag's numbers. Raises UsageError for an empty list or other values."""
     if not flag.value:
         raise UsageError(f"--{flag.name} is empty; give whole numbers separated by commas")
     numbers = launcher.parse_flag(flag.name, ",".join(flag.value), lambda _: [int(n) for n in flag.value])

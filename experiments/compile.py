@@ -1,4 +1,4 @@
-"""Compile pretraining's step for an accelerator, which need not be present: does it fit, and how fast is it at best?
+"""Compile the pretraining step for an accelerator that need not be present; report whether it fits, and its time.
 
 python experiments/compile.py --target=h100 --hierarchy="4@1 8@3 4@1" --d_model=768 --d_ff=3072 --n_heads=8 ...
 python experiments/compile.py --target=8xh100 --fsdp=8 <any options of pretrain.py>
@@ -31,15 +31,19 @@ from hourglass_jax import RuntimeConfig, UsageError
 TARGET = flags.DEFINE_string(
     "target", None, f"The machine: {', '.join(known_targets())}; several chips as 8xh100 or v5e-16.", required=True
 )
-CHARACTERS = flags.DEFINE_float("characters", None, "Length of the training; default: that of the run.")
-ADVICE = flags.DEFINE_boolean("advice", True, "If the step does not fit, compile changes until two of them fit.")
+CHARACTERS = flags.DEFINE_float(
+    "characters", None, "Characters of the complete training, to estimate its time; default: those of the run."
+)
+ADVICE = flags.DEFINE_boolean(
+    "advice", True, "If the step does not fit, compile it with changed options until two changes fit."
+)
 flags.adopt_module_key_flags(pretraining)  # so that --help lists them
 
 
 def read_pretraining() -> Pretraining:
     data, optimizer, train = pretraining.read_configs()
     if train.shorten_factors:
-        raise UsageError("--shorten_factors trains several programs; leave it out, and compile one --hierarchy")
+        raise UsageError("--shorten_factors compiles several programs; leave it out, and give one --hierarchy")
     origin = tokenizer = None
     if pretraining.INIT_FROM.value:
         origin, tokenizer, _ = launcher.load_origin(pretraining.INIT_FROM.value)

@@ -5,7 +5,7 @@ python experiments/convert.py --from=pypi --n_heads=8 --shorten_factor=4 model.p
 python experiments/convert.py --to=safetensors runs/original shared
 python experiments/convert.py --from=safetensors shared runs/shared
 python experiments/convert.py --to=package --about=books.md --evaluations=test.json runs/books weights/books
-    # --base=books: for a fine-tuned model beside weights/books; stores only the parameters that differ
+    # --base=books: stores only the parameters that differ from weights/books
 
 The paths can be given as --model, --vocab and --out instead. --from writes a run directory, like pretrain.py.
 """
@@ -47,15 +47,15 @@ TO = flags.DEFINE_enum(
     "Format to write; package: a directory of hourglass_jax/weights, in bfloat16, with a model card.",
 )
 BASE = flags.DEFINE_string(
-    "base", None, "package: a model beside the output; parameters equal to its are not stored again."
+    "base", None, "package: name of a model in the same directory; only parameters that differ from its own are stored."
 )
 ABOUT = launcher.define_path(
-    "about", None, "package: Markdown about data, licence, training and limits, for the model card."
+    "about", None, "package: Markdown about data, license, training and limits, for the model card."
 )
 EVALUATIONS = flags.DEFINE_list("evaluations", [], "package: records of evaluate.py --report, for the model card.")
 MODEL = launcher.define_path("model", None, "Input: a .pth file, a safetensors directory or a run directory.")
 VOCAB = launcher.define_path(
-    "vocab", None, "JSON of token to id; required for original, and for pypi unless it reads bytes."
+    "vocab", None, "JSON from token to id; required for original, and for pypi unless the model reads bytes."
 )
 OUT = launcher.define_path("out", None, "Directory to write, empty or absent.")
 N_HEADS = flags.DEFINE_integer(
@@ -72,7 +72,7 @@ DATASET = flags.DEFINE_enum(
     "dataset",
     None,
     [*IMAGE_SIZES, FOLDER],
-    "Model of images: default data of evaluate.py and generate.py; default: cifar10 if the shape fits.",
+    "Models of images: the data set for evaluate.py and generate.py; default: cifar10 if the shape fits, else folder.",
 )
 
 PYTORCH, PACKAGE = ("--from=original", "--from=pypi"), ("--to=package",)
@@ -92,7 +92,7 @@ TAKEN_BY = {
 def main(arguments: list[str]) -> None:
     model_path, vocab_path, out = read_paths(arguments[1:])
     if (FROM.value is None) == (TO.value is None):
-        raise UsageError("give one of --from=original|pypi|safetensors and --to=safetensors|package")
+        raise UsageError("give either --from=original|pypi|safetensors or --to=safetensors|package")
     mode = f"--from={FROM.value}" if FROM.value else f"--to={TO.value}"
     launcher.check_taken(TAKEN_BY, mode, given=["vocab"] if vocab_path else [])
     if TO.value:
@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> None:
 
 
 def read_paths(arguments: list[str]) -> tuple[str, str | None, str]:
-    """Return the input, the vocabulary (may be empty) and the output."""
+    """Return the paths of input, vocabulary (may be None) and output."""
     if arguments and (MODEL.value or VOCAB.value or OUT.value):
         raise UsageError("give the paths either as --model, --vocab and --out, or as arguments in this order")
     if not arguments and MODEL.value and OUT.value:

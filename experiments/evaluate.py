@@ -1,6 +1,6 @@
 """Evaluate a checkpoint: loss, perplexity and bits per character on a text, or bits/dim on images.
 
-python experiments/evaluate.py --load_model_path=runs/pretrain                               on its own validation text
+python experiments/evaluate.py --load_model_path=runs/pretrain                               on the validation split
 python experiments/evaluate.py --load_model_path=runs/pretrain --data_path=book.txt
 python experiments/evaluate.py --load_model_path=runs/pretrain --data_path=book.txt --per_token=surprise.tsv
 python experiments/evaluate.py --load_model_path=runs/pretrain --data_path=book.txt --boundaries=cuts.tsv
@@ -70,7 +70,7 @@ def main(_: list[str]) -> None:
     if not model.config.causal:
         options = {"--protocol": PROTOCOL.value != "consecutive"}
         options |= {"--per_token": PER_TOKEN.value, "--boundaries": BOUNDARIES.value}
-        refuse(options, f"{LOAD.value}, a model that sees both sides, which is asked for masked tokens")
+        refuse(options, f"{LOAD.value}, a bidirectional model")
     if PROTOCOL.value == "sliding":
         refuse({"--block_size": BLOCK_SIZE.value}, "sliding windows; give their length as --window")
     else:
@@ -92,7 +92,7 @@ def evaluate_images(model: HourglassLM) -> tuple[str, dict[str, Any]]:
     """Return a summary line and the figures."""
     options = {"--block_size": BLOCK_SIZE.value, "--protocol": PROTOCOL.value != "consecutive"}
     options |= {"--per_token": PER_TOKEN.value, "--boundaries": BOUNDARIES.value}
-    refuse(options, f"{LOAD.value}, a model of images, which have their own length")
+    refuse(options, f"{LOAD.value}, a model of images")
     split = SPLIT.value or "valid"
     check_choice("split", split, ImageSplits._fields)
     images = getattr(recorded_images(LOAD.value, DATA_PATH.value), split)
@@ -104,9 +104,9 @@ def evaluate_images(model: HourglassLM) -> tuple[str, dict[str, Any]]:
 
 
 def evaluate_haiku(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, dict[str, Any]]:
-    """Return a summary line and the figures on the haiku of the fine-tuning."""
+    """Return a summary line and the figures on the haiku of fine-tuning."""
     options = {"--block_size": BLOCK_SIZE.value, "--protocol": PROTOCOL.value != "consecutive"}
-    refuse(options, "haiku, which have their own length; give a text as --data_path")
+    refuse(options, "the haiku of fine-tuning; give a text as --data_path")
     split = SPLIT.value or "valid"
     check_choice("split", split, ("train", "valid"))
     source = recorded_haiku(LOAD.value)
@@ -114,7 +114,7 @@ def evaluate_haiku(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, d
     tokens = np.concatenate([tokens[:, 1:][weights > 0] for tokens, weights in batches])
     result = evaluate_predictions(model, batches, tokenizer)
     summary, figures = text_figures(result, tokens, tokenizer)
-    return f"{summary} | {split} of the haiku that the model was trained on", figures | {"split": split}
+    return f"{summary} | {split} of the haiku of fine-tuning", figures | {"split": split}
 
 
 def evaluate_text(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, dict[str, Any]]:
@@ -163,10 +163,10 @@ def masked_figures(result: Evaluation, unit: str) -> tuple[str, dict[str, Any]]:
 
 
 def refuse(options: dict[str, Any], what: str) -> None:
-    """Raise UsageError if one of the options is given."""
+    """Raise UsageError if one of the options, which do not apply to `what`, is given."""
     for option, given in options.items():
         if given:
-            raise UsageError(f"{option}: not for {what}")
+            raise UsageError(f"{option} does not apply to {what}")
 
 
 def common(result: Evaluation) -> dict[str, Any]:

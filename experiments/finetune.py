@@ -49,11 +49,13 @@ FORMAT = flags.DEFINE_enum(
     ["haiku", "prompt", "text"],
     "haiku: write all three lines; prompt: the first line is given; text: windows of any text, as in pretraining.",
 )
-EXTEND = flags.DEFINE_boolean("extend_vocabulary", False, "Add the characters that the model's vocabulary lacks.")
+EXTEND = flags.DEFINE_boolean("extend_vocabulary", False, "Add unknown characters to the model's vocabulary.")
 BLOCK_SIZE = flags.DEFINE_integer(
-    "block_size", None, "Longest haiku in tokens, default 256; or a text's windows, default as in pretraining."
+    "block_size",
+    None,
+    "Longest haiku in tokens, default 256; or tokens per window of a text, default as in pretraining.",
 )
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Haiku or windows a step.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Haiku or windows per step.")
 EPOCHS = flags.DEFINE_integer(
     "epochs", None, f"Epochs; default: {EPOCHS_OF_MANY}, or as many as give {MIN_STEPS} steps."
 )
@@ -80,9 +82,9 @@ def finetune(signals: Signals) -> None:
         raise UsageError(f"validation_fraction={VALIDATION.value} is out of range; it must be between 0 and 1")
     model, tokenizer, _ = LOAD.load()
     if tokenizer.kind == "image":
-        raise UsageError(f"{LOAD.value}: a model of images; give one of text")
+        raise UsageError(f"{LOAD.value}: is a model of images; give a model of text")
     if FORMAT.value != "text":
-        check_causal(model.config, "and writes no haiku; give --format=text, or another model")
+        check_causal(model.config, "so the model cannot write haiku; pass --format=text, or give another model")
     if EXTEND.value and tokenizer.kind == "char":
         paths = [DATA_PATH.value, *filter(None, [VALID_PATH.value])]
         texts = map(load_text, paths) if FORMAT.value == "text" else itertools.chain(*map(load_haiku, paths))
@@ -154,8 +156,8 @@ def read_haiku(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[Haiku
     haiku = without_held_out(haiku, valid)
     if not haiku or not valid:
         raise UsageError(
-            f"{len(haiku)} haiku to train on and {len(valid)} for validation fit block_size={block_size}; give more, "
-            "another validation_fraction or a larger block_size"
+            f"{len(haiku)} haiku for training and {len(valid)} for validation fit block_size={block_size}; give more "
+            "haiku, another --validation_fraction or a larger --block_size"
         )
     source = HaikuSource(
         haiku,

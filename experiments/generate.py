@@ -40,7 +40,7 @@ GEN_MODE = flags.DEFINE_enum(
     "gen_mode",
     None,
     ["scratch", "prompt", "complete"],
-    "scratch: no prompt; prompt: the default if one is given; complete: from the top halves of images.",
+    "scratch: no prompt (default); prompt: default if a prompt is given; complete: complete the top halves of images.",
 )
 PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; for a model fine-tuned on prompts, a first line.")
 PROMPT_FILE = launcher.define_path(
@@ -68,14 +68,12 @@ FOR_IMAGES = {"--gen_mode=complete", "--out", "--data_path"}
 def main(_: list[str]) -> None:
     mode = gen_mode()
     if mode == "prompt" and bool(PROMPT.value) == bool(PROMPT_FILE.value):
-        raise UsageError(
-            "--gen_mode=prompt needs a text; give it as --prompt='...' or --prompt_file=FILE, one of the two"
-        )
+        raise UsageError("--gen_mode=prompt requires one prompt; give it as --prompt='...' or as --prompt_file=FILE")
     if mode == "scratch" and (PROMPT.value or PROMPT_FILE.value):
         option = "--prompt" if PROMPT.value else "--prompt_file"
-        raise UsageError(f"{option} is given, but --gen_mode=scratch starts from nothing; pass --gen_mode=prompt")
+        raise UsageError(f"{option} does not apply to --gen_mode=scratch; pass --gen_mode=prompt, or leave it out")
     if EACH_LINE.value and not PROMPT_FILE.value:
-        raise UsageError("--each_line is for --prompt_file, which is not given")
+        raise UsageError("--each_line requires --prompt_file; give it, or leave out --each_line")
     if "" in STOP.value:
         raise UsageError("--stop is empty; give the text before which a sample ends")
     for text in (PROMPT.value, *STOP.value):
@@ -86,7 +84,7 @@ def main(_: list[str]) -> None:
     given = {f"--gen_mode={mode}"} | {f"--{name}" for name in flags.FLAGS if flags.FLAGS[name].present}
     misplaced = sorted(given & (FOR_TEXT if images else FOR_IMAGES))
     if misplaced:
-        raise UsageError(f"{misplaced[0]}: not for {LOAD.value}, a model of {'images' if images else 'text'}")
+        raise UsageError(f"{misplaced[0]} does not apply to {LOAD.value}, a model of {'images' if images else 'text'}")
     launcher.check_directory_of(OUT.value if images else RAW_OUT.value)
     with launcher.stopping() as signals:
         (draw if images else write)(model, tokenizer, signals)
@@ -119,7 +117,7 @@ def draw(model: HourglassLM, tokenizer: ImageTokenizer, signals: Signals) -> Non
 def write(model: HourglassLM, tokenizer: TextTokenizer, signals: Signals) -> None:
     form = Run(LOAD.value).read().settings.get("format", "text")
     prompts = read_prompts(tokenizer)
-    if form == "prompt":  # such a model completes a first line
+    if form == "prompt":  # trained to complete a first line
         prompts = [text.removesuffix(b"\n") + b"\n" if text else text for text in prompts]
     banned = [token for token in (tokenizer.unk_id, tokenizer.bos_id) if token is not None]
     raw: BinaryIO | None = None
@@ -149,7 +147,7 @@ def write(model: HourglassLM, tokenizer: TextTokenizer, signals: Signals) -> Non
 
 
 def read_prompts(tokenizer: TextTokenizer) -> list[bytes]:
-    """Return the UTF-8 bytes of each prompt; from scratch, an empty one."""
+    """Return the UTF-8 bytes of each prompt; from scratch, one empty prompt."""
     prompts = [to_utf8(PROMPT.value)]
     if PROMPT_FILE.value:
         raw = sys.stdin.buffer.read() if PROMPT_FILE.value == "-" else Path(PROMPT_FILE.value).read_bytes()
@@ -164,7 +162,7 @@ def read_prompts(tokenizer: TextTokenizer) -> list[bytes]:
         {character for text in prompts for character in tokenizer.unknown(text.decode("utf-8", "replace"))}
     )
     if unknown:
-        logging.warning("the model does not know %s; taken as <UNK>", ", ".join(map(repr, unknown)))
+        logging.warning("characters that are not in the vocabulary become <UNK>: %s", ", ".join(map(repr, unknown)))
     return prompts
 
 
@@ -172,17 +170,21 @@ def check_cleaned(prompts: Sequence[bytes]) -> None:
     """Warn of the characters that cleaning removes from a prompt. Raises UsageError if none are left."""
     for text in (prompt.decode("utf-8") for prompt in prompts if prompt):
         if not clean(text):
-            raise UsageError(f"the prompt {text!r} is empty after cleaning, which the model requires; give letters")
+            raise UsageError(
+                f"the prompt {text!r} is empty after cleaning, which the model requires; give a prompt with letters"
+            )
     lost = sorted({c for prompt in prompts for c in prompt.decode("utf-8") if not clean(c)})
     if lost:
-        logging.warning("the model's texts are cleaned, and so is the prompt, of %s", ", ".join(map(repr, lost)))
+        logging.warning(
+            "the prompt is cleaned like the model's training text, which removes %s", ", ".join(map(repr, lost))
+        )
 
 
 def prompt_tokens(tokenizer: TextTokenizer, text: bytes, form: str) -> np.ndarray:
     """Return the prompt's tokens, int32 [n], after BOS unless `form` is 'text'.
 
-    A pretrained model has never seen BOS: from scratch it starts with a newline, or if its vocabulary has none, with a
-    space or another character.
+    Pretraining does not use BOS, so from scratch such a model starts with a newline, or if its vocabulary has none,
+    with a space or another character.
     """
     tokens = tokenizer.encode(text if isinstance(tokenizer, ByteTokenizer) else text.decode("utf-8"))
     if form != "text":
@@ -198,7 +200,7 @@ class StopText(Exception):
 
 
 class Sample:
-    """Streams a sample's bytes up to the first stop text, and holds back what may start one."""
+    """Streams a sample's bytes up to the first stop text; delays bytes that may start a stop text."""
 
     def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str], signals: Signals):
         self.tokenizer, self.signals = tokenizer, signals
@@ -222,7 +224,7 @@ class Sample:
         self.n_shown = end
 
     def finish(self) -> bytes:
-        """Print the rest, and return all bytes."""
+        """Print the remaining text, and return all bytes."""
         self.show(len(self.written), final=True)
         print()
         return self.written

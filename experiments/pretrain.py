@@ -3,7 +3,7 @@
 python experiments/pretrain.py
 python experiments/pretrain.py --data_path=books --valid_path=held_out.txt --out=runs/books
 python experiments/pretrain.py --data_path=book.txt --factors=3,1,8,4 --d_model=512 --n_heads=8 --out=runs/book
-python experiments/pretrain.py --model.causal=false --out=runs/masked                      # from both sides
+python experiments/pretrain.py --model.causal=false --out=runs/masked                      # bidirectional
 python experiments/pretrain.py --data.dataset=cifar10 --data_path=cifar-10-batches-bin --out=runs/cifar10
 python experiments/pretrain.py --data.dataset=folder --data_path=photos --data.image_size=32 --out=runs/photos
 """

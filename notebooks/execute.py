@@ -1,4 +1,4 @@
-"""Runs the notebooks from top to bottom, each in an empty directory, and saves them with their outputs.
+"""Run the notebooks from top to bottom, each in an empty directory, and save them with their outputs.
 
 python notebooks/execute.py                      all of them
 python notebooks/execute.py 02_anatomy.ipynb
@@ -15,12 +15,12 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
-TIMEOUT = 300  # seconds a cell
+TIMEOUT = 300  # seconds per cell
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """The notebook with new outputs, and of the metadata the kernel's name alone."""
+    """Return the notebook with new outputs; of its metadata, only the kernel's name is kept."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as directory:
         resources = {"metadata": {"path": directory}}

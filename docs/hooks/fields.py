@@ -1,4 +1,4 @@
-"""A griffe extension: lines "name: meaning" of a docstring become a list, which Markdown would join to a paragraph."""
+"""A griffe extension that turns lines "name: meaning" of docstrings into lists; Markdown would join them."""
 
 import re
 

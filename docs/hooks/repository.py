@@ -1,4 +1,4 @@
-"""MkDocs hooks: pages from outside docs/, links that work on the site and in the repository, formulas as MathML."""
+"""MkDocs hooks: pages outside docs/, links that work on the site and in the repository, formulas as MathML."""
 
 import html
 import os
@@ -25,7 +25,7 @@ def on_files(files, config):
 
 
 def site_path(path, root):
-    """The path on the site of a file of the repository."""
+    """Return the path on the site of a file in the repository."""
     relative = path.relative_to(root).as_posix()
     if relative == "README.md":
         return README
@@ -33,7 +33,7 @@ def site_path(path, root):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Resolve links as the repository does; the text alone remains of a link to a file that the site does not have."""
+    """Resolve links relative to the repository; replace a link to a file that is not on the site by its text."""
     root = Path(config.docs_dir).parent
     here = Path(page.file.abs_src_path).parent
 
@@ -53,7 +53,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(content, **_):
-    """Write formulas as MathML, which browsers show without a script, and unfold the source beside the equations."""
+    """Write formulas as MathML, which browsers render without scripts, and unfold the source beside the equations."""
 
     def formula(match):
         display = "block" if match[1] == "div" else "inline"

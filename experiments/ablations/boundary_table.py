@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from experiments.ablations.table import TEXT, Row, Table, resampling
 
-# Bits per character or byte. Dynamic pooling: all rows 12 layers, so the shortened ones cost half. H-Net: equal FLOPs,
-# 100B tokens; plain is LlamaByte, spacelike SpaceByte++. SpaceByte: test, 1e19 FLOPs; its fixed stride is one it chose.
+# Bits per character or byte. Dynamic pooling: 12 layers in all rows, so shortened models cost half. H-Net: equal
+# FLOPs, 100B tokens; plain is LlamaByte, spacelike SpaceByte++. SpaceByte: test split, 1e19 FLOPs.
 PUBLISHED_BOUNDARIES = {
     "dynamic pooling, text8": {
         "plain": 1.143,

@@ -1,4 +1,4 @@
-"""Bits of the same characters against the length of their context: how far back models look.
+"""Bits of the same characters by length of context, which show how far back a model looks.
 
 Layers on shortened sequences serve the distant past (section 1 of the paper).
 """
@@ -51,7 +51,7 @@ def sample(setup: Setup, context: int) -> np.ndarray:
     Raises UsageError if the text is too short.
     """
     text = split_tokens(map_bytes(setup.data.path), setup.data).valid
-    first = len(text) // 10  # the characters before it are context alone
+    first = len(text) // 10  # characters before it serve only as context
     if first < context + N_SCORED:
         raise UsageError(
             f"{setup.data.path}: has {len(text):,} validation characters, but contexts of {context:,} require "

@@ -1,4 +1,4 @@
-"""Learning curves of plain and Hourglass models at equal FLOPs, with a figure at every budget.
+"""Learning curves of plain and Hourglass models at equal FLOPs.
 
 A curve is one training at a constant learning rate, divided into legs that end at POINTS. At BRANCHES, a branch lets
 the rate decay to 0, as a training of that length would. Each leg is a run directory that starts from the last
@@ -103,7 +103,7 @@ class Leg:
 
     @property
     def steps(self) -> int:
-        """Steps of this leg alone."""
+        """Steps of this leg, without earlier legs."""
         return self.job.train.steps - (self.before.train.steps if self.before else 0)
 
 
@@ -175,9 +175,9 @@ def plan_table(legs: Sequence[Leg]) -> str:
 
 
 def train(legs: Sequence[Leg], setup: Setup, runtime: RuntimeConfig, signals: Signals) -> None:
-    """Train the unfinished legs, each time the first one that can start; several processes share them."""
+    """Train the unfinished legs, always the first one that can start; several processes may share the work."""
     if jax.process_count() > 1:
-        raise UsageError("one process trains a curve; use --workers instead of --coordinator")
+        raise UsageError("--curves trains each curve in one process; use --workers instead of --coordinator")
     source = setup_source(setup, [leg.job for leg in legs])
     validation = valid_sample(source, setup)
     diverged: list[str] = []

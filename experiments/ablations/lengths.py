@@ -131,7 +131,7 @@ def measured(record: Record) -> list[Record]:
 
 
 def rate(record: Record) -> float:
-    """Return the FLOP/s that predicted seconds assume: the median of all points."""
+    """Return the FLOP/s assumed by the predicted seconds: the median of all points."""
     return statistics.median(point["predicted_flops"] / point["seconds"] for point in measured(record))
 
 
@@ -151,9 +151,9 @@ def render(record: Record) -> str:
             f"Models: {model}, attention shortening over the average and attention upsampling over repetition; 'equal "
             "depth' has as many layers as the Hourglass, 'equal FLOPs' as many FLOPs at the length that this scale "
             f"trains at. A step reads {CHARACTERS:,} characters at every length and keeps all activations. FLOPs are "
-            "those of matrix products: predicted by the formula of model FLOP utilisation, counted in the step's "
+            "those of matrix products: predicted by the formula of model FLOP utilization, counted in the step's "
             f"program, which computes attention's scores again. Seconds are predicted at {speed}; they are medians of "
-            f"{ROUNDS} runs, the models in turns. Bytes are the compiler's, with parameters and optimiser state; the "
+            f"{ROUNDS} runs, the models in turn. Bytes are the compiler's, with parameters and optimizer state; the "
             "prediction of the activations is a lower bound.",
         )
     )

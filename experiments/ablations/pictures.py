@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = {"plain transformer": "tab:orange", "Hourglass": "tab:green"}
-NAME_SIZE = 6.5  # points, as the two below
+NAME_SIZE = 6.5  # points, like the next two
 MARKER = 3  # half the side of a marker
 REACHES = range(MARKER, 80, 4)  # from a marker to its name
 SIDES = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))

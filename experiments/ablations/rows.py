@@ -71,7 +71,7 @@ class Job:
 
 
 def same_setup(stored: dict[str, Any] | None, setup: dict[str, Any]) -> bool:
-    """Return whether a record's set-up is this one; options that the record is older than have their defaults."""
+    """Return whether a record's set-up is this one; options that are missing in an older record have their defaults."""
     return stored is not None and identity(stored) == identity(setup)
 
 
@@ -218,7 +218,7 @@ def train_row(
 
 
 def start_job(job: Job, run: Run, source: Source, runtime: RuntimeConfig) -> dict[str, Any] | None:
-    """Claim and start `run`; return the result if another process has finished the job meanwhile."""
+    """Lock and start `run`; return the result if another process has finished the job meanwhile."""
     settings, first = job.settings() | source.fingerprint, source.batches(job.train.seed)(0)
     launcher.start_run(run, job.config, source.tokenizer, settings, runtime, first)
     return job.result()

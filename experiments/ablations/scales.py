@@ -69,7 +69,7 @@ SETUPS = {
         hierarchies={"2@1 24@4 2@1": "2@1 8@4 2@1"},
         n_valid=512,
         scaled="d_model 128 for {d_model}, sequences of 256 for 2,048 (4 for 8 a step), 2,000 steps for {steps:,}, "
-        "peak learning rate 2e-3 for 4e-4, no dropout for 0.15, Xavier initialisation",
+        "peak learning rate 2e-3 for 4e-4, no dropout for 0.15, Xavier initialization",
     ),
     ("text", "micro"): Setup(  # narrow: two CPU cores reach 60 characters per parameter
         widths(64, 2) | {"initialization": "xavier", "max_length": 256, "max_unrolled_layers": 16},
@@ -79,7 +79,7 @@ SETUPS = {
         hierarchies={"2@1 24@4 2@1": "2@1 8@4 2@1"},
         n_valid=1024,
         scaled="d_model 64 for {d_model}, sequences of 256 for 2,048, 10,000 steps for {steps:,}, peak learning rate "
-        "3e-3 for 4e-4, no dropout for 0.15, Xavier initialisation",
+        "3e-3 for 4e-4, no dropout for 0.15, Xavier initialization",
     ),
     ("images", "paper"): Setup(
         widths(512, 8) | {"max_length": 3072},
@@ -103,7 +103,7 @@ SETUPS = {
         n_valid=128,
         scaled="d_model 128 for {d_model}, images of 16x16 for {side}x{side} (768 numbers for {length:,}; 1 for "
         "{batch_size} a step), 2,000 steps for {steps:,}, peak learning rate 2e-3 for {learning_rate}, Xavier "
-        "initialisation",
+        "initialization",
     ),
     ("images", "micro"): Setup(
         widths(64, 2) | {"initialization": "xavier", "max_length": 768, "max_unrolled_layers": 16},
@@ -113,7 +113,7 @@ SETUPS = {
         n_valid=512,
         scaled="d_model 64 for {d_model}, images of 16x16 for {side}x{side} (768 numbers for {length:,}; 4 for "
         "{batch_size} a step), 5,000 steps for {steps:,}, peak learning rate 3e-3 for {learning_rate}, Xavier "
-        "initialisation",
+        "initialization",
     ),
 }
 IMAGENET = {  # batch size (for ImageNet64 our choice), warm-up steps, steps

@@ -33,7 +33,7 @@ class Table:
     baseline: name of the row that is trained with several seeds.
     model, warmup_steps, steps: overrides of the paper's setup for this table.
     seeds: minimum number of seeds of every row.
-    published: figures of other papers by column, then by row; rows may be theirs alone.
+    published: figures of other papers by column, then by row, also of rows that this table lacks.
     """
 
     number: str

@@ -72,8 +72,8 @@ def table_2() -> Table:
         for name, (bpc, millions) in others.items()
     ]
     note = (
-        "The paper's are test figures with long contexts, to be compared with those of evaluate.py --protocol=sliding "
-        "--split=test (windows of 4096, step 128); ours here is a validation figure without context."
+        "The paper's figures are for the test split with long contexts, as in evaluate.py --protocol=sliding "
+        "--split=test (windows of 4096, step 128). Ours is a validation figure without context."
     )
     main = Table("2", "enwik8", "Models on enwik8", "model", "bpc", tuple(rows), "Hourglass", note)
     return replace(main, model={"d_model": 768, "d_ff": 3072}, warmup_steps=20_000, steps=350_000)
@@ -92,7 +92,7 @@ def table_3(dataset: str) -> Table:
             "DenseFlow": 3.63,
         }
         note = (
-            "The paper trains 400k steps with an inverse square root, then 70k with a cosine; here it is one cosine. "
+            "The paper uses an inverse square root for 400k steps, then a cosine for 70k; here it is one cosine. "
             "The learning rate, 4e-4, is our choice."
         )
     else:
@@ -109,8 +109,8 @@ def table_3(dataset: str) -> Table:
             "DenseFlow": 3.35,
         }
         note = (
-            "The paper has LSH attention in the vanilla layers, which is not strictly causal, and an inverse square "
-            "root; here it is a cosine. Images a step and the learning rate, 8 and 4e-4, are our choice."
+            "The paper uses LSH attention in the vanilla layers, which is not strictly causal, and an inverse square "
+            "root; here it is a cosine. The batch of 8 images and the learning rate 4e-4 are our choice."
         )
     rows = [Row(name, hourglass if name == "Hourglass" else None, {"bpd": bpd}) for name, bpd in others.items()]
     if dataset == "imagenet64":
@@ -138,7 +138,7 @@ def table_4() -> Table:
         ]
     note = (
         "Average pooling inside attention shortening and repetition inside attention upsampling: no parameter depends "
-        "on k. The paper ran this table on other code (Transformer-XL in PyTorch)."
+        "on k. The paper used other code for this table (Transformer-XL in PyTorch)."
     )
     return Table(
         "4", "enwik8", "Shorten-factor dropout", "model", "bpc", tuple(rows), "2@1 8@k 2@1, k drawn from 2, 3", note
@@ -200,7 +200,7 @@ def table_8(dataset: str) -> Table:
 
 
 def table_a1() -> Table:
-    """Return appendix A.1: the best accuracy is 2/3; without vanilla layers the repeated letter is a guess."""
+    """Return appendix A.1: the best accuracy is 2/3; without vanilla layers the repeated letter must be guessed."""
     rows = tuple(
         Row(
             f"({pre},{post})",
@@ -210,9 +210,9 @@ def table_a1() -> Table:
         for pre, post in ((0, 0), (0, 1), (1, 0), (1, 1))
     )
     note = (
-        "The paper gives no set-up for this task. Chunks of a random letter, #, and the letter again. 2/3 is the best "
-        "there is: the first letter of a chunk cannot be known. The figure for (0,0) is that of always knowing # and "
-        "guessing both letters."
+        "The paper gives no setup for this task. A chunk is a random letter, #, and the letter again. The best "
+        "accuracy is 2/3, since the first letter of a chunk is random. The figure for (0,0) is that of predicting # "
+        "and guessing both letters."
     )
     return Table("A1", "letters", "Vanilla layers and L#L", "vanilla layers", "accuracy", rows, "(1,1)", note)
 
@@ -255,7 +255,7 @@ TABLE_1 = TABLES["1", "enwik8"]
 
 
 def find_table(number: str, dataset: str) -> Table:
-    """Return a table by its number; text8 has enwik8's. Plugins add rows: upsamplings to Table 7, shortenings to 8.
+    """Return a table by its number; text8 uses enwik8's. Plugins add rows: upsamplings to Table 7, shortenings to 8.
 
     Raises UsageError for an unknown number or data set.
     """

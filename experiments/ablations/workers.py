@@ -23,7 +23,7 @@ def train_together(train: Callable[[Signals], None], n_workers: int, minutes: fl
     if n_workers > 1:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{MEMORY / n_workers:.3f}")
     command = [sys.executable, *sys.argv, "--workers=0"]  # the last --workers counts
-    # In sessions of their own, so that Ctrl-C reaches them once: from here.
+    # In their own sessions, so that Ctrl-C reaches them only through this process.
     others = [subprocess.Popen(command, start_new_session=True) for _ in range(n_workers - 1)]
     with Signals(60 * minutes or math.inf) as signals:
         try:

@@ -1,1 +1,1 @@
-"""Does a training step compile and fit on another machine: targets, compilation, advice and the report."""
+"""Compilation of a training step for another machine: targets, compilation, advice and the report."""

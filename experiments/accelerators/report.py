@@ -28,7 +28,7 @@ def describe(run: Pretraining, target: Target, compiled: Compiled, characters: f
         parts += [f"Compiles in {compiled.seconds:.0f} s and {fits}.", memory_table(compiled, target)]
     elif compiled.peak is not None:
         wanted, had = compiled.peak / GIB, target.memory / GIB
-        parts.append(f"DOES NOT FIT: the compiler requires {wanted:.2f} GiB per chip, which has {had:.1f} GiB.")
+        parts.append(f"DOES NOT FIT: the step requires {wanted:.2f} GiB per chip, but a chip has {had:.1f} GiB.")
     else:
         parts.append(f"DOES NOT COMPILE for {target.name}: {compiled.failure.strip().partition(chr(10))[0][:300]}")
     return "\n\n".join([*parts, time_table(run, target, characters)])

@@ -97,7 +97,7 @@ def compile_step(run: Pretraining, target: Target, devices: Sequence[jax.Device]
         graph, optimizer, run.train.seed, accumulate=run.runtime.accumulate, shardings=shardings, trained=trained
     )
     batch = abstract(batch_shapes(run.data), (batch_sharding(mesh),) * 2)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells the traced code its platform
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # traced code reads the platform from it
         lowered = step.lower(state, *batch)
     started = time.perf_counter()
     try:
@@ -110,7 +110,7 @@ def compile_step(run: Pretraining, target: Target, devices: Sequence[jax.Device]
 
 
 def compile_lowered(lowered: Any) -> Any:
-    """Compile; without a device XLA finds no tiles for some of its own matrix products, then use a library's."""
+    """Compile; if XLA finds no tiles for its own matrix products without a device, use a library's products."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:

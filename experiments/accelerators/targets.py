@@ -88,7 +88,9 @@ def find_target(name: str) -> Target:
     sizes = fields.pop("topologies")
     size = size or next(iter(sizes))
     if size not in sizes:
-        raise UsageError(f"--target={name}: {kind} comes as {', '.join(sizes)}; choose one, or add it to {path.name}")
+        raise UsageError(
+            f"--target={name}: {kind} is available as {', '.join(sizes)}; choose one, or add a size to {path.name}"
+        )
     chips = math.prod(map(int, sizes[size].rpartition(":")[2].split("x")))  # of 1x1x8 or v5e:4x4
     return Target(name=name, chips=chips, topology=sizes[size], **fields)
 
@@ -100,7 +102,7 @@ def read_fields(path: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path}: not TOML ({error}); see the other files beside it") from error
     if lacking := sorted(FIELDS - fields.keys()):
-        raise UsageError(f"{path}: misses the fields {', '.join(lacking)}; see the other files beside it")
+        raise UsageError(f"{path}: lacks the fields {', '.join(lacking)}; see the other files beside it")
     if unknown := sorted(fields.keys() - FIELDS - {"compiler"}):
         raise UsageError(f"{path}: has unknown fields {', '.join(unknown)}; see the other files beside it")
     check_choice(f"{path}: platform", fields["platform"], tuple(COMPILERS))

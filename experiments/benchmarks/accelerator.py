@@ -1,6 +1,6 @@
-"""An accelerator's suite: kernels against plain attention, then training steps, then decoding.
+"""The accelerator suite: kernels against plain attention, then training steps, then decoding.
 
-Each part adds its row to the record, and the same command resumes with the first part that has none.
+Each part adds a row to the record, and the same command resumes with the first part that has no row.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Part = Callable[[], Row]
 ORACLE = "plain"
 POSITIONS = ("relative", "rotary", "learned")
 WINDOWS = (0, 64)
-TIMES, ROUNDING = 2.0, 1e-5  # a kernel's largest error: that many times plain attention's, plus rounding
+TIMES, ROUNDING = 2.0, 1e-5  # allowed error of a kernel: TIMES the error of plain attention, plus ROUNDING
 
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
     """Sizes of the suite; the defaults are the paper's enwik8 model at length 4096.
 
-    check_length, check_d_model: size of the models that check kernels; two heads, a length that no block divides.
+    check_length, check_d_model: size of the models that check kernels; the length is no multiple of a block.
     decode_length, decode_batches: tokens generated, and rows generated at once.
     """
 
@@ -88,7 +88,7 @@ def parts(sizes: Accelerator, repeats: int) -> dict[str, Part]:
 
 
 def run_parts(parts: Mapping[str, Part], rows: dict[str, Row]) -> Iterator[str]:
-    """Run the parts that `rows` lacks, and yield the name of each when its row is there; an error becomes a row."""
+    """Run the parts without a row, and yield the name of each after adding its row; an error becomes a row."""
     for name in [name for name in parts if name not in rows]:
         try:
             rows[name] = parts[name]()

@@ -1,4 +1,4 @@
-"""Characters per second of training and decoding with data-dependent groups, beside fixed ones."""
+"""Characters per second of training and decoding with data-dependent groups, compared with fixed groups."""
 
 from __future__ import annotations
 
@@ -90,12 +90,13 @@ def describe(rows: list[dict[str, Any]], repeats: int) -> str:
         for row in rows
     ]
     sizes = models.SIZES
-    return f"""# Groups that end where the text says, beside fixed ones
+    return f"""# Speed with data-dependent groups
 
 {HIERARCHY}, d_model {sizes["d_model"]}, {sizes["n_heads"]} heads, average and repeat, relative positions, float32;
-{repeats} runs of each in turn, compilation left out; ratios are medians over rounds, times are medians. Training: a
-step of {BATCH} windows of {LENGTH} bytes of real text, AdamW; FLOPs count the room for groups, used or not. Decoding:
-{NEW} tokens a row from a model that draws all tokens alike, of which every sixth ends a group: rows fire one by one.
+{repeats} runs of each in turn, without compilation; ratios are medians over rounds, times are medians. Training: a step
+of {BATCH} windows of {LENGTH} bytes of real text, AdamW; FLOPs include unused room for groups. Decoding: {NEW} tokens
+per row from an untrained model, which samples tokens almost uniformly. A sixth of the vocabulary ends a group, so rows
+end groups at different steps.
 
 {markdown_table(header, cells)}
 """

@@ -1,4 +1,4 @@
-"""Speed of each trick of `hourglass_jax.nn.cpu`, beside the plain code that it replaces."""
+"""Speed of each trick of `hourglass_jax.nn.cpu`, compared with the plain code that it replaces."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ TASKS = {
 
 
 def compiled(make: Callable[[], Callable[[], None]], trick: str) -> Callable[[], None]:
-    """Return the compiled run of a task, with one trick replaced by plain code; ON replaces none."""
+    """Return the compiled run of a task with one trick replaced by plain code, or with all tricks for ON."""
     jax.clear_caches()
     run = make()
     if trick == ON:
@@ -118,10 +118,10 @@ def describe(rows: list[dict[str, Any]], repeats: int) -> str:
     return f"""# Tricks for XLA:CPU, on and off
 
 Each row compares a task with all tricks of `hourglass_jax/nn/cpu.py` and without one of them, in one process:
-{repeats} runs of each in turn, compilation left out. Times are medians of processor time, summed over threads, because
-other processes share the machine. `times as fast` is the median of the ratio over rounds. Model: {HIERARCHY}, d_model
+{repeats} runs of each in turn, without compilation. Times are medians of processor time, summed over threads, which
+other processes affect little. `times as fast` is the median of the ratio over rounds. Model: {HIERARCHY}, d_model
 {sizes["d_model"]}, {sizes["n_heads"]} heads, relative positions, float32. Training: one AdamW step on {BATCH} rows of
-{LENGTH} tokens. Decoding: {NEW} tokens a row, with a cache for {CONTEXT}.
+{LENGTH} tokens. Decoding: {NEW} tokens per row, with a cache for {CONTEXT}.
 
 {markdown_table(header, cells)}
 """

@@ -1,4 +1,4 @@
-"""Characters per second of generation, beside a peer that runs the whole model for every character."""
+"""Characters per second of generation, compared with a peer that runs the whole model for every character."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from experiments.benchmarks import models
 from experiments.common.reports import markdown_table
 from hourglass_jax import HourglassLM, generate
 
-PEER_LENGTHS = (1, 64, 256, 512, 1024, 2048, 4096)  # at which the peer is timed; its cost is interpolated between them
+PEER_LENGTHS = (1, 64, 256, 512, 1024, 2048, 4096)  # at which the peer is timed; others are interpolated
 
 
 def peer_step(model: Any, n: int) -> None:
@@ -79,15 +79,15 @@ def describe(rows: list[dict[str, Any]], repeats: int) -> str:
     timed_at = next((row["timed_at"] for row in rows if row["model"] == "peer"), ())
     peer = (
         f"""The peer
-({models.PEER}) runs the whole model for every character: its cost was timed at
-{", ".join(map(str, timed_at))} characters and summed, linear in between. `learned` is the peer's architecture."""
+({models.PEER}) runs the whole model for every character: its time was measured at
+{", ".join(map(str, timed_at))} characters, interpolated linearly and summed. `learned` is the peer's architecture."""
         if timed_at
-        else "Without the peer."
+        else "The peer was not measured."
     )
     return f"""# Characters per second of generation
 
 {sizes["hierarchy"]}, d_model {sizes["d_model"]}, {sizes["n_heads"]} heads, vocabulary {sizes["vocab_size"]}, float32,
-from a prompt of one character; medians of {repeats} runs in turn, compilation left out. {peer}
+from a prompt of one character; medians of {repeats} runs in turn, without compilation. {peer}
 `relative` is this library's default.
 
 {table(rows)}

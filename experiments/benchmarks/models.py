@@ -1,4 +1,4 @@
-"""The model that the CPU suites time, also in the PyPI package hourglass-transformer-pytorch, and the timer."""
+"""The model of the CPU suites, in this library and in the PyPI package hourglass-transformer-pytorch; and the timer."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def in_turn(
     warm: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Name, list[float]]:
-    """Return the seconds of `repeats` calls of each run; the runs take turns, since machines drift.
+    """Return the seconds of `repeats` calls of each run; the runs take turns, since a machine's speed drifts.
 
     An additional first round is not counted.
-    warm: each call follows one that is not counted, so that it finds its own data in the caches.
+    warm: an untimed call precedes each timed one, so that its data is in the caches.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):

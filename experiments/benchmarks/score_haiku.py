@@ -28,7 +28,7 @@ from hourglass_jax.training.run import Run
 LOAD = launcher.ModelFlags("runs/finetune", "Run directory of finetune.py.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 200, "Number of samples.", lower_bound=1)
 MAX_TOKENS = flags.DEFINE_integer(
-    "max_tokens", 250, "Maximum characters of a sample, within which it must end.", lower_bound=2
+    "max_tokens", 250, "Maximum number of characters; a longer sample is not well-formed.", lower_bound=2
 )
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0.0)
 SEED = launcher.define_seed("Seed of the sampling.")
@@ -89,7 +89,7 @@ def main(_: list[str]) -> None:
     settings = Run(LOAD.value).read().settings
     form = settings.get("format", "text")
     if form == "text":
-        raise UsageError(f"{LOAD.value}: was not fine-tuned on haiku; give a model that was")
+        raise UsageError(f"{LOAD.value}: was not fine-tuned on haiku; give a model that finetune.py trained on haiku")
     prompts = read_prompts(form, settings, tokenizer)
     started = time.perf_counter()
     samples = generate(
@@ -108,8 +108,8 @@ def main(_: list[str]) -> None:
         for sample, text in zip(samples, texts, strict=True)
     ]
     summary = (
-        f"{sum(well_formed)} of {len(texts)} samples are exactly {'two further' if form == 'prompt' else 'three'} "
-        f"non-empty lines that end by themselves within {MAX_TOKENS.value} characters"
+        f"{sum(well_formed)} of {len(texts)} samples are exactly {'two' if form == 'prompt' else 'three'} "
+        f"non-empty lines, followed by EOS, within {MAX_TOKENS.value} characters"
     )
     print(f"{summary} ({seconds:.0f} s)")
     poems = [tokenizer.decode(prompt) + text for prompt, text in zip(prompts, texts, strict=True)]

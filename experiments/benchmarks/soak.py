@@ -1,4 +1,4 @@
-"""Kill a run with SIGKILL many times; it must end bit-identical to an uninterrupted run.
+"""Kill a run with SIGKILL many times; its result must be bit-identical to that of an uninterrupted run.
 
 python experiments/benchmarks/soak.py
 python experiments/benchmarks/soak.py --kills=50 --report=experiments/results/reliability/soak
@@ -36,7 +36,7 @@ from hourglass_jax.training.sharding import on_one_device
 
 KILLS = flags.DEFINE_integer("kills", 50, "Number of kills.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 1000, "Steps of the run; all kills must come before its end.")
-SEED = launcher.define_seed("Seed of the times of the kills.")
+SEED = launcher.define_seed("Seed of the kill times.")
 REPORT = launcher.define_path("report", "", "Write PATH.json and PATH.md.")
 WORKDIR = launcher.define_path("workdir", "", "Keep the runs in this directory; default: remove them.")
 
@@ -78,7 +78,7 @@ class Watched:
         while self.process.poll() is None and (met is None or time.monotonic() < met + seconds):
             present = self.unwritten()
             began, ended = present - self.present, self.present - present
-            self.changes += bool(began) + bool(ended and self.changes)  # not counted: removal of leftovers of a kill
+            self.changes += bool(began) + bool(ended and self.changes)  # without the removal of a kill's leftovers
             self.present = present
             if met is None and self.changes >= changes:
                 met = time.monotonic()
@@ -151,8 +151,8 @@ def compare(first: Path, second: Path) -> dict[str, bool]:
 def soak(workdir: Path, *, kills: int, steps: int, seed: int = 0) -> dict[str, Any]:
     """Train twice in `workdir`, without and with `kills` kills, and return a record that compares the results.
 
-    Every other kill comes up to 30 ms after a checkpoint write starts or ends; the others at any time, up to a second
-    later than the first write. The record's "failure" is set if a restart failed, or the run ended early.
+    Every other kill comes up to 30 ms after a checkpoint write starts or ends; the others come at a random time, up to
+    a second after the first write. The record's "failure" is set if a restart failed, or the run ended early.
     """
     rng, started = random.Random(seed), time.perf_counter()
     record: dict[str, Any] = {"kills": [], "starts": 0, "passed_over": 0, "failure": "", "same": {}}
@@ -187,7 +187,7 @@ def soak(workdir: Path, *, kills: int, steps: int, seed: int = 0) -> dict[str, A
     record["during_saves"] = sum(moment in ("writing", "sealing or removing") for moment in moments)
     record["summary"] = (
         f"{len(moments)} kills, {record['during_saves']} of them during a save: "
-        f"{'identical' if record['identical'] else 'NOT identical'} to a run of {steps} steps without"
+        f"{'identical' if record['identical'] else 'NOT identical'} to an uninterrupted run of {steps} steps"
     )
     return record | {"steps": steps, "seed": seed, "seconds": time.perf_counter() - started}
 
@@ -211,20 +211,19 @@ def describe(record: dict[str, Any]) -> str:
     return f"""# {record["summary"]}
 
 - The same command was started {record["starts"]} times, and killed with SIGKILL {len(moments)} times.
-- {record["failure"] or "Every start went on by itself."}
-- {record["passed_over"]} times a start passed over a checkpoint that was not whole.
+- {record["failure"] or "Every start resumed the run."}
+- Starts skipped incomplete checkpoints {record["passed_over"]} times.
 - A checkpoint was written every {INTERVAL} steps.
 
 {table}
 
-Compared bit for bit, at step {record["steps"]}, with a run that nothing interrupted and that saved at its
-evaluations alone:
+Compared bit for bit, at step {record["steps"]}, with an uninterrupted run that saved only at evaluations:
 
 {same}
 
-Took {record["seconds"]:.0f} s, {record["seconds_whole"]:.0f} of them for the run without kills; seed {record["seed"]}.
+Took {record["seconds"]:.0f} s, {record["seconds_whole"]:.0f} of them for the uninterrupted run; seed {record["seed"]}.
 
-The run, on {WORDS_DRAWN:,} random words: `python experiments/pretrain.py {shlex.join(record["run"])}`
+The run trained on {WORDS_DRAWN:,} random words: `python experiments/pretrain.py {shlex.join(record["run"])}`
 """
 
 
@@ -241,7 +240,7 @@ def main(_: list[str]) -> None:
         record |= provenance() | {"run": [*RUN, f"--steps={STEPS.value}", f"--checkpoint_interval={INTERVAL}"]}
         write_report(Path(REPORT.value), record, describe(record))
     if not record["identical"]:
-        raise UsageError(record["failure"] or f"not the same: {record['same']}")
+        raise UsageError(record["failure"] or f"the runs differ: {record['same']}")
 
 
 if __name__ == "__main__":

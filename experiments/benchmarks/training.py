@@ -1,4 +1,4 @@
-"""Characters per second of training, beside a peer; the share of the matrix-product ceiling; the cost of input."""
+"""Characters per second of training, compared with a peer; share of the matrix-product peak; cost of input."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PEER = Case("peer")
 
 
 class Step:
-    """A training step; each call runs on the next of `batches` and blocks until it is done."""
+    """A training step; each call runs on the next batch and blocks until the step is done."""
 
     def __init__(self, config: HourglassConfig, batches: Iterator[Batch]):
         model = HourglassLM(config, rngs=nnx.Rngs(0))
@@ -72,7 +72,7 @@ def real() -> Iterator[Batch]:
 
 
 def peer_step() -> Callable[[], None]:
-    """Return a training step of the peer: eager, AdamW, without dropout, which it does not support."""
+    """Return a training step of the peer: eager, AdamW, without dropout, which the peer does not support."""
     import torch
 
     model = models.make_peer(LENGTH).train()
@@ -171,7 +171,7 @@ def describe(rows: list[dict[str, Any]], repeats: int) -> str:
     ceiling = rows[0]["matmul_ceiling"] / 1e9
     peer = (
         f"""
-The peer is {models.PEER}, eager, without dropout, and `learned` its architecture.
+The peer is {models.PEER}, eager, without dropout. `learned` has the peer's architecture.
 """
         if any(case_of(row) == PEER for row in rows)
         else ""
@@ -179,14 +179,15 @@ The peer is {models.PEER}, eager, without dropout, and `learned` its architectur
     return f"""# Characters per second of training
 
 {models.SIZES["hierarchy"]}, d_model {models.SIZES["d_model"]}, {models.SIZES["n_heads"]} heads, vocabulary 256, length
-{LENGTH}, batch {BATCH}, AdamW, float32; {repeats} times {2 * SERIES} steps of each in turn, the last {SERIES} count.
-Each runs in its own process. Ratios are medians over rounds, times are medians. `relative` is our default.
+{LENGTH}, batch {BATCH}, AdamW, float32; {repeats} rounds of {2 * SERIES} steps of each case; the last {SERIES} are
+timed. Each case runs in its own process. Ratios are medians over rounds, times are medians. `relative` is this
+library's default.
 {peer}
 
 {table(rows)}
 
-- Dropout 0.1 costs: {", ".join(dropout_costs)}.
-- Windows of a real text through the input pipeline instead of one batch in memory cost: {input_cost:+.1%}.
-- A square matrix product reached {ceiling:,.0f} GFLOP/s in the same run; the last column is the model's own
-  operations ({rows[0]["flops"] / 1e9:,.0f} GFLOP a step for `learned`, recomputation not counted) over that.
+- Time added by dropout 0.1: {", ".join(dropout_costs)}.
+- Time added by windows of a real text through the input pipeline, instead of one batch in memory: {input_cost:+.1%}.
+- A square matrix product reached {ceiling:,.0f} GFLOP/s in the same run. The last column is the model's FLOP/s
+  ({rows[0]["flops"] / 1e9:,.0f} GFLOP per step for `learned`, without recomputation) relative to it.
 """

@@ -1,4 +1,4 @@
-"""Characters of a text as a model sees them: which its vocabulary lacks, and the surprise at each."""
+"""Unknown characters of a text, and a model's surprise at each character."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ N_SHOWN = 5
 def check_characters(text: str, tokenizer: TextTokenizer, name: str, *, allow_unknown: bool = False) -> int:
     """Return the number of characters in `text` that become <UNK>, and warn of the most frequent ones.
 
-    Raises UsageError if they are more than MAX_UNKNOWN of the text, unless allowed. `name`: the text's, in messages.
+    Raises UsageError if they exceed MAX_UNKNOWN of the text, unless `allow_unknown`. name: of the text, for messages.
     """
     if not isinstance(tokenizer, CharTokenizer) or not (unknown := tokenizer.unknown(text)):
         return 0
@@ -46,7 +46,7 @@ def check_characters(text: str, tokenizer: TextTokenizer, name: str, *, allow_un
 def write_surprise(path: Path, model: HourglassLM, batches: Sequence[Batch], tokenizer: TextTokenizer) -> Evaluation:
     """Write a tab-separated line for each prediction in `batches`, and return their mean loss.
 
-    Positions start at 1: the first character is not predicted. Characters and bytes are escaped as in Python.
+    Positions start at 1, since the first character is not predicted. Characters and bytes are escaped as in Python.
     """
     names, compiled = token_names(tokenizer), nnx.jit(score)
     position, loss = 0, 0.0

@@ -49,7 +49,7 @@ def describe_groups(model: HourglassLM, tokens: np.ndarray, weights: np.ndarray)
 
 
 def check_groups(model: HourglassLM, tokens: np.ndarray, weights: np.ndarray) -> None:
-    """Warn if more than MAX_SUPPRESSED of the boundaries are suppressed. Raises UsageError if the text has none.
+    """Warn if more than MAX_SUPPRESSED of the boundaries are suppressed. Raises UsageError if there are none.
 
     Learned boundaries are skipped: `fit` warns during training.
     """

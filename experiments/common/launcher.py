@@ -60,7 +60,7 @@ def define_config(name: str, defaults: Any, *, without: tuple[str, ...] = ()) ->
     help_text = f"{type(defaults).__name__} fields, as --{name}.FIELD"
     try:
         config_flags.DEFINE_config_dict(name, ConfigDict(fields), help_text)
-    except AttributeError as error:  # an override on the command line names no field
+    except AttributeError as error:  # the command line sets an unknown field
         fail(
             sys.argv[0],
             f"--{name}.{str(error).strip(chr(34) + chr(39))}: no such option; known: {', '.join(fields)}",
@@ -201,12 +201,12 @@ def load_run(directory: str) -> tuple[HourglassLM, Any, HourglassConfig]:
     """Return (model, tokenizer, config) of a run. Raises UsageError if it has no tokenizer."""
     model, tokenizer, config = load(directory)
     if tokenizer is None:
-        raise UsageError(f"{directory}: the run has no tokenizer; use it from Python, with hg.load")
+        raise UsageError(f"{directory}: the run has no tokenizer; load it in Python with hg.load")
     return model, tokenizer, config
 
 
 def load_origin(origin: str) -> tuple[HourglassLM, Any, dict[str, Any]]:
-    """Return (model, tokenizer, settings) of a run directory, or of a shipped model if there is none."""
+    """Return (model, tokenizer, settings) of a run directory, or of a shipped model if no such directory exists."""
     shipped = origin in pretrained_names() and not Path(origin).exists()
     model, tokenizer, _ = load_pretrained(origin) if shipped else load_run(origin)
     return model, tokenizer, Run(pretrained_path(origin) if shipped else origin).read().settings
@@ -215,7 +215,7 @@ def load_origin(origin: str) -> tuple[HourglassLM, Any, dict[str, Any]]:
 def causality(model: HourglassLM) -> str:
     """Return whether the model is causal, in words. Raises CausalityError if it leaks."""
     if not model.config.causal:
-        return "no, it sees both sides"
+        return "no, bidirectional"
     try:
         check_causality(model)
     except NotStrictlyCausal as error:
@@ -259,13 +259,13 @@ def define_allow_unknown() -> None:
 
 
 def read_runtime() -> RuntimeConfig:
-    """Return the runtime's flags, and join the other processes, if any; call it before any computation."""
+    """Return the runtime's flags, and join the other processes, if any; must be called before any computation."""
     runtime = read_config("runtime", RuntimeConfig)
     processes = [FLAGS[name].value for name in ("coordinator", "num_processes", "process_id")]
     if processes != [None] * 3:
         if None in processes or processes[2] >= processes[1]:
             raise UsageError(
-                "several processes need --coordinator=host:port, --num_processes=N and --process_id below N"
+                "several processes require --coordinator=host:port, --num_processes=N and --process_id below N"
             )
         jax.distributed.initialize(*processes)
         if jax.process_index() > 0:
@@ -318,7 +318,7 @@ def make_sampler(
 
 
 def where_it_decodes(sample: Callable[[HourglassLM], str]) -> Callable[[HourglassLM], str]:
-    """Return `sample`, which for a model without decoding returns the reason instead."""
+    """Return a function like `sample` that, for a model without decoding, returns the reason."""
 
     def sample_or_reason(model: HourglassLM) -> str:
         try:
@@ -344,7 +344,7 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
             fail(argv[0], str(error))
 
     def guarded(argv: list[str]) -> None:
-        for stream in (sys.stdout, sys.stderr):  # or a text that the terminal cannot show ends a run
+        for stream in (sys.stdout, sys.stderr):  # characters that the terminal cannot show must not end a run
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         python_logging.getLogger("orbax").setLevel(python_logging.ERROR)

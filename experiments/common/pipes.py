@@ -1,4 +1,4 @@
-"""How a launcher ends when nobody reads its output any more."""
+"""Exit of a launcher whose output is closed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CLOSED_PIPE = 128 + 13  # the exit code of a process that SIGPIPE ends
 
 @contextmanager
 def quiet_pipes(runs: Sequence[Run]) -> Iterator[None]:
-    """Exit with code 141 where the body, or the flush after its SystemExit, meets a closed pipe; 2 for a full disk.
+    """Exit with code 141 if the body, or the flush after its SystemExit, writes to a closed pipe; 2 for a full disk.
 
-    stderr gets a line for each of the runs that is saved, and none for the pipe.
+    Prints a line on stderr for each saved run, but none for the pipe.
     """
     try:
         try:
@@ -35,6 +35,6 @@ def quiet_pipes(runs: Sequence[Run]) -> Iterator[None]:
                 if run.has_checkpoints:
                     print(f"{program}: the output was closed; the run is saved in {run}", file=sys.stderr)
         null = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in (1, 2):  # what Python still holds for them would fail again at exit
+        for descriptor in (1, 2):  # or Python's flush at exit would fail again
             os.dup2(null, descriptor)
         sys.exit(CLOSED_PIPE if closed else 2)

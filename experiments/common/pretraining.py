@@ -89,7 +89,7 @@ BETAS = flags.DEFINE_string("betas", None, "Short for --optimizer.beta1 and --op
 def read_model(tokenizer: Tokenizer, base: HourglassConfig | None = None) -> HourglassConfig:
     """Return the configuration from its flags, or `base` with the flags that are given.
 
-    boundary_tokens default to those of the tokenizer for the chosen boundaries.
+    boundary_tokens defaults to the tokenizer's tokens for the chosen boundaries.
     """
     options, given = launcher.read_config("model", dict), launcher.given_fields("model")
     if base:
@@ -102,7 +102,7 @@ def read_model(tokenizer: Tokenizer, base: HourglassConfig | None = None) -> Hou
 
 
 def in_tokens_of(tokenizer: Tokenizer, data: DataConfig) -> DataConfig:
-    """Return `data` with the tokenizer's own options. Raises UsageError if a flag contradicts them."""
+    """Return `data` with the options of the tokenizer. Raises UsageError if a flag contradicts them."""
     if data.dataset != "text":
         return data
     own = {"tokenizer": tokenizer.kind, "clean": getattr(tokenizer, "clean", False)}
@@ -119,7 +119,7 @@ def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:
         betas = {"beta1": beta1, "beta2": beta2}
     schedule: dict[str, int] = {}
     if (EPOCHS.value is None) != (ITER.value is None):
-        raise UsageError("--epochs and --iter require each other: epochs * iter steps; or give --steps alone")
+        raise UsageError("--epochs and --iter require each other: epochs * iter steps; or give only --steps")
     if EPOCHS.value is not None:
         schedule = {"steps": EPOCHS.value * ITER.value, "eval_interval": ITER.value}
     for name, fields, options in (("optimizer", betas, "--betas"), ("train", schedule, "--epochs and --iter")):

@@ -36,11 +36,11 @@ def recorded_data(settings: Mapping[str, Any]) -> DataConfig:
 
 
 def recorded_text(run: str | Path, path: str, split: str | None) -> Part:
-    """Return a split of the text at `path`, or if that is empty, of the run's own text.
+    """Return a split of the text at `path`; if that is empty, of the run's own text.
 
-    split: all | train | valid | test, divided as in the run; None: valid of the run's own text, all of another.
+    split: all | train | valid | test, divided as in the run; None: valid for the run's own text, all for another text.
 
-    Raises UsageError if the run has no text of its own, or it cannot be read.
+    Raises UsageError if the run has no text of its own, or that text cannot be read.
     """
     _, tokenizer, settings, _ = Run(run).read()
     data = recorded_data(settings)
@@ -52,7 +52,7 @@ def recorded_text(run: str | Path, path: str, split: str | None) -> Part:
     except UsageError as error:
         if path:
             raise
-        raise UsageError(f"{run}: its training text cannot be read, give a text as --data_path: {error}") from error
+        raise UsageError(f"{run}: the training text cannot be read; give a text as --data_path ({error})") from error
     own = fingerprint(tokens) == settings.get("text_fingerprint")
     if not own and not path:
         logging.warning("%s: changed after the model was trained on it", text_name(data.path))
@@ -61,7 +61,7 @@ def recorded_text(run: str | Path, path: str, split: str | None) -> Part:
     apart = data.valid_path if mine else ""
     if apart and split == "valid":
         return recorded_text(run, apart, "all")
-    name = f"{split} of {text_name(given.path)}{', which the model was trained on' if own else ''}"
+    name = f"{split} of {text_name(given.path)}{' (the training text)' if own else ''}"
     text = load_text(given.path, given.valid_path) if tokenizer.kind == "char" else ""
     text = clean(text) if getattr(tokenizer, "clean", False) else text
     if split != "all" and not (apart and split == "train"):

@@ -20,7 +20,7 @@ from hourglass_jax.model import n_parameters
 from hourglass_jax.training.run import Record
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
-SECTIONS = ("## Data", "## Licence", "## Training", "## Not good for")  # of a description
+SECTIONS = ("## Data", "## License", "## Training", "## Not good for")  # of a model's description
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -79,7 +79,7 @@ def model_card(name: str, model: HourglassLM, record: Record, about: Path, evalu
     """
     description = about.read_text(encoding="utf-8").strip()
     if missing := [section for section in SECTIONS if section not in description.splitlines()]:
-        raise UsageError(f"{about}: has no section {missing[0]!r}; a model card requires {', '.join(SECTIONS)}")
+        raise UsageError(f"{about}: lacks the section {missing[0]!r}; a model card requires {', '.join(SECTIONS)}")
     if not evaluations:
         raise UsageError("a model card requires figures; give records of evaluate.py --report as --evaluations")
     figures = []

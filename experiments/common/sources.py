@@ -31,18 +31,18 @@ from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, Tokenizer
 from hourglass_jax.training.identity import fingerprint
 from hourglass_jax.training.signals import Signals
 
-GAP = "_"  # in a shown text, a token to fill in
+GAP = "_"  # shown in place of a masked token
 UNITS = {"char": "BPC", "byte": "bits/byte"}
 Sampler = Callable[[HourglassLM], str]
 
 
 def unit_of(unit: str, config: HourglassConfig) -> str:
-    """Return the unit of bits per prediction, which may be of masked tokens."""
+    """Return the unit of bits per prediction; the predictions of a bidirectional model are masked tokens."""
     return unit if config.causal else f"masked {unit}"
 
 
 class TextSource:
-    """Windows of a text, in its own vocabulary or that of `tokenizer`."""
+    """Windows of a text, encoded by `tokenizer` or in the text's own vocabulary."""
 
     next_command: tuple[str, ...] = ("finetune",)
 
@@ -74,11 +74,11 @@ class TextSource:
             return make_filler(self.tokenizer, np.array(self.valid[: self.n_positions]), seed)
         prompt = np.array(self.valid[: int(min(32, config.position_limit / 2))])
         sample = launcher.make_sampler(self.tokenizer, prompt, 200, seed, signals)
-        return f"{self.tokenizer.decode(prompt)!r} goes on:\n", sample
+        return f"{self.tokenizer.decode(prompt)!r} continues:\n", sample
 
 
 class HaikuSource:
-    """Haiku, one per example; with form 'prompt' the first line carries no loss."""
+    """Haiku, one per example; with form 'prompt' the loss excludes the first line."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class HaikuSource:
         return shuffled_examples(self.train, self.batch_size, seed)
 
     def validation(self) -> LazyBatches:
-        """The held-back haiku, once."""
+        """Return the held-back haiku, each once."""
         return all_examples(self.valid, self.batch_size)
 
     def sampler(self, config: HourglassConfig, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
@@ -162,26 +162,28 @@ class ImageSource:
 def open_source(
     config: DataConfig, vocab_path: str = "", tokenizer: Tokenizer | None = None, *, allow_unknown: bool = False
 ) -> TextSource | ImageSource:
-    """Return the source of `config`; a text in the vocabulary of `tokenizer`, at `vocab_path`, or its own.
+    """Return the source of `config`. A text uses `tokenizer`, the vocabulary at `vocab_path`, or its own characters.
 
-    Raises UsageError if the first two differ.
+    Raises UsageError if `tokenizer` and the vocabulary differ.
     """
     kind = tokenizer.kind if tokenizer else config.tokenizer
     if vocab_path and (config.dataset != "text" or kind == "byte"):
         option = "--data.tokenizer=byte" if config.dataset == "text" else f"--data.dataset={config.dataset}"
-        raise UsageError(f"--vocab_path lists characters, but {option} has none; give one of the two")
+        raise UsageError(f"--vocab_path lists characters, which {option} does not use; leave out one of them")
     if config.dataset != "text":
         return ImageSource(config)
     if vocab_path:
         chosen = CharTokenizer.load(vocab_path)
         if tokenizer is not None and vars(tokenizer) != vars(chosen):
-            raise UsageError(f"--vocab_path={vocab_path}: the parameters are for another vocabulary; leave it out")
+            raise UsageError(
+                f"--vocab_path={vocab_path}: the initial parameters are for another vocabulary; leave it out"
+            )
         tokenizer = chosen
     return TextSource(config, tokenizer, allow_unknown=allow_unknown)
 
 
 def read_tokenizer(data: DataConfig, vocab_path: str) -> Tokenizer:
-    """Return the tokenizer of `data`, which is read only for its own characters and for a folder."""
+    """Return the tokenizer of `data`; reads the data only for a text's characters or a folder's image size."""
     if data.dataset == FOLDER:
         return ImageTokenizer(read_images(data)[0].shape[1:])
     if data.dataset != "text":
@@ -204,7 +206,7 @@ def read_images(config: DataConfig) -> ImageSplits:
 
 
 def make_filler(tokenizer: TextTokenizer, text: np.ndarray, seed: int) -> tuple[str, Callable[[HourglassLM], str]]:
-    """Return a heading with gaps in `text`, int [L], and a function by which a bidirectional model fills them."""
+    """Return a heading with gaps in `text`, int [L], and a function that fills them with a bidirectional model."""
     mask_token = tokenizer.vocab_size
     [chosen] = np.asarray(corrupt(text[None], jax.random.key(seed), mask_token)[1])
     read = np.where(chosen, mask_token, text)[None]

@@ -1,4 +1,4 @@
-"""Draw where a model's groups end in a text, beside fixed groups and groups that end at whitespace.
+"""Draw where a model's groups end in a text, and compare with fixed groups and groups that end at whitespace.
 
 python experiments/pretrain.py --boundaries=router --hierarchy="1@1 2@6 1@1" --shortening=select --upsampling=smooth \
   --model.boundary_weight=5 --d_model=96 --n_heads=4 --d_ff=384 --positions=rotary --learning_rate=3e-3 \
@@ -47,7 +47,9 @@ def ends_of_groups(model: HourglassLM, tokenizer: Tokenizer, text: str) -> dict[
     """Return the group ends of the first shortening, by two fixed rules and by the model's own."""
     tokens, own = tokenizer.encode(text), model.config
     if own.parsed_hierarchy.total_factor == 1:
-        raise UsageError(f"hierarchy '{own.hierarchy}': has no shortening, so there are no groups; give another model")
+        raise UsageError(
+            f"hierarchy '{own.hierarchy}' has no shortening, so the model has no groups; give another model"
+        )
 
     def untrained(rule: str) -> HourglassLM:
         config = HourglassConfig(
@@ -111,9 +113,9 @@ def describe(record: dict[str, Any], model: HourglassConfig, picture: str) -> st
 
 ![Cuts of one text]({picture})
 
-Tokens a group here: {lengths}.
+Tokens per group in this text: {lengths}.
 
-The model: {model.boundaries}, {model.hierarchy}, d_model {model.d_model}, {model.shortening} and {model.upsampling},
+Model: {model.boundaries}, {model.hierarchy}, d_model {model.d_model}, {model.shortening} and {model.upsampling},
 boundary_weight {model.boundary_weight:g}{training}.
 """
 

@@ -45,8 +45,8 @@ def test_a_target_name_gives_the_number_of_chips(name, chips):
     "name, words",
     [
         ("h300", "'h300' is unknown; choose one of a100, b200, h100"),
-        ("3xh100", "h100 comes as 1, 2, 4, 8; choose one, or add it to h100.toml"),
-        ("v5e-17", "v5e comes as 4, 8, 16"),
+        ("3xh100", "h100 is available as 1, 2, 4, 8; choose one, or add a size to h100.toml"),
+        ("v5e-17", "v5e is available as 4, 8, 16"),
         ("not a name", "is unknown"),
         ("8xh100-4", "'8xh100-4' is unknown"),
     ],
@@ -62,7 +62,7 @@ def test_a_file_adds_a_target_and_an_invalid_file_raises_a_one_line_error(tmp_pa
     (tmp_path / "mine.toml").write_text(text.replace("989e12", "1e12"))
     assert known_targets() == ["mine"] and find_target("2xmine").flops["bfloat16"] == 1e12
     for broken, words in (
-        (text.replace("memory =", "size ="), "misses the fields memory"),
+        (text.replace("memory =", "size ="), "lacks the fields memory"),
         (text + "\n=", "not TOML"),
         ('colour = "red"\n' + text, "unknown fields colour"),
         (text.replace('"gpu"', '"npu"'), "choose one of gpu, tpu"),
@@ -184,7 +184,7 @@ def test_a_step_that_does_not_fit_or_compile_is_reported(compiled):
     too_large = replace(compiled, memory=Memory(0, 0, 0, target.memory), peak=target.memory)
     assert "DOES NOT FIT" in report.describe(run, target, too_large, 1)
     refused = Compiled("", "INTERNAL: no\nmore", 0, None, 2**40)
-    assert "DOES NOT FIT: the compiler requires 1024.00 GiB" in report.describe(run, target, refused, 1)
+    assert "DOES NOT FIT: the step requires 1024.00 GiB" in report.describe(run, target, refused, 1)
     assert "DOES NOT COMPILE for h100: INTERNAL: no\n" in report.describe(run, target, replace(refused, peak=None), 1)
     text = report.describe_changes([Change({"accumulate": 2, "remat": "full"}, 2**30)])
     assert "- `--runtime.accumulate=2 --model.remat=full`: 1.00 GiB per chip" in text

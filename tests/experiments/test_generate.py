@@ -156,16 +156,16 @@ def test_from_nothing_a_sample_starts_with_what_was_trained():
 @pytest.mark.parametrize(
     "run, options, message",
     [
-        ("char", [PROMPT, "--prompt=a", "--prompt_file=b"], "one of the two"),
-        ("char", ["--gen_mode=scratch", "--prompt_file=b"], "--prompt_file is given, but --gen_mode=scratch"),
-        ("char", [PROMPT, "--prompt=a", "--each_line"], "--each_line is for --prompt_file"),
+        ("char", [PROMPT, "--prompt=a", "--prompt_file=b"], "requires one prompt"),
+        ("char", ["--gen_mode=scratch", "--prompt_file=b"], "--prompt_file does not apply to --gen_mode=scratch"),
+        ("char", [PROMPT, "--prompt=a", "--each_line"], "--each_line requires --prompt_file"),
         ("char", [PROMPT, "--prompt_file={home}/empty"], "contains no prompt"),
         ("char", [PROMPT, "--prompt_file={home}/latin"], "latin: not UTF-8 at byte 1 .line 1"),
         ("char", [PROMPT, "--prompt=a\ud800"], "surrogate"),
         ("char", ["--stop=\ud800"], "surrogate"),
         ("char", ["--stop="], "--stop is empty"),
-        ("image", ["--stop=a"], "--stop: not for"),
-        ("image", ["--raw_out=out"], "--raw_out: not for"),
+        ("image", ["--stop=a"], "--stop does not apply"),
+        ("image", ["--raw_out=out"], "--raw_out does not apply"),
     ],
 )
 def test_invalid_options_raise_one_line_errors(runs, generate, tmp_path, run, options, message):

@@ -157,7 +157,7 @@ def figures(result):
 def test_a_model_is_evaluated_on_the_rest_of_its_own_text(results):
     """Found where it was, or given from another place."""
     for name, path in (("own", "text.txt"), ("moved", "moved.txt")):
-        assert f"| valid of {path}, which the model was trained on\n" in results(name).stdout
+        assert f"| valid of {path} (the training text)\n" in results(name).stdout
         assert figures(results(name))["n_characters"] == len(TEXT) - SPLIT - 1
         assert figures(results(name))["n_unknown"] == 0 and not results(name).stderr
     assert figures(results("own"))["loss"] == pytest.approx(figures(results("moved"))["loss"], rel=1e-5)
@@ -247,7 +247,7 @@ def test_a_folder_of_images_is_learned_evaluated_and_completed(home, results):
 BAD_INPUT = [
     (
         ("evaluate", "--load_model_path=gone"),
-        "its training text cannot be read, give a text as --data_path: gone.txt",
+        "the training text cannot be read; give a text as --data_path (gone.txt",
     ),
     (("evaluate", "--load_model_path=strange"), "no record of its training text"),
     (("evaluate", "--load_model_path=text", "--data_path=chinese.txt"), "160 of 160 characters (100 %)"),

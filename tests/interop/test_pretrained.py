@@ -19,7 +19,7 @@ from hourglass_jax.training.run import Record
 CONFIG = small_config(vocab_size=258, hierarchy="1@1 1@2 1@1")
 TOKENS = hg.ByteTokenizer().encode("an old pond")[None]
 SETTINGS = {"data": {"path": "/home/someone/books/,/data/b.txt"}, "format": "prompt"}
-ABOUT = "A tiny one.\n\n## Data\n\na\n\n## Licence\n\nb\n\n## Training\n\nc\n\n## Not good for\n\nd\n"
+ABOUT = "A tiny one.\n\n## Data\n\na\n\n## License\n\nb\n\n## Training\n\nc\n\n## Not good for\n\nd\n"
 MAX_BYTES = 6_000_000
 
 
@@ -58,7 +58,7 @@ def check_weights(directory):
         assert np.isfinite(forward(model, tokenizer.encode("an old pond")[None])).all()
         card = (directory / name / CARD).read_text()
         assert card.startswith(f"# {name}\n")
-        for section in ("## Data", "## Licence", "## Training", "## Not good for", "## Figures"):
+        for section in ("## Data", "## License", "## Training", "## Not good for", "## Figures"):
             assert section in card.splitlines(), (name, section)
         assert "/" not in json.dumps(hg.Run(directory / name).read().settings)
 
@@ -82,8 +82,8 @@ def test_the_check_of_what_is_shipped_passes_and_fails_as_it_must(weights):
     check_weights(weights)
     card = weights / "haiku" / CARD
     text = card.read_text()
-    card.write_text(text.replace("## Licence", ""))
-    with pytest.raises(AssertionError, match="Licence"):
+    card.write_text(text.replace("## License", ""))
+    with pytest.raises(AssertionError, match="License"):
         check_weights(weights)
     card.write_text(text + "x" * MAX_BYTES)
     with pytest.raises(AssertionError):

@@ -306,12 +306,12 @@ def test_launchers_train_and_evaluate_bidirectional_models(tmp_path):
         return result
 
     trained = launch("pretrain", *flags).stdout
-    assert "causal: no, it sees both sides" in trained and "is filled in:" in trained and "vocabulary 259" in trained
+    assert "causal: no, bidirectional" in trained and "is filled in:" in trained and "vocabulary 259" in trained
     [reported] = [line for line in trained.splitlines() if line.startswith("validation: ")]
     assert "masked bits/byte" in reported
     evaluated = launch("evaluate", "--load_model_path=runs/pretrain").stdout
     bits = json.loads(evaluated.splitlines()[-1])["masked_bits"]
     assert f"masked bits/byte {bits:.4f}" in reported and f"masked bits/byte {bits:.4f}" in evaluated
-    for script, *options in (("generate",), ("evaluate", "--per_token=surprise.tsv")):
+    for words, script, *options in (("both sides", "generate"), ("bidirectional", "evaluate", "--per_token=a.tsv")):
         refused = launch(script, "--load_model_path=runs/pretrain", *options, code=2)
-        assert "both sides" in refused.stderr and refused.stderr.count("\n") == 1 and not refused.stdout
+        assert words in refused.stderr and refused.stderr.count("\n") == 1 and not refused.stdout

@@ -361,7 +361,7 @@ def test_launchers_train_and_generate_with_boundaries(tmp_path):
         position, character, levels = line.split("\t")
         assert int(position) == i and int(levels) == (character == " " or i % 24 == 0)
     result = run_forked("evaluate", *given[:1], "--window=24", cwd=tmp_path)
-    assert result.returncode == 2 and "--window: not for consecutive windows" in result.stderr
+    assert result.returncode == 2 and "--window does not apply to consecutive windows" in result.stderr
     result = run_forked("figures/cuts", *given[:1], "--text=a lazy dog jumps", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "cuts.json").read_text())["ends"] == {
