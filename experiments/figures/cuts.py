@@ -26,7 +26,7 @@ from experiments.common import launcher
 from experiments.common.characters import token_names
 from experiments.common.reports import provenance, report_file, write_report
 from experiments.common.sources import text_name
-from hourglass_jax import HourglassConfig, HourglassLM, UsageError, boundaries
+from hourglass_jax import HourglassConfig, HourglassLM, UsageError, group_ends
 from hourglass_jax.pretrained import without_places
 from hourglass_jax.tokenizers import Tokenizer, boundary_tokens
 from hourglass_jax.training.run import Run
@@ -65,7 +65,7 @@ def ends_of_groups(model: HourglassLM, tokenizer: Tokenizer, text: str) -> dict[
         return HourglassLM(config, rngs=nnx.Rngs(0))
 
     models = {rule: untrained(rule) for rule in ("fixed", "whitespace")} | {own.boundaries: model}
-    return {name: np.flatnonzero(boundaries(each, tokens)[0]).tolist() for name, each in models.items()}
+    return {name: np.flatnonzero(group_ends(each, tokens)[0]).tolist() for name, each in models.items()}
 
 
 def draw_groups(axes: Axes, y: int, ends: list[int], length: int) -> None:
