@@ -92,7 +92,7 @@ def finetune(signals: Signals) -> None:
     read = read_text if FORMAT.value == "text" else read_haiku
     source, settings = read(model.config, tokenizer)
     train, optimizer = schedule(source.n_examples)
-    trained_parameters(nnx.state(model), optimizer.train_only)  # before anything is written
+    trained_parameters(nnx.state(model), optimizer)  # before anything is written
     settings |= source.fingerprint | {
         "pretrained": LOAD.given,
         "pretrained_settings": Run(LOAD.value).read().settings,

@@ -62,7 +62,7 @@ def pretrain(signals: Signals) -> None:
     if model is None:
         model = nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(train.seed))
     batch = source.batches(train.seed)(0)
-    trained_parameters(nnx.state(model), optimizer.train_only)  # raises before anything is written
+    trained_parameters(nnx.state(model), optimizer)  # raises before anything is written
     for factor in train.shorten_factors:
         at_shorten_factor(model, factor)
     check_groups(model, *batch)

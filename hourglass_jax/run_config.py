@@ -84,8 +84,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a learning rate schedule; the defaults are the paper's (section 3): no weight decay, no clipping.
+    """Optimizer and learning rate schedule; the defaults are the paper's (section 3): no weight decay, no clipping.
 
+    optimizer: adamw | muon (orthogonal updates for the kernels of linear layers but the head, Adam with Nesterov
+        momentum for all other parameters).
     learning_rate: maximum, after the warmup.
     schedule: after the warmup. cosine (to 0) | inverse_sqrt | constant.
     warmup_steps: length of the linear warmup from 0.
@@ -97,6 +99,7 @@ class OptimizerConfig:
         no optimizer state. Empty: all.
     """
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 4e-4
     schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
     warmup_steps: int = 100

@@ -89,7 +89,7 @@ def compile_step(run: Pretraining, target: Target, devices: Sequence[jax.Device]
     check_batch(mesh, run.data.batch_size, run.runtime.accumulate)
     optimizer = make_optimizer(run.optimizer, run.train.steps)
     graph, params = nnx.split(nnx.eval_shape(lambda: HourglassLM(run.model, rngs=nnx.Rngs(0))))
-    trained = trained_parameters(params, run.optimizer.train_only)
+    trained = trained_parameters(params, run.optimizer)
     state = jax.eval_shape(partial(first_state, optimizer=optimizer, trained=trained), params)
     shardings = state_shardings(mesh, state)
     state = abstract(state, shardings)

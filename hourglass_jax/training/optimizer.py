@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedule (optax), and which parameters are trained and decayed."""
+"""AdamW and Muon with a learning-rate schedule (optax), and which parameters are trained and decayed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax import nnx
 
 from hourglass_jax.errors import UsageError
@@ -18,15 +19,57 @@ Filter = Callable[[Sequence[Any], Any], bool]  # maps path and value of a parame
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Return AdamW (Loshchilov and Hutter, arXiv:1711.05101) with gradient clipping and a schedule."""
-    adamw = optax.chain(
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
-        optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
-    )
+    """Return AdamW (arXiv:1711.05101) or Muon (arXiv:2502.16982) with gradient clipping and a schedule."""
+    rate = learning_rate_schedule(config, steps)
+    if config.optimizer == "muon":
+        # Updates of kernels are orthogonal, scaled to the size of Adam's: one learning rate serves both.
+        optimizer = optax.contrib.muon(
+            rate,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            muon_weight_dimension_numbers=muon_dimensions,
+            consistent_rms=0.2,
+        )
+    else:
+        optimizer = optax.chain(
+            optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+            optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+            optax.scale_by_learning_rate(rate),
+        )
     if config.clip_norm:
-        return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
-    return adamw
+        return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return optimizer
+
+
+def muon_dimensions(params: Any) -> Any:
+    """Return the input and output axes of the kernels that Muon updates, None for parameters that Adam updates.
+
+    Muon updates the kernels of all linear layers but the head; stacked layers are a batch of matrices.
+    """
+
+    def dimensions(path: Sequence[Any], param: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        names = [getattr(key, "key", None) for key in path]
+        if "kernel" not in names or names[0] == "head":
+            return None
+        return optax.contrib.MuonDimensionNumbers(param.ndim - 2, param.ndim - 1)
+
+    return jax.tree.map_with_path(dimensions, params)
+
+
+def optimizer_flops(config: OptimizerConfig, params: Any) -> int:
+    """Return the FLOPs of matrix products in an update: for Muon, five Newton-Schulz iterations for each kernel."""
+    if config.optimizer != "muon":
+        return 0
+
+    def flops(param: Any, dimensions: optax.contrib.MuonDimensionNumbers | None) -> int:
+        if dimensions is None:
+            return 0
+        short, long = sorted(param.shape[-2:])  # an iteration computes A = X X', A A and B X
+        return 5 * (4 * short**2 * long + 2 * short**3) * (param.size // (short * long))
+
+    return sum(jax.tree.leaves(jax.tree.map(flops, params, muon_dimensions(params))))
 
 
 def decay_mask(params: Any) -> Any:
@@ -76,17 +119,17 @@ def ALL(path: Sequence[Any], value: Any) -> bool:
     return True
 
 
-def trained_parameters(params: nnx.State, train_only: str) -> Filter:
-    """Return a filter for the parameters in the modules named in `train_only`; empty: all parameters.
+def trained_parameters(params: nnx.State, config: OptimizerConfig) -> Filter:
+    """Return a filter for the parameters in the modules named in `config.train_only`; empty: all parameters.
 
     train_only: comma-separated module paths, e.g. "hourglass.post,head". The layers of a stack share one array, so they
     are trained together.
-    Raises UsageError for a module without parameters.
+    Raises UsageError for a module without parameters, and if Muon has no kernel to train.
     """
-    if not train_only:
+    if not config.train_only:
         return ALL
     paths = [tuple(map(str, path)) for path, _ in nnx.to_flat_state(params)]
-    chosen = [tuple(name.strip().split(".")) for name in train_only.split(",")]
+    chosen = [tuple(name.strip().split(".")) for name in config.train_only.split(",")]
     for name in chosen:
         if not any(_within(path, name) for path in paths):
             modules = sorted({".".join(path[: max(1, min(len(path) - 1, 3))]) for path in paths})
@@ -94,7 +137,15 @@ def trained_parameters(params: nnx.State, train_only: str) -> Filter:
                 f"train_only={'.'.join(name)!r} has no parameters; choose from {', '.join(modules)}, or from the "
                 "modules that contain these or are part of them"
             )
-    return lambda path, _: any(_within(tuple(map(str, path)), name) for name in chosen)
+
+    def trained(path: Sequence[Any], _: Any) -> bool:
+        return any(_within(tuple(map(str, path)), name) for name in chosen)
+
+    if config.optimizer == "muon" and not optimizer_flops(config, nnx.filter_state(params, trained)):
+        raise UsageError(
+            f"optimizer='muon' has no kernel to train in train_only={config.train_only!r}; use optimizer='adamw'"
+        )
+    return trained
 
 
 def _within(path: tuple[str, ...], module: tuple[str, ...]) -> bool:

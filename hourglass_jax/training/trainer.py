@@ -40,7 +40,7 @@ from hourglass_jax.training.hooks import (
 )
 from hourglass_jax.training.identity import first_batch_fingerprint
 from hourglass_jax.training.metrics import matmul_ceiling, peak_memory_bytes
-from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimizer, trained_parameters
+from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimizer, optimizer_flops, trained_parameters
 from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Interrupted, Signals
 from hourglass_jax.training.step import TrainState, compile_step, first_state, make_train_step
@@ -132,14 +132,15 @@ class _Training:
         sharding.check_batch(self.mesh, self.batch_size, self.runtime.accumulate)
         self.rows = sharding.local_rows(self.batch_sharding, self.batch_size)
 
-        self.trained = trained_parameters(nnx.state(self.model), self.optimizer_config.train_only)
+        self.trained = trained_parameters(nnx.state(self.model), self.optimizer_config)
         self.model.train()
         factors = self.config.shorten_factors
         models: dict[int | None, HourglassLM] = {k: at_shorten_factor(self.model, k) for k in factors}
         models = models or {None: self.model}
         self.graphs = {k: nnx.split(model_at_k)[0] for k, model_at_k in models.items()}
         flops = [training_flops(model_at_k.config, self.block_size) for model_at_k in models.values()]
-        self.flops = statistics.mean(flops) * self.batch_size
+        trained = nnx.filter_state(nnx.state(self.model), self.trained)
+        self.flops = statistics.mean(flops) * self.batch_size + optimizer_flops(self.optimizer_config, trained)
         self.unread: list[tuple[int, dict[str, jax.Array]]] = []  # metrics of the steps since the last check
 
     def train(self) -> Evaluation:

@@ -52,7 +52,9 @@ def test_only_the_chosen_parameters_are_trained(tmp_path):
 def test_the_optimizer_stores_moments_only_for_chosen_parameters():
     params = nnx.state(make_model(CONFIG))
     optimizer = make_optimizer(hg.OptimizerConfig(train_only=CHOSEN), 1)
-    state = jax.eval_shape(lambda: first_state(params, optimizer, trained_parameters(params, CHOSEN)))
+    state = jax.eval_shape(
+        lambda: first_state(params, optimizer, trained_parameters(params, hg.OptimizerConfig(train_only=CHOSEN)))
+    )
     n_chosen = sum(leaf.size for name, leaf in named_parameters(make_model(CONFIG)).items() if chosen(name))
     assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim) == 2 * n_chosen
 
@@ -75,6 +77,6 @@ def test_an_unknown_parameter_name_raises_an_error_that_lists_the_names(tmp_path
 
 def test_learned_positions_can_be_trained_alone():
     params = nnx.state(make_model(small_config(hierarchy="1@1", positions="learned")))
-    assert trained_parameters(params, "positions")(("positions",), None)
+    assert trained_parameters(params, hg.OptimizerConfig(train_only="positions"))(("positions",), None)
     with pytest.raises(hg.UsageError, match=r"choose from embedding, head, hourglass\..*, positions, or"):
-        trained_parameters(params, "position")
+        trained_parameters(params, hg.OptimizerConfig(train_only="position"))
