@@ -131,7 +131,6 @@ class _Training:
         }
         sharding.check_batch(self.mesh, self.batch_size, self.runtime.accumulate)
         self.rows = sharding.local_rows(self.batch_sharding, self.batch_size)
-
         self.trained = trained_parameters(nnx.state(self.model), self.optimizer_config)
         self.model.train()
         factors = self.config.shorten_factors
