@@ -57,6 +57,7 @@ def own_registries():
         entries.update(known)
 
 
+@pytest.mark.launchers
 @pytest.mark.usefixtures("own_registries")
 @pytest.mark.parametrize("page", WITH_CODE, ids=name)
 def test_code_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ def test_a_model_of_custom_images_round_trips_as_a_folder_model(tmp_path, shape,
         (["--from=pypi", "--shorten_factor=x", "model.pth", "new"], "cannot be read"),
         (["--from=safetensors", "out", "new"], "model.safetensors: no such file"),
         (["--to=safetensors", "nowhere", "new"], "no such directory"),
-        (["model.pth", "new"], "give one of --from"),
+        (["model.pth", "new"], "give either --from"),
         (
             ["--from=original", "--shorten_factor=2", "model.pth", "vocab.json", "new"],
             "is for --from=pypi, not for",

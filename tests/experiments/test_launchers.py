@@ -310,7 +310,7 @@ PRETRAIN = [
     ("epochs_alone", ["--epochs=2"], "--iter"),
     ("epochs_and_steps", ["--epochs=2", "--iter=3"], "--epochs and --iter and --train.eval_interval both set"),
     ("two_hierarchies", ["--factors=2,1,1,2"], "--hierarchy and --factors give different values of model.hierarchy"),
-    ("two_widths", ["--model.d_model=64"], "--model.d_model and --d_model differ"),
+    ("two_widths", ["--model.d_model=64"], "--model.d_model and --d_model give different values"),
     (
         "factors_of_linear",
         ["--shorten_factors=2,3", "--upsampling=linear"],

@@ -269,7 +269,7 @@ def test_causal_only_operations_reject_bidirectional_models():
         (lambda: hg.evaluate(model, tokens[0], block_size=4), "including the token to predict"),
         (lambda: hg.evaluate_sliding(model, tokens[0], window=4, step=2), "including the token to predict"),
         (lambda: hg.check_causality(model), "choose causal=True"),
-        (lambda: extend_vocabulary(model, hg.CharTokenizer("abcdefg"), "xyz"), "mask is the last token"),
+        (lambda: extend_vocabulary(model, hg.CharTokenizer("abcdefg"), "xyz"), "mask token, the last one"),
         (lambda: causal(tokens, mask=jnp.ones((1, 10), bool)), "a causal model"),
         (lambda: model(tokens, mask=jnp.ones((1, 9), bool)), r"bool \[1, 10\]"),
         (lambda: model(tokens, mask=np.ones((1, 10))), "mask is float64"),

@@ -213,5 +213,5 @@ def test_later_positions_move_no_group_by_a_bit():
 def test_groups_of_any_length_have_no_slots():
     groups = EventGroups(jnp.asarray(FIRES), G)
     for ask in (lambda: groups.slots(X), lambda: groups.positions(X)):
-        with pytest.raises(UsageError, match="only boundaries='fixed' has"):
+        with pytest.raises(UsageError, match="requires groups of equal length"):
             ask()

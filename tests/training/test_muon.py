@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_model, small_config
+from conftest import light_config, make_model, small_config
 from flax import nnx
 
 import hourglass_jax as hg
@@ -20,8 +20,8 @@ CONFIG = small_config(hierarchy="2@1 1@2 1@1")
 MUON = hg.OptimizerConfig(optimizer="muon", learning_rate=1e-2, warmup_steps=0, weight_decay=0.1, clip_norm=1.0)
 
 
-def train(directory, **options):
-    model = make_model(CONFIG, scale=1.0)
+def train(directory, config=CONFIG, **options):
+    model = make_model(config, scale=1.0)
     fit(
         model,
         random_windows(TOKENS, 16, 4, seed=0),
@@ -91,7 +91,8 @@ def test_every_parameter_moves(tmp_path):
 
 
 def test_training_with_muon_resumes_bit_for_bit(tmp_path):
-    whole = train(tmp_path / "whole")
+    config = light_config()
+    whole = train(tmp_path / "whole", config)
 
     class Kill(hg.Hook):
         def before_step(self, step):
@@ -99,8 +100,8 @@ def test_training_with_muon_resumes_bit_for_bit(tmp_path):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "part", hooks=[Kill()])
-    resumed = train(tmp_path / "part")
+        train(tmp_path / "part", config, hooks=[Kill()])
+    resumed = train(tmp_path / "part", config)
     for name, value in whole.items():
         np.testing.assert_array_equal(value, resumed[name], err_msg=name)
 
