@@ -121,7 +121,8 @@ def _total(sums: Callable[..., Sums], model: HourglassLM, batches: Iterable[tupl
     split = nnx.split(model)
     total = count = 0.0
     for batch in batches:
-        batch_total, weight = jax.device_get(sums(*split, *jax.device_put(batch)))
+        placed = [part if isinstance(part, jax.Array) else jax.device_put(part) for part in batch]
+        batch_total, weight = jax.device_get(sums(*split, *placed))
         total, count = total + float(batch_total), count + float(weight)
     if not count:
         raise UsageError("there is nothing to predict: no batches, or only weights of 0; give at least one prediction")

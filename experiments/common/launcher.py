@@ -356,6 +356,8 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
             for plugin in PLUGIN.value:
                 import_plugin(plugin)
             main(argv)
+            if jax.distributed.is_initialized():
+                jax.distributed.shutdown()  # waits for all processes: those that still compute need the first one
         except Interrupted as interruption:
             print(f"\n{interruption}; the same command resumes")
         except KeyboardInterrupt:
