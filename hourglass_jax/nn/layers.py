@@ -39,10 +39,10 @@ class Linear(nnx.Linear):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """`nnx.LayerNorm` on a matrix; see `cpu.on_matrix`. The backward pass keeps only its input."""
+    """`nnx.LayerNorm` on a matrix; see `cpu.on_matrix`."""
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
-        return flax_on_matrix(jax.checkpoint(super().__call__), x)
+        return flax_on_matrix(super().__call__, x)
 
 
 def linear(config: HourglassConfig, d_in: int, d_out: int, *, bias: bool = True, rngs: nnx.Rngs) -> Linear:
@@ -63,8 +63,7 @@ def random_bits(key: jax.Array, shape: tuple[int, ...], skipped: jax.Array | int
     """Return uint32 [*shape]: a hash of each element's index, counted from `skipped`, with a seed drawn from `key`.
 
     The counter-based integer hash (the finalizer of MurmurHash3) fuses into its consumer. On a CPU a mask takes a
-    fiftieth of the time that threefry takes. It is good enough for dropout, but not for
-    other random numbers.
+    fiftieth of the time that threefry takes. The hash is good enough for dropout, but not for other random numbers.
     """
     seeds = jax.random.bits(key, (2,), jnp.uint32)
     index = jnp.full(shape, seeds[0] + jnp.uint32(skipped), jnp.uint32)

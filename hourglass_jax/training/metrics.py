@@ -74,11 +74,14 @@ class _AppendedFile:
     def __init__(self, path: Path):
         self._path = path
         self._file: IO[bytes] | None = None
+        self._waiting: list[bytes] = []  # until the file can be opened
 
     def append(self, record: bytes) -> None:
+        self._waiting.append(record)
         with optional_output(self._path):
             self._file = self._file or self._path.open("ab")
-            self._file.write(record)
+            while self._waiting:
+                self._file.write(self._waiting.pop(0))
             self._file.flush()
 
     def close(self) -> None:
