@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -78,12 +79,10 @@ TASKS = {
 def compiled(make: Callable[[], Callable[[], None]], trick: str) -> Callable[[], None]:
     """Return the compiled run of a task with one trick replaced by plain code, or with all tricks for ON."""
     jax.clear_caches()
-    run = make()
-    if trick == ON:
+    plain = nullcontext() if trick == ON else mock.patch.object(cpu, trick, PLAIN[trick])
+    with plain:  # a task is traced when it is made, or when it first runs
+        run = make()
         run()
-    else:
-        with mock.patch.object(cpu, trick, PLAIN[trick]):
-            run()
     return run
 
 

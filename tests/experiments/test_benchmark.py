@@ -118,6 +118,20 @@ def test_every_trick_for_xla_cpu_returns_what_the_plain_code_returns():
         np.testing.assert_array_equal(getattr(cpu, name)(*arguments), expected, err_msg=name)
 
 
+def test_a_trick_is_off_while_its_task_is_made_and_first_run(monkeypatch):
+    calls = []
+    monkeypatch.setitem(cpu_suite.PLAIN, "on_matrix", lambda function, x: calls.append("plain"))
+
+    def make():
+        cpu.on_matrix(jnp.sin, jnp.ones((2, 3)))
+        return lambda: cpu.on_matrix(jnp.sin, jnp.ones((2, 3)))
+
+    cpu_suite.compiled(make, "on_matrix")()
+    assert calls == ["plain"] * 2  # and later runs are those that were compiled
+    cpu_suite.compiled(make, cpu_suite.ON)
+    assert len(calls) == 2
+
+
 @pytest.mark.slow
 def test_tricks_for_xla_cpu_are_measured_and_shown(monkeypatch):
     monkeypatch.setattr(models, "SIZES", {"vocab_size": 256, "d_model": 16, "n_heads": 2, "d_ff": 16})
