@@ -51,7 +51,7 @@ class Hourglass(nnx.Module):
 
     def __init__(self, config: HourglassConfig, levels: Sequence[Level], *, rngs: nnx.Rngs):
         level, *inner = levels
-        self.unit, self.d_model = level.factor, config.d_model
+        self.tokens_per_position, self.d_model = level.factor, config.d_model
         self.pre = Stack(config, level.pre_layers, level.factor, rngs=rngs)
         self.inner = Hourglass(config, inner, rngs=rngs) if inner else None
         if inner:
@@ -117,8 +117,12 @@ class Hourglass(nnx.Module):
     @property
     def notation(self) -> str:
         """The hierarchy in the paper's notation, with total factors; an inner Hourglass starts at its own factor."""
-        stages = f"{self.pre.n_layers}@{self.unit}"
-        return stages if self.inner is None else f"{stages} {self.inner.notation} {self.post.n_layers}@{self.unit}"
+        stages = f"{self.pre.n_layers}@{self.tokens_per_position}"
+        return (
+            stages
+            if self.inner is None
+            else f"{stages} {self.inner.notation} {self.post.n_layers}@{self.tokens_per_position}"
+        )
 
     def add_upsampled(self, x: jax.Array, up: jax.Array) -> jax.Array:
         """Add the upsampled sequence to the residual around the shortened levels."""

@@ -82,9 +82,9 @@ def block(p, config, x, positions, memory=None, memory_positions=None, slack=0, 
     return x + project(p["feed_forward"]["down"], hidden)
 
 
-def stack(p, config, n_layers, x, unit):
-    positions = np.arange(len(x)) * unit
-    window = config.window if unit == 1 and config.window else math.inf
+def stack(p, config, n_layers, x, tokens_per_position):
+    positions = np.arange(len(x)) * tokens_per_position
+    window = config.window if tokens_per_position == 1 and config.window else math.inf
     for i in range(n_layers):
         x = block(jax.tree.map(lambda leaf, i=i: leaf[i], p["layers"]), config, x, positions, window=window)
     return norm(p["norm"], x) if config.norm == "stack" else x
@@ -99,7 +99,7 @@ def pool(p, method, shifted, k, config):
     return np.stack([project(p["project"], np.concatenate(list(group))) for group in groups])
 
 
-def shorten(p, config, x, k, unit, shift):
+def shorten(p, config, x, k, tokens_per_position, shift):
     """x [L, D] -> [ceil(L / k), D]."""
     n_groups = -(-len(x) // k)
     shifted = np.zeros((n_groups * k, x.shape[1]))
@@ -112,8 +112,13 @@ def shorten(p, config, x, k, unit, shift):
     pooled = pool(p.get("pool", {}), base, shifted, k, config)
     if not config.causal:
         shifted = x  # without what fills up the last group
-    group_positions, slot_positions = np.arange(n_groups) * k * unit, np.arange(len(shifted)) * unit
-    return block(p["block"], config, pooled, group_positions, shifted, slot_positions, slack=(k - 1) * unit)
+    group_positions, slot_positions = (
+        np.arange(n_groups) * k * tokens_per_position,
+        np.arange(len(shifted)) * tokens_per_position,
+    )
+    return block(
+        p["block"], config, pooled, group_positions, shifted, slot_positions, slack=(k - 1) * tokens_per_position
+    )
 
 
 def spread(p, method, short, k, length):
@@ -124,12 +129,19 @@ def spread(p, method, short, k, length):
     return np.stack(rows)
 
 
-def upsample(p, config, x, short, k, unit):
+def upsample(p, config, x, short, k, tokens_per_position):
     kind, _, base = config.upsampling.rpartition("_")
     if not kind and base != "attention":
         return spread(p, base, short, k, len(x))
     queries = x if base == "attention" else x + spread(p.get("base", {}), base, short, k, len(x))
-    return block(p["block"], config, queries, np.arange(len(x)) * unit, short, np.arange(len(short)) * k * unit)
+    return block(
+        p["block"],
+        config,
+        queries,
+        np.arange(len(x)) * tokens_per_position,
+        short,
+        np.arange(len(short)) * k * tokens_per_position,
+    )
 
 
 def hourglass(p, config, levels, x):

@@ -69,7 +69,7 @@ class FixedBoundaries(nnx.Module):
     own_time = False  # whether each row of the deeper level has its own time
 
     def __init__(self, config: HourglassConfig, level: Level, *, rngs: nnx.Rngs):
-        self.k, self.unit = level.shorten_factor, level.factor
+        self.k, self.tokens_per_position = level.shorten_factor, level.factor
         self.shift = self.k if config.shift == "original" else self.k - 1
         self.causal = config.causal
         if not self.causal:
@@ -113,7 +113,7 @@ class FixedBoundaries(nnx.Module):
         self, x: jax.Array, tokens: jax.Array | None, cache: jax.Array, clock: Clock
     ) -> tuple[jax.Array, FixedGroups, Clock, jax.Array]:
         """Process x [B, L, D], k divides L -> the input of shortening, its groups, the inner clock, the cache."""
-        begun = jnp.arange(x.shape[1], dtype=jnp.int32)[None] >= clock.start[:, None] // self.unit
+        begun = jnp.arange(x.shape[1], dtype=jnp.int32)[None] >= clock.start[:, None] // self.tokens_per_position
         known = jnp.where(begun[..., None], x, 0)  # zeros, not padding, enter with the shift
         return known, self(x), clock, jnp.concatenate([cache, known], axis=1)[:, -self.shift - 1 :]
 
@@ -122,7 +122,7 @@ class FixedBoundaries(nnx.Module):
     ) -> tuple[InnerStep, jax.Array]:
         """Decode one position [B, D]; the deeper level runs at the first one of a group."""
         window = jnp.concatenate([cache[:, 1:], x[:, None]], axis=1)
-        due = clock.time // self.unit % self.k == 0
+        due = clock.time // self.tokens_per_position % self.k == 0
         return InnerStep(due, clock, window[:, : self.k], FixedGroups(self.k, self.k), gathers=False), window
 
 
@@ -135,7 +135,7 @@ class Boundaries(nnx.Module):
     own_time = True
 
     def __init__(self, config: HourglassConfig, level: Level, *, rngs: nnx.Rngs):
-        self.k, self.unit = level.shorten_factor, level.factor
+        self.k, self.tokens_per_position = level.shorten_factor, level.factor
         self.d_model, self.dtype = config.d_model, config.dtype
         self.slack = min(config.boundary_slack, self.k)  # k allows a boundary at every position
 
@@ -186,13 +186,13 @@ class Boundaries(nnx.Module):
 
     def inner_capacity(self, max_length: int, context: int) -> tuple[int, int]:
         """Return the deeper level's `max_length` and `context`, in tokens."""
-        length = self.n_groups(min(max_length, context) // self.unit) * self.unit * self.k
+        length = self.n_groups(min(max_length, context) // self.tokens_per_position) * self.tokens_per_position * self.k
         return length, length
 
     def init_cache(self, batch: int, max_length: int, context: int) -> EventCache:
         length, _ = self.inner_capacity(max_length, context)
         return EventCache(
-            when=jnp.full((batch, length // (self.unit * self.k)), NEVER, jnp.int32),
+            when=jnp.full((batch, length // (self.tokens_per_position * self.k)), NEVER, jnp.int32),
             count=jnp.zeros(batch, jnp.int32),
             newest=self.no_position(batch),
             fresh=jnp.ones(batch, bool),
@@ -209,10 +209,10 @@ class Boundaries(nnx.Module):
         self, x: jax.Array, tokens: jax.Array | None, cache: EventCache, clock: Clock
     ) -> tuple[jax.Array, EventGroups, Clock, EventCache]:
         """Process x [B, L, D] -> the input of shortening, its groups, the inner clock, the cache."""
-        stop = jnp.broadcast_to(clock.time // self.unit, x.shape[:1])
-        groups = self.events(x, tokens, clock.start // self.unit, stop)
+        stop = jnp.broadcast_to(clock.time // self.tokens_per_position, x.shape[:1])
+        groups = self.events(x, tokens, clock.start // self.tokens_per_position, stop)
         fired = jnp.arange(groups.n_groups, dtype=jnp.int32)[None] < groups.count[:, None]
-        when = jnp.where(fired, groups.when * self.unit, NEVER)
+        when = jnp.where(fired, groups.when * self.tokens_per_position, NEVER)
         last = jnp.maximum(stop - 1, 0)
         rows = jnp.arange(len(x))
         newest = x[rows, last], cache.newest[1] if tokens is None else tokens[rows, last].astype(jnp.int32)
@@ -220,13 +220,13 @@ class Boundaries(nnx.Module):
         when = cache.when.at[:, : groups.n_groups].set(when)
         cache = replace(cache, when=when, count=groups.count, newest=newest, fresh=fresh)
         zero = jnp.zeros_like(groups.count)
-        return x, groups, Clock(groups.count * self.unit * self.k, zero, zero), cache
+        return x, groups, Clock(groups.count * self.tokens_per_position * self.k, zero, zero), cache
 
     def step(
         self, x: jax.Array, token: jax.Array | None, cache: EventCache, clock: Clock
     ) -> tuple[InnerStep, EventCache]:
         """Decode one position [B, D]; the deeper level runs in rows that have a boundary here."""
-        place = jnp.broadcast_to(clock.time - clock.start, x.shape[:1]) // self.unit
+        place = jnp.broadcast_to(clock.time - clock.start, x.shape[:1]) // self.tokens_per_position
         token = cache.newest[1] if token is None else token.astype(jnp.int32)
         here = Position(x[:, None], token[:, None], place[:, None])
         before = Position(*(values[:, None] for values in (*cache.newest, place - 1)))
@@ -235,10 +235,10 @@ class Boundaries(nnx.Module):
         fires = decision.boundary_mask[:, 0] & (seen < self.room(place + 1))
         if clock.live is not None:
             fires &= clock.live
-        unit = self.unit * self.k
+        stride = self.tokens_per_position * self.k
         count = cache.count + fires.astype(jnp.int32)
-        below = Clock(cache.count * unit, jnp.zeros_like(place), (cache.count - seen) * unit, fires)
-        serving = replace(below, time=(count - 1) * unit, live=None)
+        below = Clock(cache.count * stride, jnp.zeros_like(place), (cache.count - seen) * stride, fires)
+        serving = replace(below, time=(count - 1) * stride, live=None)
         groups = OpenGroup(cache.fresh, fires, serving, boundary_prob=decision.boundary_prob)
         row = jnp.where(fires, cache.count % cache.when.shape[1], cache.when.shape[1])
         when = cache.when.at[jnp.arange(len(row)), row].set(clock.time, mode="drop")

@@ -99,7 +99,7 @@ class EventGroups(Groups):
     def prefill_to_positions(
         self, block: Block, z: Array, x: Array, cache: KeyValueCache, start: Int[Array, " B"]
     ) -> tuple[Float[Array, "B G D"], KeyValueCache]:
-        return block.attend_from(z, x, self.when, start // block.attention.unit, cache=cache)
+        return block.attend_from(z, x, self.when, start // block.attention.tokens_per_position, cache=cache)
 
     def prefill_to_groups(
         self, block: Block, x: Array, z: Array, cache: KeyValueCache, start: Int[Array, " B"]

@@ -108,7 +108,7 @@ class GumbelBoundaries(PredictedBoundaries):
             return 0.0
 
         def of_row(key: jax.Array) -> jax.Array:
-            return jax.random.logistic(jax.random.fold_in(key, self.unit), score.shape[1:], score.dtype)
+            return jax.random.logistic(jax.random.fold_in(key, self.tokens_per_position), score.shape[1:], score.dtype)
 
         return jax.vmap(of_row)(row_keys)
 

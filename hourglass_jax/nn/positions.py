@@ -30,7 +30,7 @@ def rotate(x: Float[Array, "... H K"], positions: Int[Array, " ..."]) -> Float[A
 
 
 def slot_distances(
-    groups: int, query_slots: int, key_slots: int, unit: int, *, causal: bool = True
+    groups: int, query_slots: int, key_slots: int, tokens_per_position: int, *, causal: bool = True
 ) -> Int[Array, "N P S"]:
     """Return the distances in tokens between slots of groups that are N - 1, N - 2, ... 0 groups apart, N = `groups`.
 
@@ -38,7 +38,7 @@ def slot_distances(
     """
     lags = jnp.arange(0 if causal else 1 - groups, groups)
     lag = lags[::-1, None, None] * (query_slots * key_slots)
-    return unit * (lag + jnp.arange(query_slots)[None, :, None] - jnp.arange(key_slots)[None, None])
+    return tokens_per_position * (lag + jnp.arange(query_slots)[None, :, None] - jnp.arange(key_slots)[None, None])
 
 
 def relative_shift(x: Float[Array, "... b N S"]) -> Float[Array, "... b N S"]:

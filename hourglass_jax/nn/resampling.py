@@ -4,9 +4,10 @@ A shortening maps vectors of positions [B, L, D], already shifted right, to one 
 upsampling maps the unshifted vectors [B, L, D] and the shortened ones [B, G, D] to [B, L, D]. Both are written with the
 methods of `nn.groups.Groups`, so that one class serves groups of fixed and of variable length.
 
-Both are constructed as `Method(config, shorten_factor, unit, rngs=rngs)`, where `unit` is the total factor of the
-longer sequence in tokens. Both are called with `key=` for dropout. A new method is one class and one entry in the
-registry. The base classes implement cached decoding for methods in which a group depends only on its own positions.
+Both are constructed as `Method(config, shorten_factor, tokens_per_position, rngs=rngs)`, where `tokens_per_position` is
+the total factor of the longer sequence. Both are called with `key=` for dropout. A new method is one class and one
+entry in the registry. The base classes implement cached decoding for methods in which a group depends only on its own
+positions.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 class Shortening(nnx.Module):
     """Base class of shortenings; its decoding is for methods in which a group depends on its own positions only."""
 
-    def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: HourglassConfig, shorten_factor: int, tokens_per_position: int, *, rngs: nnx.Rngs):
         pass
 
     def __call__(self, x: Float[Array, "B L D"], groups: Groups, *, key: Array | None = None) -> Float[Array, "B G D"]:
@@ -73,7 +74,7 @@ class SelectShortening(Shortening):
 class LinearShortening(Shortening):
     """A linear projection of the group's k concatenated vectors to one."""
 
-    def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: HourglassConfig, shorten_factor: int, tokens_per_position: int, *, rngs: nnx.Rngs):
         self.project = linear(config, shorten_factor * config.d_model, config.d_model, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B L D"], groups: Groups, *, key: Array | None = None) -> Float[Array, "B G D"]:
@@ -87,10 +88,12 @@ class AttentionShortening(Shortening):
     A query attends to the positions of its own group and of all groups before it, or to all if not causal.
     """
 
-    def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, pool: type, rngs: nnx.Rngs):
-        self.pool = pool(config, shorten_factor, unit, rngs=rngs)
-        key_slots = 1 if config.ends_by_events(unit) else shorten_factor
-        self.block = Block(config, unit, cross=True, key_slots=key_slots, rngs=rngs)
+    def __init__(
+        self, config: HourglassConfig, shorten_factor: int, tokens_per_position: int, *, pool: type, rngs: nnx.Rngs
+    ):
+        self.pool = pool(config, shorten_factor, tokens_per_position, rngs=rngs)
+        key_slots = 1 if config.ends_by_events(tokens_per_position) else shorten_factor
+        self.block = Block(config, tokens_per_position, cross=True, key_slots=key_slots, rngs=rngs)
         self.block.attention.window = 0
 
     def __call__(self, x: Float[Array, "B L D"], groups: Groups, *, key: Array | None = None) -> Float[Array, "B G D"]:
@@ -123,8 +126,8 @@ class Upsampling(nnx.Module):
 
     normed = True  # whether the Hourglass normalizes the result with norm='stack'
 
-    def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, rngs: nnx.Rngs):
-        self.unit = unit
+    def __init__(self, config: HourglassConfig, shorten_factor: int, tokens_per_position: int, *, rngs: nnx.Rngs):
+        self.tokens_per_position = tokens_per_position
         self.cache_shape: tuple[int, ...] = (config.d_model,)
         self.cache_dtype = config.dtype
 
@@ -156,7 +159,7 @@ class Upsampling(nnx.Module):
     def step(self, x: Float[Array, "B D"], groups: Groups, cache: Any, clock: Clock) -> Float[Array, "B D"]:
         """Upsample at one token. Override `receive` for work that is the same for all tokens of a group."""
         x = jnp.broadcast_to(x[:, None], (x.shape[0], groups.length, x.shape[1]))
-        return groups.newest(self(x, cache[:, None], groups), clock.time // self.unit)
+        return groups.newest(self(x, cache[:, None], groups), clock.time // self.tokens_per_position)
 
 
 class RepeatUpsampling(Upsampling):
@@ -211,14 +214,14 @@ class SmoothUpsampling(Upsampling):
         return where_live(clock.live, self.averages(short[:, None], groups, cache[:, None])[:, 0], cache)
 
     def step(self, x: Float[Array, "B D"], groups: Groups, cache: Array, clock: Clock) -> Float[Array, "B D"]:
-        return groups.newest(groups.spread(cache[:, None]), clock.time // self.unit)
+        return groups.newest(groups.spread(cache[:, None]), clock.time // self.tokens_per_position)
 
 
 class LinearUpsampling(Upsampling):
     """A linear projection of each shortened vector to k vectors."""
 
-    def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, rngs: nnx.Rngs):
-        super().__init__(config, shorten_factor, unit, rngs=rngs)
+    def __init__(self, config: HourglassConfig, shorten_factor: int, tokens_per_position: int, *, rngs: nnx.Rngs):
+        super().__init__(config, shorten_factor, tokens_per_position, rngs=rngs)
         self.cache_shape = (shorten_factor, config.d_model)
         self.project = linear(config, config.d_model, shorten_factor * config.d_model, rngs=rngs)
 
@@ -231,7 +234,7 @@ class LinearUpsampling(Upsampling):
         return self.project(short).reshape(cache.shape)
 
     def step(self, x: Float[Array, "B D"], groups: Groups, cache: Array, clock: Clock) -> Float[Array, "B D"]:
-        return groups.newest(cache, clock.time // self.unit)
+        return groups.newest(cache, clock.time // self.tokens_per_position)
 
 
 class AttentionUpsampling(Upsampling):
@@ -240,11 +243,23 @@ class AttentionUpsampling(Upsampling):
     With groups of variable length, each group counts as k positions, its expected length, in relative distances.
     """
 
-    def __init__(self, config: HourglassConfig, shorten_factor: int, unit: int, *, base: type | None, rngs: nnx.Rngs):
-        self.base: Upsampling | None = None if base is None else base(config, shorten_factor, unit, rngs=rngs)
-        by_events = config.ends_by_events(unit)
-        unit, query_slots = (unit * shorten_factor, 1) if by_events else (unit, shorten_factor)
-        self.block = Block(config, unit, cross=True, query_slots=query_slots, rngs=rngs)
+    def __init__(
+        self,
+        config: HourglassConfig,
+        shorten_factor: int,
+        tokens_per_position: int,
+        *,
+        base: type | None,
+        rngs: nnx.Rngs,
+    ):
+        self.base: Upsampling | None = (
+            None if base is None else base(config, shorten_factor, tokens_per_position, rngs=rngs)
+        )
+        by_events = config.ends_by_events(tokens_per_position)
+        tokens_per_position, query_slots = (
+            (tokens_per_position * shorten_factor, 1) if by_events else (tokens_per_position, shorten_factor)
+        )
+        self.block = Block(config, tokens_per_position, cross=True, query_slots=query_slots, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B L D"], short: Float[Array, "B G D"], groups: Groups, *, key: Array | None = None

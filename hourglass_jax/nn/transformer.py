@@ -51,7 +51,7 @@ class Block(nnx.Module):
     def __init__(
         self,
         config: HourglassConfig,
-        unit: int,
+        tokens_per_position: int,
         *,
         cross: bool = False,
         query_slots: int = 1,
@@ -61,10 +61,12 @@ class Block(nnx.Module):
         self.attention_norm = layer_norm(config, rngs=rngs)
         self.memory_norm = layer_norm(config, rngs=rngs) if cross else None
         self.attention: Any
-        if config.token_attention == "lsh" and unit == 1 and not cross:
+        if config.token_attention == "lsh" and tokens_per_position == 1 and not cross:
             self.attention = LSHAttention(config, rngs=rngs)
         else:
-            self.attention = Attention(config, unit, query_slots=query_slots, key_slots=key_slots, rngs=rngs)
+            self.attention = Attention(
+                config, tokens_per_position, query_slots=query_slots, key_slots=key_slots, rngs=rngs
+            )
         self.feed_forward_norm = layer_norm(config, rngs=rngs)
         self.feed_forward = FeedForward(config, rngs=rngs)
         self.dropout = Dropout(config.dropout)
@@ -142,9 +144,9 @@ def is_unrolled(config: HourglassConfig, n_layers: int) -> bool:
 class Stack(nnx.Module):
     """`n_layers` blocks at one level, then a norm if norm='stack', even without layers."""
 
-    def __init__(self, config: HourglassConfig, n_layers: int, unit: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: HourglassConfig, n_layers: int, tokens_per_position: int, *, rngs: nnx.Rngs):
         self.config, self.n_layers = config, n_layers
-        make_layers = nnx.vmap(lambda rngs: Block(config, unit, rngs=rngs))
+        make_layers = nnx.vmap(lambda rngs: Block(config, tokens_per_position, rngs=rngs))
         self.layers: Any = make_layers(rngs.split(n_layers)) if n_layers else None
         self.norm = layer_norm(config, rngs=rngs) if config.norm == "stack" else None
 

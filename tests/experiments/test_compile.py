@@ -215,7 +215,7 @@ def test_every_attention_compiles_for_every_platform_as_the_platforms_own_progra
     layers = {
         f"{positions}-{query_slots}-{key_slots}-{window}": Attention(
             small_config(positions=positions, window=window, **options),
-            unit=1,
+            tokens_per_position=1,
             query_slots=query_slots,
             key_slots=key_slots,
             rngs=nnx.Rngs(0),

@@ -81,8 +81,8 @@ def test_a_layer_at_factor_f_runs_once_every_f_tokens(hierarchy, monkeypatch):
 
     def counted(block, x, memory=None, *, cache, clock):
         if memory is None and block.memory_norm is None:
-            unit = block.attention.unit
-            jax.debug.callback(lambda time: runs.append((unit, int(time))), clock.time)
+            tokens_per_position = block.attention.tokens_per_position
+            jax.debug.callback(lambda time: runs.append((tokens_per_position, int(time))), clock.time)
         return original(block, x, memory, cache=cache, clock=clock)
 
     monkeypatch.setattr(Block, "step", counted)
@@ -90,7 +90,7 @@ def test_a_layer_at_factor_f_runs_once_every_f_tokens(hierarchy, monkeypatch):
     run_cached(model, *(jnp.zeros(shape, int) for shape in ((1, 0), (1,), (1, 19))))
     jax.effects_barrier()
     for level in model.config.parsed_hierarchy.levels:
-        times = sorted(time for unit, time in runs if unit == level.factor)
+        times = sorted(time for factor, time in runs if factor == level.factor)
         n_layers = level.pre_layers + level.post_layers
         assert times == sorted([*range(0, 19, level.factor)] * n_layers)
 

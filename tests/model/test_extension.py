@@ -79,7 +79,7 @@ def xla_forward_flops(config, length):
 class MixingShortening(AverageShortening):
     """Its name says nothing of its cost: d_model x d_model a token."""
 
-    def __init__(self, config, shorten_factor, unit, *, rngs):
+    def __init__(self, config, shorten_factor, tokens_per_position, *, rngs):
         self.mix = nnx.Linear(config.d_model, config.d_model, rngs=rngs)
 
     def __call__(self, x, groups, *, key=None):

@@ -65,7 +65,7 @@ def test_a_wrong_distance_unit_differs_from_the_oracle():
     config = small_config(hierarchy="0@1 2@3 0@1", dtype="float64")
     with jax.enable_x64(True):
         model = make_model(config)
-        model.hourglass.inner.pre.layers.attention.unit = 1  # positions of the shortened level in groups, not in tokens
+        model.hourglass.inner.pre.layers.attention.tokens_per_position = 1  # in groups, not in tokens
         ours = np.asarray(forward(model, TOKENS[None])[0])
         assert np.abs(ours - oracle.logits(model, TOKENS)).max() > 1e-4
 

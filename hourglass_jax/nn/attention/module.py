@@ -7,8 +7,9 @@ g attends to all keys of groups m <= g, or of all groups if not causal. The caus
     attention shortening   P = 1, S = k    group g attends to the shifted positions of groups <= g
     attention upsampling   P = k, S = 1    position t attends to the shortened vectors of groups <= t // k
 
-The distance from query slot (g, p) to key slot (m, s) is `unit * ((g - m) * P * S + p - s)` tokens, where `unit` is the
-total factor of the longer sequence. So distances are in tokens at every level. `plain` has the formula.
+The distance from query slot (g, p) to key slot (m, s) is `tokens_per_position * ((g - m) * P * S + p - s)` tokens,
+where `tokens_per_position` is the total factor of the longer sequence. So distances are in tokens at every level.
+`plain` has the formula.
 """
 
 from __future__ import annotations
@@ -35,11 +36,19 @@ HIDDEN = -1e30  # score of a masked key; unlike -inf, it has a finite derivative
 class Attention(nnx.Module):
     """Multi-head attention with relative, rotary or no position encoding (`positions`)."""
 
-    def __init__(self, config: HourglassConfig, unit: int, *, query_slots: int = 1, key_slots: int = 1, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: HourglassConfig,
+        tokens_per_position: int,
+        *,
+        query_slots: int = 1,
+        key_slots: int = 1,
+        rngs: nnx.Rngs,
+    ):
         d_model, d_heads, bias = config.d_model, config.n_heads * config.head_dim, config.qkv_bias
-        self.unit, self.query_slots, self.key_slots = unit, query_slots, key_slots
+        self.tokens_per_position, self.query_slots, self.key_slots = tokens_per_position, query_slots, key_slots
         self.n_heads, self.head_dim = config.n_heads, config.head_dim
-        self.window = config.window if unit == query_slots == key_slots == 1 else 0
+        self.window = config.window if tokens_per_position == query_slots == key_slots == 1 else 0
         self.positions, self.implementation, self.causal = config.positions, config.attention, config.causal
         self.query = linear(config, d_model, d_heads, bias=bias, rngs=rngs)
         self.key = linear(config, d_model, d_heads, bias=bias, rngs=rngs)
@@ -92,8 +101,8 @@ class Attention(nnx.Module):
         q, k, v = (self.split_heads(f(x)) for f, x in ((self.query, queries), (self.key, keys), (self.value, keys)))
         if self.positions == "rotary":
             start = jnp.arange(q.shape[1])[:, None] * (self.query_slots * self.key_slots)
-            q = rotate(q, self.unit * (start + jnp.arange(self.query_slots)[None]))
-            k = rotate(k, self.unit * (start + jnp.arange(self.key_slots)[None]))
+            q = rotate(q, self.tokens_per_position * (start + jnp.arange(self.query_slots)[None]))
+            k = rotate(k, self.tokens_per_position * (start + jnp.arange(self.key_slots)[None]))
         return q, k, v
 
     def attend(
@@ -110,7 +119,9 @@ class Attention(nnx.Module):
         q_position = r = None
         if self.positions == "relative":
             lags = min(q.shape[1], self.window or q.shape[1])
-            distances = slot_distances(lags, self.query_slots, self.key_slots, self.unit, causal=self.causal)
+            distances = slot_distances(
+                lags, self.query_slots, self.key_slots, self.tokens_per_position, causal=self.causal
+            )
             r = jnp.einsum("gpshk->phgsk", self.relative_keys(distances))
             r = r.reshape(*r.shape[:2], -1, self.head_dim)
             q, q_position = self.content_and_position(q)
@@ -142,12 +153,12 @@ class Attention(nnx.Module):
         rows = jnp.arange(keys.shape[1], dtype=jnp.int32)
         content = q
         if self.positions == "rotary":
-            content, k = rotate(q, self.unit * places), rotate(k, self.unit * rows)
+            content, k = rotate(q, self.tokens_per_position * places), rotate(k, self.tokens_per_position * rows)
         elif self.positions == "relative":
             content, position = self.content_and_position(q)
         scores = jnp.einsum("bnhk,bmhk->bhnm", content, k)
         if self.positions == "relative":
-            by_lag = jnp.einsum("bnhk,mhk->bhnm", position, self.relative_keys(self.unit * rows))
+            by_lag = jnp.einsum("bnhk,mhk->bhnm", position, self.relative_keys(self.tokens_per_position * rows))
             lags = jnp.maximum(places[:, None, :, None] - rows[None, None, None], 0)
             scores += jnp.take_along_axis(by_lag, lags, axis=-1)
         visible = (rows[None, None] <= places[..., None]) & (rows[None, None] >= jnp.reshape(first, (-1, 1, 1)))
@@ -159,12 +170,14 @@ class Attention(nnx.Module):
 
     def init_cache(self, batch: int, max_length: int) -> KeyValueCache:
         """Return an empty cache for `max_length` tokens, a multiple of the stride, or for a shorter window."""
-        stride = self.unit * self.query_slots
+        stride = self.tokens_per_position * self.query_slots
         rows = min(max_length // stride, self.window or max_length)
         relative = None
         if self.positions == "relative":
             slots = jnp.arange(self.query_slots)[:, None] + 1 - self.key_slots
-            relative = self.relative_keys(jnp.arange(rows)[None, ::-1] * stride + self.unit * slots).swapaxes(1, 2)
+            relative = self.relative_keys(
+                jnp.arange(rows)[None, ::-1] * stride + self.tokens_per_position * slots
+            ).swapaxes(1, 2)
         keys, values = jnp.zeros((2, batch, self.n_heads, rows, self.head_dim), self.out.dtype)
         return KeyValueCache(keys, values, relative, stride, self.positions == "rotary")
 
@@ -177,7 +190,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B G P D"], KeyValueCache]:
         """Process rows that begin at token `start`, and store their keys and values from row 0 on."""
         q, k, v = self.project(queries, keys)
-        out = self.attend(q, k, v, padding=start // (self.unit * self.query_slots * self.key_slots))
+        out = self.attend(q, k, v, padding=start // (self.tokens_per_position * self.query_slots * self.key_slots))
         k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v))
         return self.merge_heads(out), cache.write(k, v, row=0)
 
@@ -195,7 +208,7 @@ class Attention(nnx.Module):
         if keys is not None:
             cache = self.write(keys, cache, clock)
         q = self.split_heads(self.query(query))
-        slot = clock.time // self.unit % self.query_slots
+        slot = clock.time // self.tokens_per_position % self.query_slots
         if cache.rotary:
             q = rotate(q, clock.time)
         newest = self.group_row(clock) + self.key_slots - 1
@@ -205,7 +218,7 @@ class Attention(nnx.Module):
 
     def group_row(self, clock: Clock) -> Int[Array, " *B"]:
         """Return the index of the current group's first key."""
-        return clock.time // (self.unit * self.query_slots * self.key_slots) * self.key_slots
+        return clock.time // (self.tokens_per_position * self.query_slots * self.key_slots) * self.key_slots
 
     def write(
         self, keys: Float[Array, "B S D"] | Float[Array, "B D"], cache: KeyValueCache, clock: Clock
