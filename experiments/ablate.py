@@ -31,8 +31,7 @@ from absl import flags
 
 from experiments.ablations import contexts, costs, curve_report, curves, lengths, reporting, rows
 from experiments.ablations.scales import DATASETS, SCALES, TEXTS, Setup, find_setup
-from experiments.ablations.table import Table
-from experiments.ablations.tables import find_table
+from experiments.ablations.tables import Table, find_table
 from experiments.ablations.workers import train_together
 from experiments.common import launcher
 from experiments.common.reports import NoResults, rerender
@@ -205,7 +204,6 @@ def step_lengths(setup: Setup, name: str) -> Study:
 
 def context_lengths(setup: Setup, name: str) -> Study:
     directory, path = Path(OUT.value) / name, report_path(f"contexts-{name}")
-
     models: dict[str, contexts.Load] = {}
     if not REPORT.value:
         table = replace(find_table("1", DATASET.value), seeds=SEEDS.value)

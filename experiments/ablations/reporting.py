@@ -19,7 +19,7 @@ from experiments.ablations.costs import COST
 from experiments.ablations.pictures import PLAIN, Cost, draw, flops, kind, memory_bytes, step_seconds
 from experiments.ablations.rows import RESULT, make_job
 from experiments.ablations.scales import Setup, for_table
-from experiments.ablations.table import UNITS, Row, Table
+from experiments.ablations.tables import UNITS, Row, Table
 from experiments.common.reports import markdown_table, page, provenance, publish, read_record, report_file
 from hourglass_jax import DataConfig, Hierarchy
 from hourglass_jax.costs import count_parameters
@@ -123,7 +123,8 @@ def render(record: Record) -> str:
     others = record.get("published", {})  # older records have none
     return page(
         f"Table {record['table']}: {record['title']}, {record['data']}",
-        f"the table as a picture](table{record['table']}-{record['data']}.png",
+        "the table as a picture",
+        f"table{record['table']}-{record['data']}.png",
         results_table(record),
         f"Not trained yet: {'; '.join(waiting)}." if waiting else "",
         *(agreement(record, name) for name in in_paper),

@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from experiments.ablations.scales import BYTES, Setup, for_table
-from experiments.ablations.table import Row, Table
+from experiments.ablations.tables import Row, Table
 from experiments.common import launcher
 from experiments.common.reports import provenance, read_record
 from experiments.common.sources import ImageSource, TextSource

@@ -22,7 +22,7 @@ PLUGIN = """
 from dataclasses import replace
 
 from experiments.ablations.scales import SETUPS
-from experiments.ablations.table import TEXT, Row, Table
+from experiments.ablations.tables import TEXT, Row, Table
 from experiments.ablations.tables import TABLES
 
 setup = SETUPS["text", "tiny"]
