@@ -34,6 +34,7 @@ from experiments.ablations.workers import train_together
 from experiments.common import launcher
 from hourglass_jax import UsageError
 from hourglass_jax.data.downloads import fetch
+from hourglass_jax.recipes import RECIPES
 from hourglass_jax.training.signals import Interrupted, Signals
 
 DOWNLOADS = "data"
@@ -51,6 +52,7 @@ DATA_PATH = launcher.define_path(
     "A text of 100 MB like enwik8, or a directory of images; empty: enwik8 or text8, downloaded to data/.",
 )
 DATA_NAME = flags.DEFINE_string("data_name", "", "Name of the data in reports; default: the file's or data set's name.")
+RECIPE = launcher.define_recipe("paper", "Defaults of model and optimizer; rows override them.")
 OUT = launcher.define_path("out", "runs/ablations", "Directory of the runs.")
 RESULTS = launcher.define_path("results", "experiments/results/ablations", "Directory of the reports.")
 ROWS = flags.DEFINE_list(
@@ -117,12 +119,14 @@ def main(_: list[str]) -> None:
         print(costs.costs_table())
         return
     path = f"{DOWNLOADS}/{DATASET.value}" if downloaded() else DATA_PATH.value
-    setup = find_setup(DATASET.value, SCALE.value, path)
+    recipe, setup = RECIPES[RECIPE.value], find_setup(DATASET.value, SCALE.value, path)
+    optimizer = replace(setup.optimizer, **recipe.optimizer)
+    setup = replace(setup, model={**setup.model, **recipe.model}, optimizer=optimizer)
     if LENGTHS.value:
         run_lengths(setup)
         return
     name = DATA_NAME.value or (Path(DATA_PATH.value).name if DATASET.value in TEXTS else "") or DATASET.value
-    name = f"{name}-{SCALE.value}"
+    name = f"{name}-{SCALE.value}" + (f"-{RECIPE.value}" if RECIPE.value != "paper" else "")
     run = run_curves if CURVES.value else run_contexts if CONTEXTS.value else run_tables
     run(setup, Path(OUT.value) / name, name)
 

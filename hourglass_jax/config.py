@@ -10,6 +10,7 @@ from typing import Any, Literal
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Hierarchy
 from hourglass_jax.ranges import check_choice, check_literals, check_range, plain, take_plain_values
+from hourglass_jax.recipes import RECIPES
 from hourglass_jax.registry import BOUNDARIES, SHORTENINGS, UPSAMPLINGS
 
 OF_TOKENS = ("whitespace", "spacelike", "tokens")  # boundaries that depend on tokens
@@ -116,6 +117,9 @@ class HourglassConfig:
         object.__setattr__(self, "hierarchy", str(Hierarchy.parse(self.hierarchy)))
         take_plain_values(self)
         check_literals(self)
+        for name in BY_LEVEL:
+            if isinstance(size := getattr(self, name), tuple) and len(size) == 1:
+                object.__setattr__(self, name, size[0])
         check_range("vocab_size", self.vocab_size, 1)
         check_range("max_length", self.max_length, 2)
         for name in ("max_unrolled_layers", "d_head"):
@@ -309,14 +313,16 @@ class HourglassConfig:
             "d_head": n_embedding // n_heads,
             "d_ff": 4 * n_embedding,
             "max_length": block_size,
-            "shortening": "linear",
-            "upsampling": "repeat",
-            "positions": "learned",
-            "activation": "relu",
-            "norm": "final",
-            "shift": "original",
         }
-        return cls(vocab_size=vocab_size, **(options | overrides))
+        return cls(vocab_size=vocab_size, **{**RECIPES["original"].model, **options, **overrides})
+
+    @classmethod
+    def modern(cls, *, vocab_size: int, **options: Any) -> HourglassConfig:
+        """Return a configuration with the modern recipe's methods, see `recipes.RECIPES`; `options` override them.
+
+        Train it with `OptimizerConfig(optimizer="muon")`.
+        """
+        return cls(vocab_size=vocab_size, **{**RECIPES["modern"].model, **options})
 
 
 @dataclass(frozen=True)
