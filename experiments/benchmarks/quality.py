@@ -164,8 +164,8 @@ def describe(rows: list[dict[str, Any]], minutes: int) -> str:
 
 {models.SIZES["hierarchy"]}, {models.WIDTH}, {BATCH} x {LENGTH} bytes a step of a text of {rows[0]["text_bytes"]:,}
 bytes, of which the last {VALID_SHARE:.0%} are for validation ({N_VALID * BATCH * LENGTH:,} predictions). A constant
-rate after {WARMUP} steps of warmup. The peer is {models.PEER} with AdamW, at {len(PEER_RATES)} rates; ours are the recipes
-`paper` and `modern`, at one. Compilation and evaluation do not count.
+rate after {WARMUP} steps of warmup. The peer is {models.PEER} with AdamW, at {len(PEER_RATES)} rates; ours are the
+recipes `paper` and `modern`, at one. Compilation and evaluation do not count.
 
 {markdown_table(header, cells)}
 """
