@@ -6,42 +6,33 @@ from experiments.ablations.table import TEXT, Row, Table, resampling
 
 # Bits per character or byte. Dynamic pooling: 12 layers in all rows, so shortened models cost half. H-Net: equal
 # FLOPs, 100B tokens; plain is LlamaByte, spacelike SpaceByte++. SpaceByte: test split, 1e19 FLOPs.
+COLUMNS = (
+    "dynamic pooling, text8",
+    "H-Net L, FineWeb-Edu",
+    "H-Net XL, FineWeb-Edu",
+    "SpaceByte, PG-19",
+    "SpaceByte, arXiv",
+    "SpaceByte, GitHub",
+)
+FIGURES = {
+    "plain": (1.143, 0.859, None, 1.138, 0.909, 0.655),
+    "fixed, k=2": (1.149, None, None, None, None, None),
+    "fixed, k=3": (1.155, None, None, None, None, None),
+    "fixed, k=4": (1.166, None, None, None, None, None),
+    "fixed, k=6": (None, 0.780, None, 1.112, 0.804, 0.552),
+    "whitespace": (1.133, 0.755, 0.726, None, None, None),
+    "spacelike": (None, 0.760, 0.733, 1.009, 0.748, 0.500),
+    "unigram pieces": (1.134, None, None, None, None, None),
+    "gumbel": (1.136, None, None, None, None, None),
+    "entropy": (1.138, None, None, None, None, None),
+    "router": (None, 0.755, 0.728, None, None, None),
+    "router, two levels": (None, 0.743, 0.715, None, None, None),
+    "MegaByte": (None, None, None, 1.083, 0.822, 0.570),
+    "subwords": (None, 0.756, 0.730, 0.989, 0.768, 0.508),
+}
 PUBLISHED_BOUNDARIES = {
-    "dynamic pooling, text8": {
-        "plain": 1.143,
-        "fixed, k=2": 1.149,
-        "fixed, k=3": 1.155,
-        "fixed, k=4": 1.166,
-        "whitespace": 1.133,
-        "unigram pieces": 1.134,
-        "gumbel": 1.136,
-        "entropy": 1.138,
-    },
-    "H-Net L, FineWeb-Edu": {
-        "plain": 0.859,
-        "fixed, k=6": 0.780,
-        "whitespace": 0.755,
-        "spacelike": 0.760,
-        "router": 0.755,
-        "router, two levels": 0.743,
-        "subwords": 0.756,
-    },
-    "H-Net XL, FineWeb-Edu": {
-        "whitespace": 0.726,
-        "spacelike": 0.733,
-        "router": 0.728,
-        "router, two levels": 0.715,
-        "subwords": 0.730,
-    },
-    "SpaceByte, PG-19": {"plain": 1.138, "fixed, k=6": 1.112, "spacelike": 1.009, "MegaByte": 1.083, "subwords": 0.989},
-    "SpaceByte, arXiv": {"plain": 0.909, "fixed, k=6": 0.804, "spacelike": 0.748, "MegaByte": 0.822, "subwords": 0.768},
-    "SpaceByte, GitHub": {
-        "plain": 0.655,
-        "fixed, k=6": 0.552,
-        "spacelike": 0.500,
-        "MegaByte": 0.570,
-        "subwords": 0.508,
-    },
+    column: {row: values[i] for row, values in FIGURES.items() if values[i] is not None}
+    for i, column in enumerate(COLUMNS)
 }
 
 

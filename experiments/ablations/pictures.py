@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLOURS = {"plain transformer": "tab:orange", "Hourglass": "tab:green"}
+PLAIN, HOURGLASS = "plain transformer", "Hourglass"
+COLOURS = {PLAIN: "tab:orange", HOURGLASS: "tab:green"}
 NAME_SIZE = 6.5  # points, like the next two
 MARKER = 3  # half the side of a marker
 REACHES = range(MARKER, 80, 4)  # from a marker to its name
@@ -31,15 +32,27 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 
 def kind(hierarchy: str) -> str:
-    return "Hourglass" if " " in hierarchy else "plain transformer"
+    return HOURGLASS if " " in hierarchy else PLAIN
+
+
+def flops(row: dict[str, Any]) -> float | None:
+    return row.get("step_flops")
+
+
+def step_seconds(row: dict[str, Any]) -> float | None:
+    return (row.get("cost") or {}).get("step_seconds")
+
+
+def memory_bytes(row: dict[str, Any]) -> float | None:
+    return (row.get("cost") or {}).get("memory_bytes")
 
 
 def draw_costs(record: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
     """Draw a panel for each cost that all rows have."""
     costs: dict[str, Cost] = {
-        "FLOPs a step": lambda row: row["step_flops"],
-        "seconds a step": lambda row: (row["cost"] or {}).get("step_seconds"),
-        "memory of a step, MB": lambda row: (row["cost"] or {}).get("memory_bytes", 0) / 1e6,
+        "FLOPs a step": flops,
+        "seconds a step": step_seconds,
+        "memory of a step, MB": lambda row: (memory_bytes(row) or 0) / 1e6,
     }
     costs = {name: cost for name, cost in costs.items() if all(cost(row) for row in rows)}
     reached = [float(np.mean([run["figures"][record["metric"]] for run in row["runs"]])) for row in rows]

@@ -5,6 +5,7 @@ A table's note states our choices where the paper leaves them open.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,7 +59,7 @@ def table_1() -> Table:
 
 
 def table_2() -> Table:
-    hourglass = TEXT | {"hierarchy": "4@1 8@3 4@1"}
+    ours = {"Hourglass": TEXT | {"hierarchy": "4@1 8@3 4@1"}}
     others = {
         "Transformer-XL 24L": (0.99, 277),
         "Hourglass": (0.98, 146),
@@ -68,7 +69,7 @@ def table_2() -> Table:
         "Expire-Span": (0.95, 277),
     }
     rows = [
-        Row(name, hourglass if name == "Hourglass" else None, {"bpc": bpc, "parameters_millions": millions})
+        Row(name, ours.get(name), {"bpc": bpc, "parameters_millions": millions})
         for name, (bpc, millions) in others.items()
     ]
     note = (
@@ -81,40 +82,25 @@ def table_2() -> Table:
 
 def table_3(dataset: str) -> Table:
     if dataset == "imagenet32":
-        hourglass = IMAGE | {"hierarchy": "3@1 24@3 3@1"}
-        model = {"dropout": 0.01}
-        others = {
-            "PixelCNN": 3.83,
-            "Image Transformer": 3.77,
-            "Axial": 3.76,
-            "Hourglass": 3.74,
-            "VDM": 3.72,
-            "DenseFlow": 3.63,
-        }
+        hierarchy, model = "3@1 24@3 3@1", {"dropout": 0.01}
+        others = {"PixelCNN": 3.83, "Image Transformer": 3.77, "Axial": 3.76, "Hourglass": 3.74, "VDM": 3.72}
+        others["DenseFlow"] = 3.63
         note = (
             "The paper uses an inverse square root for 400k steps, then a cosine for 70k; here it is one cosine. "
             "The learning rate, 4e-4, is our choice."
         )
     else:
-        hourglass = IMAGE | {"hierarchy": "3@1 12@3 3@1"}
-        model = {"d_model": 768, "d_ff": 3072}
-        others = {
-            "Reformer": 3.65,
-            "Performer": 3.64,
-            "Hourglass": 3.44,
-            "Sparse": 3.44,
-            "Routing": 3.43,
-            "Combiner": 3.42,
-            "VDM": 3.40,
-            "DenseFlow": 3.35,
-        }
+        hierarchy, model = "3@1 12@3 3@1", {"d_model": 768, "d_ff": 3072}
+        others = {"Reformer": 3.65, "Performer": 3.64, "Hourglass": 3.44, "Sparse": 3.44, "Routing": 3.43}
+        others |= {"Combiner": 3.42, "VDM": 3.40, "DenseFlow": 3.35}
         note = (
             "The paper uses LSH attention in the vanilla layers, which is not strictly causal, and an inverse square "
             "root; here it is a cosine. The batch of 8 images and the learning rate 4e-4 are our choice."
         )
-    rows = [Row(name, hourglass if name == "Hourglass" else None, {"bpd": bpd}) for name, bpd in others.items()]
+    ours = {"Hourglass": IMAGE | {"hierarchy": hierarchy}}
+    rows = [Row(name, ours.get(name), {"bpd": bpd}) for name, bpd in others.items()]
     if dataset == "imagenet64":
-        rows.append(Row("Hourglass, LSH", hourglass | LSH, {"bpd": others["Hourglass"]}))
+        rows.append(Row("Hourglass, LSH", ours["Hourglass"] | LSH, {"bpd": others["Hourglass"]}))
     return Table("3", dataset, f"Models on {dataset}", "model", "bpd", tuple(rows), "Hourglass", note, model)
 
 
@@ -126,15 +112,12 @@ def table_4() -> Table:
     }
     rows = []
     for hierarchy, (both_at_2, both_at_3, only_2, only_3) in figures.items():
-        name = hierarchy.replace("{k}", "k")
-
-        def options(k: int, hierarchy: str = hierarchy) -> dict[str, Any]:
-            return TEXT | {"hierarchy": hierarchy.format(k=k)}
-
+        name = hierarchy.format(k="k")
+        at_2, at_3 = (TEXT | {"hierarchy": hierarchy.format(k=k)} for k in (2, 3))
         rows += [
-            Row(f"{name}, k drawn from 2, 3", options(2), {"bpc at k=2": both_at_2, "bpc at k=3": both_at_3}, (2, 3)),
-            Row(f"{name}, k=2", options(2), {"bpc at k=2": only_2}, (2,)),
-            Row(f"{name}, k=3", options(3), {"bpc at k=3": only_3}, (3,)),
+            Row(f"{name}, k drawn from 2, 3", at_2, {"bpc at k=2": both_at_2, "bpc at k=3": both_at_3}, (2, 3)),
+            Row(f"{name}, k=2", at_2, {"bpc at k=2": only_2}, (2,)),
+            Row(f"{name}, k=3", at_3, {"bpc at k=3": only_3}, (3,)),
         ]
     note = (
         "Average pooling inside attention shortening and repetition inside attention upsampling: no parameter depends "
@@ -145,58 +128,57 @@ def table_4() -> Table:
     )
 
 
-def table_5(dataset: str) -> Table:
-    text = dataset == "enwik8"
+def varied(
+    number: str,
+    text: bool,
+    title: str,
+    name: str,
+    rows: Mapping[str, Mapping[str, Any]],
+    figures: Sequence[float],
+    baseline: str,
+    note: str = "",
+) -> Table:
+    """Return a table of one option for enwik8 (`text`) or CIFAR-10: options and figures by row."""
+    dataset, metric, base = ("enwik8", "bpc", TEXT) if text else ("cifar10", "bpd", IMAGE)
+    pairs = zip(rows.items(), figures, strict=True)
+    made = tuple(Row(row, base | options, {metric: figure}) for (row, options), figure in pairs)
+    return Table(number, dataset, title, name, metric, made, baseline, note)
+
+
+def table_5(text: bool) -> Table:
     figures = (1.164, 1.134, 1.111, 1.096) if text else (3.28, 3.16, 3.07, 3.03)
-    template, base, metric = ("2@1 {n}@3 2@1", TEXT, "bpc") if text else ("1@1 {n}@3 1@1", IMAGE, "bpd")
-    rows = tuple(
-        Row(f"n={n}", base | {"hierarchy": template.format(n=n)}, {metric: figure})
-        for n, figure in zip((1, 4, 8, 16), figures, strict=True)
-    )
-    title = f"Shortened layers n of {template.format(n='n')}"
-    return Table("5", dataset, title, "shortened layers", metric, rows, "n=4" if text else "n=8")
+    template = "2@1 {}@3 2@1" if text else "1@1 {}@3 1@1"
+    rows = {f"n={n}": {"hierarchy": template.format(n)} for n in (1, 4, 8, 16)}
+    title = f"Shortened layers n of {template.format('n')}"
+    return varied("5", text, title, "shortened layers", rows, figures, "n=4" if text else "n=8")
 
 
-def table_6(dataset: str) -> Table:
-    text = dataset == "enwik8"
+def table_6(text: bool) -> Table:
     figures = (1.460, 1.176, 1.189, 1.171, 1.128) if text else (3.429, 3.108, 3.035, 3.012, 2.966)
-    inner, base, metric = ("4@3", TEXT, "bpc") if text else ("8@3", IMAGE, "bpd")
-    rows = tuple(
-        Row(f"({pre},{post})", base | {"hierarchy": f"{pre}@1 {inner} {post}@1"}, {metric: figure})
-        for (pre, post), figure in zip(((0, 0), (0, 2), (2, 0), (1, 1), (2, 2)), figures, strict=True)
-    )
-    note = f"Around {inner}, " + (
-        "since (2,2) has the figure of Table 1's 2@1 4@3 2@1."
-        if text
-        else "since (1,1) has the figure of the model of Tables 7 and 8."
-    )
-    baseline = "(2,2)" if text else "(1,1)"
-    return Table("6", dataset, "Vanilla layers before and after", "vanilla layers", metric, rows, baseline, note)
+    inner, baseline = ("4@3", "(2,2)") if text else ("8@3", "(1,1)")
+    around = ((0, 0), (0, 2), (2, 0), (1, 1), (2, 2))
+    rows = {f"({pre},{post})": {"hierarchy": f"{pre}@1 {inner} {post}@1"} for pre, post in around}
+    same = "Table 1's 2@1 4@3 2@1" if text else "the model of Tables 7 and 8"
+    note = f"Around {inner}, since {baseline} has the figure of {same}."
+    return varied("6", text, "Vanilla layers before and after", "vanilla layers", rows, figures, baseline, note)
 
 
-def table_7(dataset: str) -> Table:
-    text = dataset == "enwik8"
+def table_7(text: bool) -> Table:
     figures = (1.148, 1.163, 1.145, 1.132) if text else (3.062, 3.020, 2.967, 3.012)
-    hierarchy, metric = ("2@1 24@4 2@1", "bpc") if text else ("1@1 8@3 1@1", "bpd")
-    rows = tuple(
-        Row(method, resampling(upsampling=method) | {"hierarchy": hierarchy}, {metric: figure})
-        for method, figure in zip(("repeat", "linear", "attention", "attention_linear"), figures, strict=True)
-    )
+    hierarchy = "2@1 24@4 2@1" if text else "1@1 8@3 1@1"
+    methods = ("repeat", "linear", "attention", "attention_linear")
+    rows = {method: {"upsampling": method, "hierarchy": hierarchy} for method in methods}
     note = "attention: U = x; attention_linear: U = x + linear upsampling."
-    return Table("7", dataset, f"Upsampling of {hierarchy}", "upsampling", metric, rows, "attention_linear", note)
+    return varied("7", text, f"Upsampling of {hierarchy}", "upsampling", rows, figures, "attention_linear", note)
 
 
-def table_8(dataset: str) -> Table:
-    text = dataset == "enwik8"
+def table_8(text: bool) -> Table:
     figures = (1.129, 1.124, 1.142, 1.159) if text else (3.116, 3.012, 2.998, 2.998)
-    hierarchy, base, metric = ("2@1 4@3 2@1", TEXT, "bpc") if text else ("1@1 8@3 1@1", IMAGE, "bpd")
+    hierarchy = "2@1 4@3 2@1" if text else "1@1 8@3 1@1"
     methods = ("average", "attention_average", "attention_linear", "linear")
-    rows = tuple(
-        Row(method, base | {"shortening": method, "hierarchy": hierarchy}, {metric: figure})
-        for method, figure in zip(methods, figures, strict=True)
-    )
+    rows = {method: {"shortening": method, "hierarchy": hierarchy} for method in methods}
     note = "The paper does not say which model; this is that of Table 6's (2,2)." if text else ""
-    return Table("8", dataset, f"Shortening of {hierarchy}", "shortening", metric, rows, "attention_average", note)
+    return varied("8", text, f"Shortening of {hierarchy}", "shortening", rows, figures, "attention_average", note)
 
 
 def table_a1() -> Table:
@@ -245,7 +227,7 @@ TABLES = {
         table_3("imagenet32"),
         table_3("imagenet64"),
         table_4(),
-        *(make(dataset) for make in (table_5, table_6, table_7, table_8) for dataset in ("enwik8", "cifar10")),
+        *(make(text) for make in (table_5, table_6, table_7, table_8) for text in (True, False)),
         table_a1(),
         table_b1(),
         figure_7(),
