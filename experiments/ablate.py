@@ -43,7 +43,9 @@ from hourglass_jax.training.signals import Interrupted, Signals
 
 DOWNLOADS = "data"
 
-TABLE = flags.DEFINE_list("table", [], "Numbers of tables: 1 to 8, A1 and F7 of the paper; B1 compares boundaries.")
+TABLE = flags.DEFINE_list(
+    "table", [], "Numbers of tables: 1 to 8, A1 and F7 of the paper; B1 compares boundaries, M1 and M2 recipes."
+)
 DATASET = flags.DEFINE_string("dataset", "enwik8", " | ".join(DATASETS))
 SCALE = flags.DEFINE_string(
     "scale",

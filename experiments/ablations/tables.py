@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from experiments.ablations.boundary_table import table_b1
+from experiments.ablations.recipe_tables import table_m1, table_m2
 from experiments.ablations.table import IMAGE, TEXT, Row, Table, resampling
 from hourglass_jax import UsageError
 from hourglass_jax.ranges import check_choice
@@ -230,6 +231,8 @@ TABLES = {
         *(make(text) for make in (table_5, table_6, table_7, table_8) for text in (True, False)),
         table_a1(),
         table_b1(),
+        table_m1(),
+        table_m2(),
         figure_7(),
     )
 }

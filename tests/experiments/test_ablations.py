@@ -44,7 +44,7 @@ TABLES["own", "enwik8"] = Table("own", "enwik8", "A table of one's own", "model"
 
 
 def test_the_paper_s_tables_are_complete():
-    assert {number for number, _ in TABLES} == {*"12345678", "A1", "B1", "F7"}
+    assert {number for number, _ in TABLES} == {*"12345678", "A1", "B1", "F7", "M1", "M2"}
     n_paper = {key: sum(bool(row.paper) for row in table.rows) for key, table in TABLES.items()}
     assert n_paper["1", "enwik8"] == 15 and n_paper["4", "enwik8"] == 9
     for number, n_rows in (("5", 4), ("6", 5), ("7", 4), ("8", 4)):
