@@ -42,11 +42,6 @@ def n_parameters(module: nnx.Module | None) -> int:
     return 0 if module is None else sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
 
 
-def same(x: Array) -> Array:
-    """Return x: the map between levels of equal width."""
-    return x
-
-
 class Hourglass(nnx.Module):
     """Pre stack, shorten, inner Hourglass, upsample, post stack; the innermost level is only a stack (Algorithm 1).
 
@@ -69,9 +64,9 @@ class Hourglass(nnx.Module):
             normed = config.norm == "stack" and self.upsample.normed
             self.upsample_norm = normalization(own, rngs=rngs) if normed else None
             self.post = Stack(own, level.post_layers, level.factor, rngs=rngs)
-            widths, equal = (own.d_model, self.inner.d_model), own.d_model == self.inner.d_model
-            self.to_inner = same if equal else linear(config, *widths, rngs=rngs)
-            self.from_inner = same if equal else linear(config, *reversed(widths), rngs=rngs)
+            outer, deeper = own.d_model, self.inner.d_model
+            self.to_inner = nnx.identity if outer == deeper else linear(config, outer, deeper, rngs=rngs)
+            self.from_inner = nnx.identity if outer == deeper else linear(config, deeper, outer, rngs=rngs)
 
     def __call__(
         self,
