@@ -31,17 +31,21 @@ from absl import flags
 
 from experiments.ablations import contexts, costs, curve_report, curves, lengths, reporting, rows
 from experiments.ablations.scales import DATASETS, SCALES, TEXTS, Setup, find_setup
-from experiments.ablations.tables import Table, find_table
+from experiments.ablations.table import Table
+from experiments.ablations.tables import find_table
 from experiments.ablations.workers import train_together
 from experiments.common import launcher
 from experiments.common.reports import NoResults, rerender
 from hourglass_jax import UsageError
 from hourglass_jax.data.downloads import fetch
+from hourglass_jax.recipes import RECIPES
 from hourglass_jax.training.signals import Interrupted, Signals
 
 DOWNLOADS = "data"
 
-TABLE = flags.DEFINE_list("table", [], "Numbers of tables: 1 to 8, A1 and F7 of the paper; B1 compares boundaries.")
+TABLE = flags.DEFINE_list(
+    "table", [], "Numbers of tables: 1 to 8, A1 and F7 of the paper; B1 compares boundaries, M1 and M2 recipes."
+)
 DATASET = flags.DEFINE_string("dataset", "enwik8", " | ".join(DATASETS))
 SCALE = flags.DEFINE_string(
     "scale",
@@ -54,6 +58,7 @@ DATA_PATH = launcher.define_path(
     "A text of 100 MB like enwik8, or a directory of images; empty: enwik8 or text8, downloaded to data/.",
 )
 DATA_NAME = flags.DEFINE_string("data_name", "", "Name of the data in reports; default: the file's or data set's name.")
+RECIPE = launcher.define_recipe("paper", "Defaults of model and optimizer; rows override them.")
 OUT = launcher.define_path("out", "runs/ablations", "Directory of the runs.")
 RESULTS = launcher.define_path("results", "experiments/results/ablations", "Directory of the reports.")
 ROWS = flags.DEFINE_list(
@@ -121,9 +126,13 @@ def main(_: list[str]) -> None:
         raise UsageError(f"--{mode} requires a text; dataset={DATASET.value!r} is none, choose {' or '.join(TEXTS)}")
     downloaded = text and not DATA_PATH.value
     setup = find_setup(DATASET.value, SCALE.value, f"{DOWNLOADS}/{DATASET.value}" if downloaded else DATA_PATH.value)
+    recipe = RECIPES[RECIPE.value]
+    setup = replace(
+        setup, model={**setup.model, **recipe.model}, optimizer=replace(setup.optimizer, **recipe.optimizer)
+    )
     name = DATA_NAME.value or (Path(DATA_PATH.value).name if text else "") or DATASET.value
     studies = {"table": tables, "curves": learning_curves, "lengths": step_lengths, "contexts": context_lengths}
-    study = studies[mode](setup, f"{name}-{SCALE.value}")
+    study = studies[mode](setup, f"{name}-{SCALE.value}" + f"-{RECIPE.value}" * (RECIPE.value != "paper"))
     if REPORT.value:
         for report in study.reports:
             print(report())

@@ -89,19 +89,25 @@ class OptimizerConfig:
     optimizer: adamw | muon (orthogonal updates for the kernels of linear layers but the head, Adam with Nesterov
         momentum for all other parameters).
     learning_rate: maximum, after the warmup.
-    schedule: after the warmup. cosine (to 0) | inverse_sqrt | constant.
+    schedule: after the warmup. cosine (to 0) | inverse_sqrt | constant | wsd (warmup, stable, decay: constant, then
+        `decay_steps` of linear decay to 0).
     warmup_steps: length of the linear warmup from 0.
-    decay_steps: length of a linear decay to 0 at the end of training, with any schedule.
+    decay_steps: length of a linear decay to 0 at the end of training, with any schedule. 0: none; for wsd, a fifth of
+        the steps.
     beta1, beta2, eps: of Adam.
     weight_decay: applies only to linear kernels; see `training.optimizer.decay_mask`.
     clip_norm: maximum global norm of the gradient of trained parameters; 0: no clipping.
     train_only: modules to train, separated by commas, e.g. "hourglass.post,head". Other parameters are frozen and have
         no optimizer state. Empty: all.
+    level_rates: factors of the learning rate, one for each level of the hierarchy, outermost first. Embeddings and head
+        belong to the first level, a shortening and its upsampling to the outer of their two levels. Empty: all 1.
+    ema: decay of an exponential moving average of the trained parameters, e.g. 0.999. Evaluation, samples and `load`
+        use the average. Over the first steps the decay is lower; see `training.optimizer.with_average`. 0: no average.
     """
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 4e-4
-    schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
+    schedule: Literal["cosine", "inverse_sqrt", "constant", "wsd"] = "cosine"
     warmup_steps: int = 100
     decay_steps: int = 0
     beta1: float = 0.9
@@ -110,6 +116,8 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     clip_norm: float = 0.0
     train_only: str = ""
+    level_rates: tuple[float, ...] = ()
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         take_plain_values(self)
@@ -120,8 +128,12 @@ class OptimizerConfig:
             check_range(name, getattr(self, name), 0)
         for name in ("weight_decay", "clip_norm"):
             check_range(name, getattr(self, name), 0.0)
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema"):
             check_range(name, getattr(self, name), 0.0, 1, open_high=True)
+        if not isinstance(self.level_rates, tuple):
+            raise UsageError(f"level_rates={self.level_rates!r} is not a tuple; give factors, e.g. (1.0, 0.5)")
+        for rate in self.level_rates:
+            check_range("level_rates", rate, 0.0, open_low=True)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,21 @@ HIERARCHIES = ("2@1", "1@1 1@3 1@1", "1@1 1@2 1@6 0@2 2@1", "0@1 1@2 0@4 1@8 1@4
 EVERY_HIERARCHY = [*HIERARCHIES[:-1], pytest.param(HIERARCHIES[-1], marks=pytest.mark.slow)]
 
 
+# Each option of the modern recipe alone, and all together.
+MODERN = {
+    "rms": {"normalization": "rms"},
+    "qk_norm": {"qk_norm": True},
+    "relu_squared": {"activation": "relu_squared"},
+    "swiglu": {"activation": "swiglu"},
+    "residual_init": {"residual_init": "zero"},
+    "softcap": {"logit_softcap": 1.5},
+    "input_residual": {"input_residual": True},
+    "ngrams": {"ngram_sizes": (2, 3), "ngram_buckets": 13},
+    "widths": {"d_model": (16, 24), "n_heads": (2, 3), "d_ff": (32, 48)},
+    "windows": {"window": (4, 2)},
+}
+MODERN["together"] = {name: value for options in MODERN.values() for name, value in options.items()}
+
 EXPERIMENTS = Path(__file__).with_name("experiments")
 # The older code generator of XLA:CPU compiles small programs three times as fast.
 QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false"
@@ -181,7 +196,7 @@ def make_model(config: HourglassConfig, seed: int = 0, scale: float = 5.0) -> Ho
     graph, parameters = nnx.split(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))
 
     def draw(path, leaf):
-        mean = 1.0 if path[-2].key == "scale" else 0.0
+        mean = 1.0 if path[-2].key in ("scale", "input_scales") else 0.0
         return jnp.asarray(rng.normal(mean, 0.02 * scale, leaf.shape), leaf.dtype)
 
     return nnx.merge(graph, jax.tree.map_with_path(draw, parameters))

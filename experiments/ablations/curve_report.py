@@ -17,7 +17,7 @@ from experiments.ablations import curves
 from experiments.ablations.curves import Leg
 from experiments.ablations.rows import row_config
 from experiments.ablations.scales import Setup
-from experiments.ablations.tables import Row
+from experiments.ablations.table import Row
 from experiments.common.reports import markdown_table, page, provenance, publish, read_record, report_file
 from hourglass_jax.costs import count_parameters, training_flops
 from hourglass_jax.training.identity import identity

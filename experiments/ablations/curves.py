@@ -21,7 +21,7 @@ from flax import nnx
 
 from experiments.ablations.rows import Job, row_config, row_directory
 from experiments.ablations.scales import Setup
-from experiments.ablations.tables import Row, resampling
+from experiments.ablations.table import Row, resampling
 from hourglass_jax import Evaluation, HourglassLM, UsageError, score
 from hourglass_jax.data.pipeline import Batch
 from hourglass_jax.ranges import check_choice

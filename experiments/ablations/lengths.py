@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.ablations.costs import keeping_activations, timed_step
 from experiments.ablations.scales import Setup
-from experiments.ablations.tables import TEXT
+from experiments.ablations.table import TEXT
 from experiments.common.reports import markdown_table, open_record, page, provenance, publish
 from experiments.common.timing import in_turn
 from hourglass_jax import HourglassConfig

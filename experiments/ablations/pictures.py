@@ -18,7 +18,7 @@ MARKER = 3  # half the side of a marker
 REACHES = range(MARKER, 80, 4)  # from a marker to its name
 SIDES = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
 Cost = Callable[[dict[str, Any]], float | None]
-Point = tuple[str, float, float]  # hierarchy, cost, figure
+Point = tuple[str, float, float]  # name of the row, cost, figure
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -26,7 +26,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     trained = [row for row in record["rows"] if row["runs"]]
     comparable = [row for row in trained if record["metric"] in row["runs"][0]["figures"]]
     of_two_kinds = len({kind(row["hierarchy"]) for row in comparable}) == 2
-    of_many_costs = of_two_kinds and not record.get("published")
+    of_many_costs = of_two_kinds and record["varied"] in ("hierarchy", "model")
     figure = draw_costs(record, comparable) if of_many_costs else draw_rows(record, trained)
     figure.savefig(path, dpi=110)
 
@@ -58,9 +58,7 @@ def draw_costs(record: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
     reached = [float(np.mean([run["figures"][record["metric"]] for run in row["runs"]])) for row in rows]
     figure = Figure(figsize=(5.2 * len(costs), 4.6), layout="constrained")
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
-    points = [
-        [(row["hierarchy"], cost(row), y) for row, y in zip(rows, reached, strict=True)] for cost in costs.values()
-    ]
+    points = [[(row["name"], cost(row), y) for row, y in zip(rows, reached, strict=True)] for cost in costs.values()]
     for axes, name, of_cost in zip(panels, costs, points, strict=True):
         draw_points(axes, of_cost)
         axes.set_xlabel(name)

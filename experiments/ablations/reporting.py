@@ -19,7 +19,7 @@ from experiments.ablations.costs import COST
 from experiments.ablations.pictures import PLAIN, Cost, draw, flops, kind, memory_bytes, step_seconds
 from experiments.ablations.rows import RESULT, make_job
 from experiments.ablations.scales import Setup, for_table
-from experiments.ablations.tables import UNITS, Row, Table
+from experiments.ablations.table import UNITS, Row, Table
 from experiments.common.reports import markdown_table, page, provenance, publish, read_record, report_file
 from hourglass_jax import DataConfig, Hierarchy
 from hourglass_jax.costs import count_parameters
@@ -73,6 +73,7 @@ def collect(table: Table, setup: Setup, directory: Path, results: Path) -> Recor
             "shortening": config.shortening,
             "upsampling": config.upsampling,
             "parameters": count_parameters(config),
+            "optimizer": dict(row.optimizer),
             "step_flops": first.step_flops(),
             "cost": read_record(place / COST) or costs.get(place.name),
             "runs": [seeds[seed] for seed in sorted(seeds)],
@@ -256,12 +257,14 @@ def setup_line(record: Record) -> str:
     predictions = next(run["n_predictions"] for row in record["rows"] for run in row["runs"])
     model = ", ".join(f"{name} {value}" for name, value in setup["model"].items())
     optimizer = setup["optimizer"]
+    used = {row.get("optimizer", {}).get("optimizer", "adamw") for row in record["rows"] if row["runs"]}
+    optimizers = " or ".join(name for key, name in {"adamw": "AdamW", "muon": "Muon"}.items() if key in used)
     scaled = f" Scaled from the paper's set-up: {record['scaled']}." if record["scaled"] else ""
     machines = {run["trained"]["machine"] for row in record["rows"] for run in row["runs"] if "trained" in run}
     trained = f" Trained on {', '.join(sorted(machines))}." if machines else ""
     which = "evenly spaced over the validation data" if setup["n_valid"] else "all of the validation data"
     return (
-        f"Set-up: {model}; {setup['steps']:,} steps of {setup['data']['batch_size']} sequences; AdamW, "
+        f"Set-up: {model}; {setup['steps']:,} steps of {setup['data']['batch_size']} sequences; {optimizers}, "
         f"{optimizer['schedule']} from {optimizer['learning_rate']:g} after {optimizer['warmup_steps']} steps. "
         f"{UNITS[record['metric']].capitalize()} over {predictions:,} predictions, sequences without context before "
         f"them, {which}, by the checkpoint that was best on a part of them. Time and memory are those of a compiled "

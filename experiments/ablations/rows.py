@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from experiments.ablations.scales import BYTES, Setup, for_table
-from experiments.ablations.tables import Row, Table
+from experiments.ablations.table import Row, Table
 from experiments.common import launcher
 from experiments.common.reports import provenance, read_record
 from experiments.common.sources import ImageSource, TextSource
@@ -116,10 +116,12 @@ def row_config(row: Row, setup: Setup) -> HourglassConfig:
 def row_directory(row: Row, config: HourglassConfig, directory: Path) -> Path:
     """Return a directory named after the row's options, without resampling for a plain transformer."""
     resampling = ("shortening", "upsampling")
+    shown = ("hierarchy", *resampling)
     parts = [config.hierarchy.replace(" ", "_")]
     if config.parsed_hierarchy.total_factor > 1:
         parts += [getattr(config, name) for name in resampling]
-    parts += [f"{name}={value}" for name, value in row.options.items() if name not in ("hierarchy", *resampling)]
+    options = {**row.options, **row.optimizer}
+    parts += [f"{name}={value}".replace(" ", "") for name, value in options.items() if name not in shown]
     if row.factors:
         parts.append("k=" + ",".join(map(str, row.factors)))
     return directory / "-".join(parts)
@@ -127,6 +129,8 @@ def row_directory(row: Row, config: HourglassConfig, directory: Path) -> Path:
 
 def make_job(table: Table, row: Row, setup: Setup, directory: Path, seed: int) -> Job:
     config = row_config(row, setup)
+    if row.optimizer:
+        setup = dataclasses.replace(setup, optimizer=dataclasses.replace(setup.optimizer, **row.optimizer))
     train = dataclasses.replace(setup.train, seed=seed, shorten_factors=row.factors)
     return Job(row, table.metric, config, train, setup, row_directory(row, config, directory) / f"seed{seed}")
 

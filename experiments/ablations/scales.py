@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.ablations.tables import Table
+from experiments.ablations.table import Table
 from hourglass_jax import ByteTokenizer, DataConfig, ImageTokenizer, OptimizerConfig, TrainConfig
 from hourglass_jax.data import letters
 from hourglass_jax.ranges import check_choice

@@ -38,6 +38,7 @@ WORKDIR = launcher.define_path("workdir", "", "Keep the runs in this directory; 
 # With dropout: a key used twice or skipped changes every later parameter.
 RUN = ["--data_path=text.txt", "--hierarchy=0@1 1@2 0@1", "--d_model=32", "--n_heads=2", "--d_ff=64", "--dropout=0.1"]
 RUN += ["--block_size=32", "--batch_size=4", "--optimizer.warmup_steps=5", "--train.eval_interval=10", "--eval_iter=2"]
+RUN += ["--optimizer.optimizer=muon", "--optimizer.ema=0.99"]  # the state has every kind of array
 INTERVAL = 2  # steps between checkpoints of the killed run; the other run saves at evaluations
 WORDS = "the quick brown fox jumps over a lazy dog while five wizards mix jugs of quartz pink vow"
 WORDS_DRAWN = 4000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ Filter = Callable[[Sequence[Any], Any], bool]  # maps path and value of a parame
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Return AdamW (arXiv:1711.05101) or Muon (arXiv:2502.16982) with gradient clipping and a schedule."""
+    """Return AdamW (arXiv:1711.05101) or Muon (arXiv:2502.16982) with all other options of `config`."""
     rate = learning_rate_schedule(config, steps)
     if config.optimizer == "muon":
         # Updates of kernels are orthogonal, scaled to the size of Adam's: one learning rate serves both.
@@ -39,8 +39,48 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             optax.scale_by_learning_rate(rate),
         )
     if config.clip_norm:
-        return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
-    return optimizer
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if config.level_rates:
+        optimizer = optax.chain(optimizer, scale_by_level(config.level_rates))
+    return with_average(optimizer, config.ema) if config.ema else optimizer
+
+
+def scale_by_level(rates: Sequence[float]) -> optax.GradientTransformation:
+    """Return a transformation that scales the updates of each level of the hierarchy by its rate."""
+    return optax.stateless(lambda updates, _: jax.tree.map_with_path(lambda p, u: rates[level_of(p)] * u, updates))
+
+
+def level_of(path: Sequence[Any]) -> int:
+    """Return the level of a parameter, 0 for the outermost: each `inner` in its path is one level deeper."""
+    return sum(getattr(key, "key", key) == "inner" for key in path)
+
+
+class AveragedState(NamedTuple):
+    """State of an optimizer, number of its updates, and the average of the parameters."""
+
+    inner: Any
+    step: jax.Array  # int32 []
+    average: Any
+
+
+def with_average(optimizer: optax.GradientTransformation, ema: float) -> optax.GradientTransformation:
+    """Return `optimizer` with an exponential moving average of the parameters in its state.
+
+    The average starts at the initial parameters. The decay of update t = 0, 1, ... is min(ema, (1 + t) / (10 + t)), so
+    that the average of a short run covers about its last tenth.
+    """
+
+    def init(params: Any) -> AveragedState:
+        return AveragedState(optimizer.init(params), jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
+
+    def update(gradients: Any, state: AveragedState, params: Any = None) -> tuple[Any, AveragedState]:
+        updates, inner = optimizer.update(gradients, state.inner, params)
+        step_size = 1 - jnp.minimum(ema, (1 + state.step) / (10 + state.step))
+        average = optax.incremental_update(optax.apply_updates(params, updates), state.average, step_size)
+        average = jax.tree.map(lambda new, old: new.astype(old.dtype), average, state.average)
+        return updates, AveragedState(inner, state.step + 1, average)
+
+    return optax.GradientTransformation(init, update)
 
 
 def muon_dimensions(params: Any) -> Any:
@@ -72,6 +112,15 @@ def optimizer_flops(config: OptimizerConfig, params: Any) -> int:
     return sum(jax.tree.leaves(jax.tree.map(flops, params, muon_dimensions(params))))
 
 
+def describe_optimizer(config: OptimizerConfig, params: nnx.State) -> str:
+    """Return the name, the result of `optimizer_flops` and the size of the state of an optimizer for `params`."""
+    trained = nnx.filter_state(params, trained_parameters(params, config))
+    state = jax.eval_shape(make_optimizer(config, 1).init, trained)
+    megabytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / 1e6
+    megaflops = optimizer_flops(config, trained) / 1e6
+    return f"optimizer: {config.optimizer}, {megaflops:,.1f} MFLOPs a step, {megabytes:,.1f} MB of state"
+
+
 def decay_mask(params: Any) -> Any:
     """Return True for parameters with weight decay: the kernels of linear layers.
 
@@ -85,7 +134,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     """Return a linear warmup, then a cosine to 0 at `steps`, peak * sqrt(warmup / step), or a constant.
 
     Over the last `decay_steps` the rate is multiplied by a factor that falls linearly from 1 to 0. Before them, a
-    constant rate does not depend on `steps`, so shorter runs can branch off one long run (warmup, stable, decay).
+    constant rate does not depend on `steps`, so shorter runs can branch off one long run.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     rise = optax.linear_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)
@@ -96,17 +145,24 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     else:
         after = optax.constant_schedule(peak)
     schedule = optax.join_schedules([rise, after], [warmup])
-    if not config.decay_steps:
+    decay_steps = decay_length(config, steps)
+    if not decay_steps:
         return schedule
-    return lambda step: schedule(step) * jnp.clip((steps - step) / config.decay_steps, 0, 1)
+    return lambda step: schedule(step) * jnp.clip((steps - step) / decay_steps, 0, 1)
+
+
+def decay_length(config: OptimizerConfig, steps: int) -> int:
+    """Return the length of the final linear decay: `decay_steps`, by default a fifth of `steps` for wsd."""
+    return config.decay_steps or (steps // 5 if config.schedule == "wsd" else 0)
 
 
 def describe_schedule(config: OptimizerConfig, steps: int) -> str:
     """Return `learning_rate_schedule` in words."""
     warmup, peak = config.warmup_steps, config.learning_rate
     after = {"cosine": f"cosine to 0 at step {steps}", "inverse_sqrt": "peak * sqrt(warmup / step)"}
-    end = f", falling to 0 over the last {config.decay_steps}" if config.decay_steps else ""
-    return f"{warmup} warmup steps to {peak:g}, then {after.get(config.schedule, config.schedule)}{end}"
+    decay_steps = decay_length(config, steps)
+    end = f", falling to 0 over the last {decay_steps}" if decay_steps else ""
+    return f"{warmup} warmup steps to {peak:g}, then {after.get(config.schedule, 'constant')}{end}"
 
 
 def _inverse_sqrt(peak: float, warmup: int, step: jax.Array) -> jax.Array:
@@ -124,8 +180,15 @@ def trained_parameters(params: nnx.State, config: OptimizerConfig) -> Filter:
 
     train_only: comma-separated module paths, e.g. "hourglass.post,head". The layers of a stack share one array, so they
     are trained together.
-    Raises UsageError for a module without parameters, and if Muon has no kernel to train.
+    Raises UsageError for a module without parameters, if Muon has no kernel to train, and if the number of
+    `level_rates` is not that of the levels.
     """
+    n_rates, n_levels = len(config.level_rates), 1 + max(level_of(path) for path, _ in nnx.to_flat_state(params))
+    if n_rates not in (0, n_levels):
+        raise UsageError(
+            f"level_rates={config.level_rates} has {n_rates} factors, but the model has {n_levels} levels; give one "
+            "for each level, outermost first"
+        )
     if not config.train_only:
         return ALL
     paths = [tuple(map(str, path)) for path, _ in nnx.to_flat_state(params)]

@@ -22,7 +22,7 @@ PLUGIN = """
 from dataclasses import replace
 
 from experiments.ablations.scales import SETUPS
-from experiments.ablations.tables import TEXT, Row, Table
+from experiments.ablations.table import TEXT, Row, Table
 from experiments.ablations.tables import TABLES
 
 setup = SETUPS["text", "tiny"]
@@ -44,7 +44,7 @@ TABLES["own", "enwik8"] = Table("own", "enwik8", "A table of one's own", "model"
 
 
 def test_the_paper_s_tables_are_complete():
-    assert {number for number, _ in TABLES} == {*"12345678", "A1", "B1", "F7"}
+    assert {number for number, _ in TABLES} == {*"12345678", "A1", "B1", "F7", "M1", "M2"}
     n_paper = {key: sum(bool(row.paper) for row in table.rows) for key, table in TABLES.items()}
     assert n_paper["1", "enwik8"] == 15 and n_paper["4", "enwik8"] == 9
     for number, n_rows in (("5", 4), ("6", 5), ("7", 4), ("8", 4)):
@@ -60,7 +60,7 @@ def test_every_row_is_a_model_and_differs_from_the_others(number, dataset, scale
     rows = [row for row in table.rows if row.options is not None]
     assert len({row.name for row in table.rows}) == len(table.rows)
     assert table.baseline in [row.name for row in rows]
-    assert len({(row_config(row, setup), row.factors) for row in rows}) == len(rows)
+    assert len({(row_config(row, setup), row.factors, str(row.optimizer)) for row in rows}) == len(rows)
     assert all(f"{table.metric} at k={k}" in row.paper for row in rows for k in row.factors)
 
 

@@ -12,7 +12,7 @@ PLUGIN = f"""{MICRO}
 import os
 
 from experiments.ablations import curves
-from experiments.ablations.tables import TEXT, Row, resampling
+from experiments.ablations.table import TEXT, Row, resampling
 from experiments.ablations.tables import TABLES
 from hourglass_jax.training import trainer
 

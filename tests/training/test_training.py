@@ -16,7 +16,7 @@ import hourglass_jax as hg
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
 from hourglass_jax.training.checkpoints import CheckpointStore
 from hourglass_jax.training.metrics import read_curves
-from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from hourglass_jax.training.optimizer import describe_schedule, learning_rate_schedule, make_optimizer
 from hourglass_jax.training.sharding import on_one_device
 from hourglass_jax.training.step import TrainState, make_train_step
 from hourglass_jax.training.trainer import fit
@@ -135,6 +135,19 @@ def test_schedules():
     np.testing.assert_allclose([schedule("cosine")(s) for s in (60, 110)], [0.5, 0], atol=1e-6)
     np.testing.assert_allclose([schedule("inverse_sqrt")(s) for s in (40, 90)], [0.5, 1 / 3], atol=1e-6)
     assert schedule("constant")(90) == 1
+
+
+def test_wsd_is_a_constant_rate_with_a_decay_over_the_last_fifth_or_the_given_steps():
+    config = hg.OptimizerConfig(learning_rate=0.3, schedule="wsd", warmup_steps=10)
+    for decay_steps, length in ((0, 22), (40, 40)):
+        wsd = dataclasses.replace(config, decay_steps=decay_steps)
+        constant = dataclasses.replace(config, schedule="constant", decay_steps=length)
+        rates, expected = (
+            [float(learning_rate_schedule(each, 110)(step)) for step in range(111)] for each in (wsd, constant)
+        )
+        assert rates == expected
+        assert describe_schedule(wsd, 110) == describe_schedule(constant, 110)
+    assert describe_schedule(config, 110) == "10 warmup steps to 0.3, then constant, falling to 0 over the last 22"
 
 
 @pytest.mark.parametrize("name", ["cosine", "inverse_sqrt", "constant"])
