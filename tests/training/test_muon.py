@@ -60,7 +60,7 @@ def singular_value_range(matrices):
 
 def test_updates_of_kernels_are_near_orthogonal_unlike_those_of_adam():
     low, high = singular_value_range(kernels(*updates()[::2]))
-    assert low > 0.35 and high < 1.6
+    assert low > 0.35 and high < 1.9  # Polar Express after four iterations: 0.44 to 1.56 before division by the mean
     changes, _, dimensions = updates(dataclasses.replace(MUON, optimizer="adamw"))
     assert singular_value_range(kernels(changes, dimensions))[0] < 0.3
 
