@@ -152,6 +152,7 @@ class Unspread(Upsampling):
         return short
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("boundaries", ["fixed", "tokens"])
 @pytest.mark.parametrize(
     "method, words",

@@ -15,6 +15,7 @@ import hourglass_jax as hg
 from hourglass_jax.checks import check_tokens
 from hourglass_jax.run_config import MAX_SEED
 
+pytestmark = pytest.mark.usefixtures("compiled")
 KEY = jax.random.key(0)
 CHARACTERS, BYTES = hg.CharTokenizer("abc"), hg.ByteTokenizer()
 
