@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 
 import hourglass_jax as hg
-from hourglass_jax import Hourglass, HourglassConfig, HourglassLM
+from hourglass_jax import HourglassConfig, HourglassLM
 from hourglass_jax.prompts import AlignedPrompts
 from hourglass_jax.registry import BOUNDARIES, SHORTENINGS, UPSAMPLINGS
 
@@ -138,17 +138,6 @@ def run_cached(model, read, start, tokens):
 
     _, stepped = jax.lax.scan(step, cache, length=tokens.shape[1])
     return passed, stepped.swapaxes(0, 1)
-
-
-COMPUTE = [(HourglassLM, "forward"), (Hourglass, "prefill"), (Hourglass, "step")]
-COMPILED = [(owner, name, nnx.jit(getattr(owner, name))) for owner, name in COMPUTE]
-
-
-@pytest.fixture
-def compiled(monkeypatch):
-    """Compile a model's computations as one program each, where a test calls it operation by operation."""
-    for patch in COMPILED:
-        monkeypatch.setattr(*patch)
 
 
 @pytest.fixture
