@@ -106,7 +106,7 @@ def test_training_with_muon_resumes_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(value, resumed[name], err_msg=name)
 
 
-def test_flops_of_muon_are_those_of_five_newton_schulz_iterations():
+def test_flops_of_muon_are_those_of_its_newton_schulz_iterations():
     params = {"layer": {"kernel": jnp.zeros((3, 8, 16))}, "head": {"kernel": jnp.zeros((16, 11))}}
     assert optimizer_flops(MUON, params) == 3 * 5 * (4 * 8 * 8 * 16 + 2 * 8**3)
     assert optimizer_flops(hg.OptimizerConfig(), params) == 0

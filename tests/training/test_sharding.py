@@ -28,6 +28,9 @@ FLAGS += [
     "--optimizer.warmup_steps=5",
     "--data_path=text.txt",
     "--dropout=0.1",
+    "--optimizer.optimizer=muon",
+    "--optimizer.level_rates=1,0.5",
+    "--optimizer.ema=0.9",
 ]
 TEXT = "the quick brown fox jumps over a lazy dog. " * 300
 

@@ -167,8 +167,13 @@ def test_weight_decay_applies_only_to_linear_kernels(positions):
     config = hg.OptimizerConfig(learning_rate=0.5, schedule="constant", warmup_steps=0, weight_decay=0.1)
     optimizer = make_optimizer(config, 10)
     nothing = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(nothing, optimizer.init(params), params)
-    moved = nnx.to_flat_state(optax.apply_updates(params, updates))
+
+    @jax.jit
+    def step(params):
+        updates, _ = optimizer.update(nothing, optimizer.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    moved = nnx.to_flat_state(step(params))
     kinds = {True: set(), False: set()}
     for (path, before), (_, after) in zip(nnx.to_flat_state(params), moved, strict=True):
         kinds[path[-1] == "kernel"].add(path[-1])
