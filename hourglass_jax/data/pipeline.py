@@ -20,6 +20,7 @@ from hourglass_jax.ranges import check_range
 from hourglass_jax.run_config import DataConfig
 
 Batch = tuple[np.ndarray, np.ndarray]
+Tokens = np.ndarray | StoredTokens  # of a text, [N]
 Rows = slice | np.ndarray  # of a global batch: a slice, or row indices int [R]
 PLANNED = 2**20  # documents whose windows are planned at once
 
@@ -31,15 +32,20 @@ class BatchAt(Protocol):
         """Return rows of the batch of `step`. Other rows are not read, so each host reads only its own."""
 
 
-def training_batches(tokens: np.ndarray, config: DataConfig, seed: int) -> BatchAt:
-    """Return batches of windows of a text, in the order `config.order`. Raises UsageError for one without documents."""
-    if config.order == "documents" and not isinstance(tokens, StoredTokens):
-        raise UsageError("order='documents' requires a token store; write one with experiments/prepare.py")
-    windows = {"random": random_windows, "epochs": shuffled_windows, "documents": document_windows}[config.order]
+def training_batches(tokens: Tokens, config: DataConfig, seed: int) -> BatchAt:
+    """Return batches of windows of a text, in the order `config.order`.
+
+    Raises UsageError for order="documents" unless the text is a part of a token store.
+    """
+    if config.order == "documents":
+        if not isinstance(tokens, StoredTokens):
+            raise UsageError("order='documents' requires a token store; write one with experiments/prepare.py")
+        return document_windows(tokens, config.block_size, config.batch_size, seed)
+    windows = {"random": random_windows, "epochs": shuffled_windows}[config.order]
     return windows(tokens, config.block_size, config.batch_size, seed)
 
 
-def random_windows(tokens: np.ndarray, block_size: int, batch_size: int, seed: int) -> BatchAt:
+def random_windows(tokens: Tokens, block_size: int, batch_size: int, seed: int) -> BatchAt:
     """Return batches of windows of block_size + 1 tokens, which start at random positions."""
 
     def batch_at(step: int, rows: Rows = slice(None)) -> Batch:
@@ -50,7 +56,7 @@ def random_windows(tokens: np.ndarray, block_size: int, batch_size: int, seed: i
     return batch_at
 
 
-def shuffled_windows(tokens: np.ndarray, block_size: int, batch_size: int, seed: int) -> BatchAt:
+def shuffled_windows(tokens: Tokens, block_size: int, batch_size: int, seed: int) -> BatchAt:
     """Return batches of consecutive windows of block_size predictions, reshuffled each epoch.
 
     An incomplete window at the end of the text is dropped.
@@ -135,7 +141,7 @@ def shuffled_order(n_items: int, seed: int) -> Callable[[np.ndarray], np.ndarray
     return lambda positions: np.fromiter((order[i] for i in positions.tolist()), np.int64, len(positions))
 
 
-def _full_windows(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> Batch:
+def _full_windows(tokens: Tokens, starts: np.ndarray, block_size: int) -> Batch:
     windows = np.asarray(tokens[starts[:, None] + np.arange(block_size + 1)], np.int32)
     return windows, np.ones((len(starts), block_size), np.float32)
 
@@ -200,12 +206,12 @@ def without_targets(batches: Sequence[Batch], excluded: Sequence[int]) -> LazyBa
     return LazyBatches(batch_at, range(len(batches)))
 
 
-def consecutive_windows(tokens: np.ndarray, block_size: int, batch_size: int) -> LazyBatches:
+def consecutive_windows(tokens: Tokens, block_size: int, batch_size: int) -> LazyBatches:
     """Return the whole text once, in windows of at most block_size predictions without earlier context."""
     return sliding_windows(tokens, block_size, block_size, batch_size)
 
 
-def sliding_windows(tokens: np.ndarray, window: int, step: int, batch_size: int) -> LazyBatches:
+def sliding_windows(tokens: Tokens, window: int, step: int, batch_size: int) -> LazyBatches:
     """Return the whole text in windows of at most `window` predictions, which start every `step` tokens.
 
     Each prediction has weight 1 in the first window that contains it, and 0 in later ones. So predictions after the

@@ -291,7 +291,7 @@ def prepare(
     out = Path(out).expanduser()
     sources = [describe(file) for file in files]
     if tokenizer:
-        config = dataclasses.replace(config, tokenizer=tokenizer.kind)
+        config = dataclasses.replace(config, tokenizer="char" if isinstance(tokenizer, CharTokenizer) else "byte")
     settings = dataclasses.asdict(config)
     if is_store(out) and [Store(out).record[name] for name in ("settings", "sources")] == [settings, sources]:
         store = finished(out)

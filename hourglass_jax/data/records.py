@@ -119,9 +119,12 @@ def reader_of(file: str) -> Callable[[Any, Names], Iterable[Values]]:
 def open_file(file: str) -> Iterator[Any]:
     """Open a local file or a URL, decompressed by its suffix."""
     with ExitStack() as stack:
-        opened = imported("fsspec").open(file) if "://" in file else Path(file).open("rb")
-        opener = OPENERS.get(Path(file).suffix.lower(), io.BufferedReader)
-        yield stack.enter_context(opener(stack.enter_context(opened)))
+        if "://" in file:
+            raw = io.BufferedReader(stack.enter_context(imported("fsspec").open(file)), CHUNK)
+        else:
+            raw = stack.enter_context(Path(file).open("rb"))
+        opener = OPENERS.get(Path(file).suffix.lower())
+        yield stack.enter_context(opener(raw)) if opener else raw
 
 
 def open_zst(raw: IO[bytes]) -> IO[bytes]:
@@ -159,7 +162,7 @@ def json_array(stream: Any) -> Iterator[Any]:
     text, decode, between = io.TextIOWrapper(stream, "utf-8-sig"), json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
     buffer, start = text.read(CHUNK).lstrip()[1:], 0
     while True:
-        start = between.match(buffer, start).end()  # type: ignore[union-attr] - it matches nothing, too
+        start += len(between.match(buffer, start)[0])  # type: ignore[index]
         if buffer.startswith("]", start):
             return
         try:

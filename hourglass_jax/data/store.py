@@ -56,12 +56,10 @@ class StoredTokens:
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            index = np.arange(len(self))[index] if index.step not in (None, 1) else index
-        if isinstance(index, slice):
-            start, stop, _ = index.indices(len(self))
-            numbers = range(start // self._shard_tokens, -(-stop // self._shard_tokens)) if start < stop else ()
-            parts = [self._part(number, start, stop) for number in numbers]
-            return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+            start, stop, step = index.indices(len(self))
+            if step == 1:
+                return self._between(start, stop)
+            index = np.arange(start, stop, step)
         positions = np.asarray(index)
         positions = np.where(positions < 0, positions + len(self), positions)
         if positions.size and not (positions.min() >= 0 and positions.max() < len(self)):
@@ -73,9 +71,14 @@ class StoredTokens:
             found[here] = self._shards[number][offsets[here]]
         return found if positions.ndim else found[()]
 
-    def _part(self, number: int, start: int, stop: int) -> np.ndarray:
-        first = number * self._shard_tokens
-        return np.asarray(self._shards[number][max(start - first, 0) : stop - first])
+    def _between(self, start: int, stop: int) -> np.ndarray:
+        parts = [np.empty(0, self.dtype)]
+        while start < stop:
+            number, offset = divmod(start, self._shard_tokens)
+            part = self._shards[number][offset : offset + stop - start]
+            parts.append(np.asarray(part))
+            start += len(part)
+        return np.concatenate(parts)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype)

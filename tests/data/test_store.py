@@ -2,11 +2,14 @@
 
 import bz2
 import csv
+import functools
 import gzip
+import http.server
 import itertools
 import json
 import lzma
 import sys
+import threading
 from dataclasses import replace
 
 import datasets
@@ -395,3 +398,25 @@ def test_a_given_vocabulary_is_kept(tmp_path, corpus):
 def test_options_are_checked(options, message):
     with pytest.raises(UsageError, match=message):
         PrepareConfig(**options)
+
+
+def test_files_are_read_over_http(tmp_path, reference):
+    served = tmp_path / "served"
+    served.mkdir()
+    for name in ("a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
+        FORMATS[name](served / name, TEXTS)
+    handler = functools.partial(QuietHandler, directory=served)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name in ("a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
+            url = f"http://127.0.0.1:{server.server_port}/{name}"
+            store = prepare(corpus_files(url), tmp_path / name, SPLIT, shard_bytes=500)
+            assert content(store.directory) == content(reference["byte"].directory)
+        with pytest.raises(UsageError, match=r"none.jsonl, record 1: cannot be read"):
+            prepare([f"http://127.0.0.1:{server.server_port}/none.jsonl"], tmp_path / "none", SPLIT)
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
