@@ -22,7 +22,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from hourglass_jax.data.corpora import decode_text
-from hourglass_jax.data.records import Document, read_documents
+from hourglass_jax.data.records import Document, Record, read_document, read_records
 from hourglass_jax.data.store import (
     FORMAT_VERSION,
     SPLITS,
@@ -67,6 +67,11 @@ class PrepareConfig:
     test_fraction: float = 0.01
     drop_duplicates: bool = False
 
+    @property
+    def names(self) -> list[str]:
+        """The fields to read: of the text and, unless it is the text, of the key."""
+        return [self.field, *filter(None, [self.id_field])]
+
     def __post_init__(self) -> None:
         take_plain_values(self)
         check_literals(self)
@@ -93,8 +98,9 @@ class Encoded:
     file: str
 
 
-def encode(documents: list[Document], tokenizer: TextTokenizer, config: PrepareConfig) -> Encoded:
-    """Encode documents, and choose the split of each by the hash of its key."""
+def encode(records: list[Record], tokenizer: TextTokenizer, config: PrepareConfig) -> Encoded:
+    """Encode the documents of records, and choose the split of each by the hash of its key."""
+    documents = [read_document(record, config.names) for record in records]
     full = [document for document in documents if document.text.strip()]
     pieces = [tokenizer.encode(in_form_of(tokenizer, document)) for document in full]
     bos, eos = np.array([tokenizer.bos_id]), np.array([tokenizer.eos_id])
@@ -111,8 +117,8 @@ def encode(documents: list[Document], tokenizer: TextTokenizer, config: PrepareC
         splits=np.array([1, 2, 0])[splits],
         digests=digests,
         empty=[document.place for document in documents if not document.text.strip()],
-        n_records=len(documents),
-        file=documents[-1].file,
+        n_records=len(records),
+        file=records[-1].file,
     )
 
 
@@ -132,20 +138,22 @@ def token_type(tokenizer: TextTokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size > 2**8 else "<u1")
 
 
-def characters_of(documents: list[Document]) -> tuple[set[str], int, str]:
-    """Return the characters of documents, their bytes, and the file of the last one."""
-    characters: set[str] = set()
-    for document in documents:
+def characters_of(records: list[Record], names: list[str]) -> tuple[set[str], int, str]:
+    """Return the characters of the documents, their bytes, and the file of the last one."""
+    characters, n_bytes = set[str](), 0
+    for document in (read_document(record, names) for record in records):
         characters.update(decode_text(document.text, document.place))
-    return characters, sum(len(document.text) for document in documents), documents[-1].file
+        n_bytes += len(document.text)
+    return characters, n_bytes, records[-1].file
 
 
-def in_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yield lists of documents with about BATCH_BYTES of text."""
+def in_batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Yield lists of records with about BATCH_BYTES of text."""
     batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text) + 64
+    for record in records:
+        batch.append(record)
+        texts = [record.content] if isinstance(record.content, bytes) else record.content
+        size += sum(len(text) for text in texts if isinstance(text, str | bytes)) + 64
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -329,7 +337,8 @@ def read_vocabulary(path: Path, files: list[str], config: PrepareConfig, run: An
     """Return the vocabulary at `path`; where none is, count the characters of all documents and write it."""
     if not path.is_file():
         characters: set[str] = set()
-        for found, n_bytes, file in run(characters_of, in_batches(read_documents(files, config.field))):
+        batches = in_batches(read_records(files, config.names))
+        for found, n_bytes, file in run(partial(characters_of, names=config.names), batches):
             characters |= found
             report(n_bytes, f"{file}, characters")
         CharTokenizer(sorted(characters)).save(path)
@@ -340,9 +349,9 @@ def fill(
     writer: StoreWriter, files: list[str], config: PrepareConfig, tokenizer: TextTokenizer, run: Any, report: Report
 ) -> None:
     """Append the documents that `writer` lacks. Raises UsageError if none has text."""
-    documents = islice(read_documents(files, config.field, config.id_field), writer.state["records"], None)
+    records = islice(read_records(files, config.names), writer.state["records"], None)
     saved = writer.state["bytes"]
-    for encoded in run(partial(encode, tokenizer=tokenizer, config=config), in_batches(documents)):
+    for encoded in run(partial(encode, tokenizer=tokenizer, config=config), in_batches(records)):
         writer.add(encoded, drop_duplicates=config.drop_duplicates)
         report(int(encoded.n_bytes.sum()), encoded.file)
         if writer.state["bytes"] - saved >= JOURNAL_BYTES:

@@ -23,6 +23,7 @@ from hourglass_jax.tokenizers import to_utf8
 
 Values = Sequence[Any]  # of the requested fields of a record; None for a missing value
 Names = Sequence[str]  # of the requested fields
+Reader = Callable[[Any, Names], Iterable["Values | bytes"]]
 
 CHUNK = 2**20  # characters or bytes read at once
 ROWS = 128  # rows of a Parquet file decoded at once
@@ -30,17 +31,24 @@ DAMAGED = (EOFError, OSError, ValueError, NotImplementedError, zlib.error, lzma.
 METADATA = ("dataset_info.json", "dataset_dict.json", "state.json")  # of a directory that `datasets` saved
 
 
+class Record(NamedTuple):
+    """A record as its file has it: the requested fields, or a JSON object that `read_document` parses."""
+
+    content: Values | bytes
+    file: str
+    number: int  # from 1
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}, record {self.number}"
+
+
 class Document(NamedTuple):
     """UTF-8 text, the key whose hash decides the split, and where the document was read."""
 
     text: bytes
     key: bytes
-    file: str
-    record: int  # from 1
-
-    @property
-    def place(self) -> str:
-        return f"{self.file}, record {self.record}"
+    place: str
 
 
 def corpus_files(path: str) -> list[str]:
@@ -65,25 +73,46 @@ def remote_files(url: str) -> list[str]:
     raise UsageError(f"{url}: no such file; give a URL, or a pattern that a server with listings can expand")
 
 
-def read_documents(files: Iterable[str], field: str, id_field: str = "") -> Iterator[Document]:
-    """Yield the documents in order of file and record.
+def read_records(files: Iterable[str], names: Names) -> Iterator[Record]:
+    """Yield the records in order of file and record.
 
-    field: of the text. id_field: of the key; empty: the text is the key. Text files have no fields: each is a document.
+    names: of the fields. Text files have no fields: each is a record.
 
-    Raises UsageError with file and record for a damaged file, a missing field, and text that is not UTF-8.
+    Raises UsageError with file and record for a damaged file and a missing column.
     """
     for file in files:
-        names = [field, id_field] if id_field else [field]
-        record = 0
+        number = 0
         try:
             with open_file(file) as stream:
-                for record, (text, *key) in enumerate(reader_of(file)(stream, names), 1):
-                    found = utf8(text, field)
-                    yield Document(found, utf8(str(key[0]), id_field) if key else found, file, record)
+                for number, content in enumerate(reader_of(file)(stream, names), 1):
+                    yield Record(content, file, number)
         except UsageError as error:
-            raise UsageError(f"{file}, record {record}: {error}" if record else f"{file}: {error}") from error
+            raise UsageError(f"{file}: {error}") from error
         except DAMAGED as error:
-            raise UsageError(f"{file}, record {record + 1}: cannot be read ({error}); give an intact file") from error
+            raise UsageError(f"{file}, record {number + 1}: cannot be read ({error}); give an intact file") from error
+
+
+def read_document(record: Record, names: Names) -> Document:
+    """Return the document of a record. names: the field of the text, and that of the key unless the text is the key.
+
+    Raises UsageError with file and record for a missing field, and for text that is not UTF-8.
+    """
+    try:
+        content = record.content
+        text, *key = fields_of(json.loads(content), names) if isinstance(content, bytes) else content
+        found = utf8(text, names[0])
+        return Document(found, utf8(str(key[0]), names[1]) if key else found, record.place)
+    except UsageError as error:
+        raise UsageError(f"{record.place}: {error}") from error
+    except ValueError as error:
+        raise UsageError(f"{record.place}: cannot be read ({error}); give an intact file") from error
+
+
+def fields_of(item: Any, names: Names) -> Values:
+    """Return the fields of a JSON object."""
+    if not isinstance(item, dict):
+        raise ValueError(f"a JSON {type(item).__name__}, not an object")
+    return [item.get(name) for name in names]
 
 
 def utf8(value: Any, field: str) -> bytes:
@@ -110,7 +139,7 @@ def kind_of(file: str) -> str:
     return Path(name).suffix
 
 
-def reader_of(file: str) -> Callable[[Any, Names], Iterable[Values]]:
+def reader_of(file: str) -> Reader:
     """Return the reader of the file's format; a file of another kind is text."""
     return READERS.get(kind_of(file), read_text)
 
@@ -148,13 +177,11 @@ def read_text(stream: Any, names: Names) -> Iterator[Values]:
     yield [stream.read()]
 
 
-def read_json(stream: Any, names: Names) -> Iterator[Values]:
-    """Yield the fields of objects, one on each line or in one array."""
-    is_array = stream.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    for item in json_array(stream) if is_array else (json.loads(line) for line in stream if line.strip()):
-        if not isinstance(item, dict):
-            raise ValueError(f"a JSON {type(item).__name__}, not an object")
-        yield [item.get(name) for name in names]
+def read_json(stream: Any, names: Names) -> Iterator[Values | bytes]:
+    """Yield the lines of JSON Lines, or the fields of the objects in an array."""
+    if stream.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        return (fields_of(item, names) for item in json_array(stream))
+    return (line for line in stream if line.strip())
 
 
 def json_array(stream: Any) -> Iterator[Any]:
@@ -230,7 +257,7 @@ OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
     ".xz": lzma.open,
     ".zst": open_zst,
 }
-READERS: dict[str, Callable[[Any, Names], Iterable[Values]]] = {
+READERS: dict[str, Reader] = {
     ".txt": read_text,
     ".json": read_json,
     ".jsonl": read_json,
