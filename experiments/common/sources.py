@@ -16,6 +16,7 @@ from hourglass_jax import CharTokenizer, DataConfig, HourglassConfig, HourglassL
 from hourglass_jax.data.corpora import Splits, load_splits, load_text, load_tokens, shortage
 from hourglass_jax.data.haiku import make_examples
 from hourglass_jax.data.images import ImageSplits, image_batches, image_validation, load_folder, load_images
+from hourglass_jax.data.overlap import warn_of_repeats
 from hourglass_jax.data.pipeline import (
     BatchAt,
     LazyBatches,
@@ -95,6 +96,7 @@ class StoreSource(TextSource):
                 f"{config.path}: {problem}; prepare it with more documents or another --valid_fraction, or give a "
                 "smaller block_size"
             )
+        warn_of_repeats(self.train, self.valid, config.path)
         self.unit = UNITS[self.tokenizer.kind]
         self.config = config
         self.n_positions = config.block_size

@@ -20,6 +20,7 @@ import pytest
 
 from hourglass_jax import ByteTokenizer, CharTokenizer, DataConfig, UsageError
 from hourglass_jax.data import prepare as preparing
+from hourglass_jax.data import writer as writing
 from hourglass_jax.data.pipeline import (
     consecutive_windows,
     document_windows,
@@ -178,7 +179,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("kind", ["byte", "char"])
 @pytest.mark.parametrize("moment", [0, 1, 2, 3, 4, 6, 9, 12])
-def test_a_store_killed_and_prepared_again_is_the_same(tmp_path, monkeypatch, moment, kind):
+def test_a_store_killed_and_prepared_again_is_the_same(tmp_path, moment, kind):
     (tmp_path / "twice.jsonl").write_bytes(json_lines(TEXTS * 2))
     arguments = [str(tmp_path / "twice.jsonl")], replace(SPLIT, tokenizer=kind, drop_duplicates=True)
     whole = prepare(arguments[0], tmp_path / "whole", arguments[1], shard_bytes=500)
@@ -189,8 +190,7 @@ def test_a_store_killed_and_prepared_again_is_the_same(tmp_path, monkeypatch, mo
         if len(calls) > moment:
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(preparing.StoreWriter, "close", lambda writer: [file.flush() for file in writer._files.values()])
+    with pytest.raises(Killed):
         prepare(arguments[0], tmp_path / "store", arguments[1], shard_bytes=500, report=killed)
     assert not (tmp_path / "store").exists()
     again = []
@@ -206,15 +206,37 @@ def test_a_store_killed_while_it_is_finished_is_the_same(tmp_path, corpus, monke
     whole = prepare(corpus, tmp_path / "whole", replace(SPLIT, drop_duplicates=True))
     out = tmp_path / "store"
 
-    def killed(*_):
+    move = writing.Path.replace
+
+    def killed_before(path, target):
+        if path.name == "store.partial":
+            raise Killed
+        return move(path, target)
+
+    def killed_after(_):
         raise Killed
 
-    for owner, name in ((preparing.Path, "replace"), (preparing, "finished")):
+    for owner, name, killed in ((writing.Path, "replace", killed_before), (writing, "finished", killed_after)):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(owner, name, killed)
             prepare(corpus, out, replace(SPLIT, drop_duplicates=True))
+        assert out.exists() == (name == "finished")
     prepare(corpus, out, replace(SPLIT, drop_duplicates=True))
     assert content(out) == content(whole.directory)
+
+
+def test_two_processes_do_not_prepare_one_store(tmp_path, corpus):
+    def second(n_bytes, file):
+        with pytest.raises(UsageError, match="another process prepares this store; wait for it"):
+            prepare(corpus, tmp_path / "store", SPLIT)
+
+    store = prepare(corpus, tmp_path / "store", SPLIT, report=second)
+    assert not list(tmp_path.glob("*.partial")) and not (store.directory / "lock").exists()
+    (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "mine.partial" / "letter.txt").write_text("dear")
+    with pytest.raises(UsageError, match=r"mine.partial: exists, and no unfinished store is in it"):
+        prepare(corpus, tmp_path / "mine", SPLIT)
+    assert (tmp_path / "mine.partial" / "letter.txt").read_text() == "dear"
 
 
 def test_other_options_start_anew(tmp_path, corpus):
