@@ -45,6 +45,8 @@ def main(_: list[str]) -> None:
     for name, value in (("data_path", DATA_PATH.value), ("out", OUT.value)):
         if not value:
             raise UsageError(f"--{name} is missing; give --data_path=DOCUMENTS and --out=DIRECTORY")
+    if VOCAB_PATH.value and TOKENIZER.present and TOKENIZER.value == "byte":
+        raise UsageError("--vocab_path lists characters, which --tokenizer=byte does not use; leave out one of them")
     config = PrepareConfig(
         field=FIELD.value,
         id_field=ID_FIELD.value,

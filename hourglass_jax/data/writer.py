@@ -17,7 +17,7 @@ import numpy as np
 
 from hourglass_jax.data.store import FORMAT_VERSION, SPLITS, STORE, VOCABULARY, Store, ends_name, sha256, shard_name
 from hourglass_jax.errors import UsageError
-from hourglass_jax.files import try_lock, write_whole
+from hourglass_jax.files import is_temporary, try_lock, write_whole
 from hourglass_jax.tokenizers import TextTokenizer
 
 SHARD_BYTES = 2**30
@@ -63,9 +63,10 @@ class StoreWriter:
 
     def _open(self) -> None:
         here, journal = self.directory, self.directory / JOURNAL
-        if here.exists() and not journal.is_file() and {path.name for path in here.iterdir()} - {LOCK}:
-            raise UsageError(f"{here}: exists, and no unfinished store is in it; remove it or choose another --out")
         here.mkdir(parents=True, exist_ok=True)
+        foreign = [path for path in here.iterdir() if path.name != LOCK and not is_temporary(path, [JOURNAL])]
+        if foreign and not journal.is_file():
+            raise UsageError(f"{here}: exists, and no unfinished store is in it; remove it or choose another --out")
         self._lock = (here / LOCK).open("a+")
         if not try_lock(self._lock):
             self._lock.close()

@@ -231,7 +231,10 @@ def test_two_processes_do_not_prepare_one_store(tmp_path, corpus):
             prepare(corpus, tmp_path / "store", SPLIT)
 
     store = prepare(corpus, tmp_path / "store", SPLIT, report=second)
-    assert not list(tmp_path.glob("*.partial")) and not (store.directory / "lock").exists()
+    assert [path.name for path in tmp_path.glob("store*")] == ["store"] and not (store.directory / "lock").exists()
+    (tmp_path / "killed.partial").mkdir()  # before the first journal
+    (tmp_path / "killed.partial" / "journal.json.0123abcd.tmp").write_text("{")
+    prepare(corpus, tmp_path / "killed", SPLIT)
     (tmp_path / "mine.partial").mkdir()
     (tmp_path / "mine.partial" / "letter.txt").write_text("dear")
     with pytest.raises(UsageError, match=r"mine.partial: exists, and no unfinished store is in it"):

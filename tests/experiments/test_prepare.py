@@ -116,12 +116,14 @@ def test_a_store_of_another_tokenizer_is_named(home, tmp_path):
 BAD = {
     "a missing field": ["--data_path=a.jsonl", "--field=body", "--out=store"],
     "no output": ["--data_path=a.jsonl"],
+    "two tokenizers": ["--data_path=a.jsonl", "--tokenizer=byte", "--vocab_path=vocab.json", "--out=store"],
     "no files": ["--data_path=*.parquet", "--out=store"],
     "all documents held out": ["--data_path=a.jsonl", "--valid_fraction=1", "--out=store"],
 }
 MESSAGES = {
     "a missing field": r"a.jsonl, record 1: field 'body' is missing; give the field of the text as --field",
     "no output": r"--out is missing; give --data_path=DOCUMENTS and --out=DIRECTORY",
+    "two tokenizers": r"--vocab_path lists characters, which --tokenizer=byte does not use; leave out one of them",
     "no files": r"\*.parquet: no such file; .*",
     "all documents held out": r"valid_fraction=1.0 and test_fraction=0.01 leave nothing to train on; .*",
 }
