@@ -13,6 +13,7 @@ import numpy as np
 
 from hourglass_jax.data.files import MappedBytes, files_of_kind, unique_files
 from hourglass_jax.data.overlap import warn_of_repeats, without_copies
+from hourglass_jax.data.store import is_store
 from hourglass_jax.errors import UsageError
 from hourglass_jax.run_config import DataConfig
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, TextTokenizer
@@ -82,6 +83,11 @@ def matching_files(path: str | Path, suffixes: Collection[str] = (".txt",)) -> l
     files: list[Path] = []
     parts = [path] if os.path.isdir(path) else [part.strip() for part in path.split(",")]
     for part in map(os.path.expanduser, parts):
+        if is_store(part):
+            raise UsageError(
+                f"{part}: is a token store, which only --data_path of pretrain.py, evaluate.py and finetune.py "
+                "--format=text reads, without --extend_vocabulary; give text files"
+            )
         found = [file for file in match_part(part, suffixes) if file.is_file()]
         if not found:
             kinds = ", ".join(suffixes)

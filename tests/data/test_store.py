@@ -21,6 +21,7 @@ import pytest
 from hourglass_jax import ByteTokenizer, CharTokenizer, DataConfig, UsageError
 from hourglass_jax.data import prepare as preparing
 from hourglass_jax.data import writer as writing
+from hourglass_jax.data.corpora import load_text, text_files
 from hourglass_jax.data.pipeline import (
     consecutive_windows,
     document_windows,
@@ -340,6 +341,13 @@ def test_a_damaged_or_newer_store_is_named(tmp_path, corpus):
         Store(store.directory)
     with pytest.raises(UsageError, match="is not a token store"):
         Store(tmp_path)
+
+
+def test_a_store_is_not_a_text(tmp_path, reference):
+    path = str(reference["char"].directory)
+    for read in (text_files, load_text, corpus_files):
+        with pytest.raises(UsageError, match=r"is a token store, .*; give text files"):
+            read(path)
 
 
 def test_stored_tokens_index_like_one_array(reference):
