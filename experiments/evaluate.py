@@ -24,12 +24,12 @@ from absl import flags
 from experiments.common import launcher
 from experiments.common.characters import check_characters, score_documents, write_surprise
 from experiments.common.cuts import write_boundaries
-from experiments.common.recorded import recorded_data, recorded_haiku, recorded_images, recorded_text
+from experiments.common.recorded import recorded_data, recorded_examples, recorded_images, recorded_text
 from experiments.common.reports import provenance, write_report
 from experiments.common.sources import UNITS
 from hourglass_jax import Evaluation, HourglassLM, ImageTokenizer, UsageError, at_shorten_factor
 from hourglass_jax.data.images import ImageSplits, image_validation
-from hourglass_jax.data.pipeline import Batch, all_examples, consecutive_windows, sliding_windows, without_targets
+from hourglass_jax.data.pipeline import Batch, consecutive_windows, sliding_windows, without_targets
 from hourglass_jax.evaluation import check_text, evaluate_batches
 from hourglass_jax.ranges import check_choice
 from hourglass_jax.tokenizers import TextTokenizer
@@ -78,7 +78,7 @@ def main(_: list[str]) -> None:
     if isinstance(tokenizer, ImageTokenizer):
         summary, figures = evaluate_images(model)
     elif not DATA_PATH.value and "held_back" in Run(LOAD.value).read().settings:
-        summary, figures = evaluate_haiku(model, tokenizer)
+        summary, figures = evaluate_examples(model, tokenizer)
     else:
         summary, figures = evaluate_text(model, tokenizer)
     print(summary)
@@ -103,18 +103,17 @@ def evaluate_images(model: HourglassLM) -> tuple[str, dict[str, Any]]:
     return f"{summary} | {split}, {len(images):,} images", common(result) | figures | {"split": split}
 
 
-def evaluate_haiku(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, dict[str, Any]]:
-    """Return a summary line and the figures on the haiku of fine-tuning."""
+def evaluate_examples(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, dict[str, Any]]:
+    """Return a summary line and the figures on the haiku or pairs of fine-tuning."""
     options = {"--block_size": BLOCK_SIZE.value, "--protocol": PROTOCOL.value != "consecutive"}
-    refuse(options, "the haiku of fine-tuning; give a text as --data_path")
+    refuse(options, "the examples of fine-tuning; give a text as --data_path")
     split = SPLIT.value or "valid"
     check_choice("split", split, ("train", "valid"))
-    source = recorded_haiku(LOAD.value)
-    batches = all_examples(getattr(source, split), BATCH_SIZE.value)
+    batches = recorded_examples(LOAD.value).part(split, BATCH_SIZE.value)
     tokens = np.concatenate([tokens[:, 1:][weights > 0] for tokens, weights in batches])
     result = evaluate_predictions(model, batches, tokenizer)
     summary, figures = text_figures(result, tokens, tokenizer)
-    return f"{summary} | {split} of the haiku of fine-tuning", figures | {"split": split}
+    return f"{summary} | {split} of the examples of fine-tuning", figures | {"split": split}
 
 
 def evaluate_text(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, dict[str, Any]]:

@@ -1,14 +1,14 @@
-"""Fine-tune a pretrained model on haiku (all lines, or after a given first line), or on a text.
+"""Fine-tune a pretrained model on haiku (all lines, or after a given first line), prompts with answers, or a text.
 
 python experiments/finetune.py --load_model_path=runs/pretrain
 python experiments/finetune.py --load_model_path=runs/pretrain --format=prompt --out=runs/prompt
+python experiments/finetune.py --load_model_path=runs/pretrain --format=pairs --data_path=pairs.jsonl --out=runs/pairs
 python experiments/finetune.py --load_model_path=runs/pretrain --format=text --data_path=book.txt --out=runs/book
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import sys
 from pathlib import Path
 
@@ -19,11 +19,12 @@ from flax import nnx
 
 from experiments.common import launcher
 from experiments.common.recorded import recorded_data
-from experiments.common.sources import HaikuSource, TextSource, open_text, unit_of
+from experiments.common.sources import HaikuSource, PairSource, TextSource, open_text, unit_of
 from hourglass_jax import DataConfig, HourglassConfig, OptimizerConfig, TrainConfig, UsageError
 from hourglass_jax.checks import check_causal
 from hourglass_jax.data.corpora import load_text
 from hourglass_jax.data.haiku import load_haiku, usable_haiku, without_held_out
+from hourglass_jax.data.pairs import TEMPLATE, all_text, read_pairs, split_pairs
 from hourglass_jax.ranges import check_range
 from hourglass_jax.recipes import RECIPES
 from hourglass_jax.tokenizers import TextTokenizer
@@ -39,29 +40,37 @@ MAX_WARMUP = 0.1  # share of the steps
 
 LOAD = launcher.ModelFlags("runs/pretrain", "Directory of the pretrained model.")
 DATA_PATH = launcher.define_path(
-    "data_path", "", "UTF-8 file of three-line haiku, or a text as for pretrain.py; empty: the built-in one."
+    "data_path",
+    "",
+    "UTF-8 file of three-line haiku, JSON Lines of pairs, or a text as for pretrain.py; empty: the built-in one.",
 )
-VALID_PATH = launcher.define_path("valid_path", "", "Haiku or text for validation; empty: held back from data_path.")
+VALID_PATH = launcher.define_path(
+    "valid_path", "", "Haiku, pairs or text for validation; empty: held back from data_path."
+)
 OUT = launcher.define_path("out", "runs/finetune", "Directory for the fine-tuned model.")
 flags.DEFINE_alias("model_save_path", "out")
 FORMAT = flags.DEFINE_enum(
     "format",
     "haiku",
-    ["haiku", "prompt", "text"],
-    "haiku: write all three lines; prompt: the first line is given; text: windows of any text, as in pretraining.",
+    ["haiku", "prompt", "pairs", "text"],
+    "haiku: write all three lines; prompt: the first line is given; pairs: answer prompts (prompt and completion, or "
+    "messages); text: windows of any text, as in pretraining.",
 )
 EXTEND = flags.DEFINE_boolean("extend_vocabulary", False, "Add unknown characters to the model's vocabulary.")
 BLOCK_SIZE = flags.DEFINE_integer(
     "block_size",
     None,
-    "Longest haiku in tokens, default 256; or tokens per window of a text, default as in pretraining.",
+    "Longest haiku in tokens, default 256; longest pair, default the model's max_length; tokens per window of a text, "
+    "default as in pretraining.",
 )
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Haiku or windows per step.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Haiku, pairs or windows per step.")
 EPOCHS = flags.DEFINE_integer(
     "epochs", None, f"Epochs; default: {EPOCHS_OF_MANY}, or as many as give {MIN_STEPS} steps."
 )
 VALIDATION = flags.DEFINE_float(
-    "validation_fraction", 0.05, "Share held back for validation, from the end of the file."
+    "validation_fraction",
+    0.05,
+    "Share held back for validation, from the end of the file; 0: all pairs, used for training and validation.",
 )
 launcher.define_config("optimizer", OptimizerConfig(learning_rate=3e-4, warmup_steps=20))
 RECIPE = launcher.define_recipe("paper", "Defaults of the optimizer; modern: Muon.")
@@ -80,19 +89,19 @@ def main(_: list[str]) -> None:
 def finetune(signals: Signals) -> None:
     runtime = launcher.read_runtime()
     check_range("batch_size", BATCH_SIZE.value, 1)
-    if not 0 < VALIDATION.value < 1:
-        raise UsageError(f"validation_fraction={VALIDATION.value} is out of range; it must be between 0 and 1")
+    check_range("validation_fraction", VALIDATION.value, 0.0, 1, open_low=FORMAT.value != "pairs", open_high=True)
+    if FORMAT.value == "pairs" and not DATA_PATH.value:
+        raise UsageError("--format=pairs requires --data_path; give JSON Lines of prompts and completions, or messages")
     model, tokenizer, _ = LOAD.load()
     if tokenizer.kind == "image":
         raise UsageError(f"{LOAD.value}: is a model of images; give a model of text")
     if FORMAT.value != "text":
-        check_causal(model.config, "so the model cannot write haiku; pass --format=text, or give another model")
+        check_causal(model.config, "so the model cannot generate text; pass --format=text, or give another model")
     if EXTEND.value and tokenizer.kind == "char":
         paths = [DATA_PATH.value, *filter(None, [VALID_PATH.value])]
-        texts = map(load_text, paths) if FORMAT.value == "text" else itertools.chain(*map(load_haiku, paths))
-        model, tokenizer = extend_vocabulary(model, tokenizer, "\n".join(texts))
-    read = read_text if FORMAT.value == "text" else read_haiku
-    source, settings = read(model.config, tokenizer)
+        model, tokenizer = extend_vocabulary(model, tokenizer, "\n".join(map(text_at, paths)))
+    open_source = {"text": open_windows, "pairs": open_pairs}.get(FORMAT.value, open_haiku)
+    source, settings = open_source(model.config, tokenizer)
     train, optimizer = schedule(source.n_examples)
     trained_parameters(nnx.state(model), optimizer)  # before anything is written
     settings |= source.fingerprint | {
@@ -127,7 +136,14 @@ def finetune(signals: Signals) -> None:
     print("\n" + launcher.next_command(script, f"--load_model_path={run}", *options))
 
 
-def read_text(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[TextSource, dict]:
+def text_at(path: str) -> str:
+    """Return the text whose characters --extend_vocabulary adds."""
+    if FORMAT.value == "text":
+        return load_text(path)
+    return all_text(read_pairs(path)) if FORMAT.value == "pairs" else "\n".join(load_haiku(path))
+
+
+def open_windows(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[TextSource, dict]:
     """Return a text's source and its settings for the run."""
     block_size = BLOCK_SIZE.value
     if block_size is None:
@@ -145,7 +161,7 @@ def read_text(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[TextSo
     return open_text(data, tokenizer, allow_unknown=flags.FLAGS.allow_unknown), {"data": dataclasses.asdict(data)}
 
 
-def read_haiku(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[HaikuSource, dict]:
+def open_haiku(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[HaikuSource, dict]:
     """Return the haiku's source and its settings for the run."""
     block_size = int(min(256 if BLOCK_SIZE.value is None else BLOCK_SIZE.value, config.position_limit))
     check_range("block_size", block_size, 1)
@@ -175,6 +191,39 @@ def read_haiku(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[Haiku
         "block_size": block_size,
         "batch_size": BATCH_SIZE.value,
         "held_back": n_held_back,
+    }
+    return source, settings
+
+
+def open_pairs(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[PairSource, dict]:
+    """Return the pairs' source and its settings for the run."""
+    block_size = int(min(config.max_length if BLOCK_SIZE.value is None else BLOCK_SIZE.value, config.position_limit))
+    check_range("block_size", block_size, 1)
+    pairs = read_pairs(DATA_PATH.value)
+    n_held_back = 0
+    if VALIDATION.value and not VALID_PATH.value:
+        n_held_back = max(1, round(len(pairs) * VALIDATION.value))
+    train, valid = split_pairs(pairs, VALID_PATH.value, n_held_back)
+    if not train:
+        raise UsageError(
+            f"{DATA_PATH.value}: no pairs are left to train on, {len(valid)} are for validation; give more pairs, or "
+            "--validation_fraction=0 to use all pairs for both"
+        )
+    source = PairSource(
+        train,
+        valid,
+        tokenizer,
+        block_size=block_size,
+        batch_size=BATCH_SIZE.value,
+        allow_unknown=flags.FLAGS.allow_unknown,
+    )
+    settings = {
+        "data_path": DATA_PATH.value,
+        "valid_path": VALID_PATH.value,
+        "block_size": block_size,
+        "batch_size": BATCH_SIZE.value,
+        "held_back": n_held_back,
+        "template": TEMPLATE,
     }
     return source, settings
 

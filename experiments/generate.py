@@ -3,6 +3,8 @@
 python experiments/generate.py --load_model_path=runs/finetune
 python experiments/generate.py --pretrained=haiku --prompt="an old silent pond"
 python experiments/generate.py --load_model_path=runs/pretrain --gen_mode=prompt --prompt_file=- --stop=. < text.txt
+python experiments/generate.py --load_model_path=runs/pairs --chat                              one line, one message
+python experiments/generate.py --load_model_path=runs/pairs --chat --prompt="who sits in the pond?"
 python experiments/generate.py --load_model_path=runs/cifar10 --gen_mode=complete --num_samples=8
 """
 
@@ -30,6 +32,8 @@ from experiments.common.recorded import recorded_images
 from hourglass_jax import HourglassLM, ImageTokenizer, UsageError, generate
 from hourglass_jax.checks import check_decodes
 from hourglass_jax.data.corpora import decode_text
+from hourglass_jax.data.files import warn_once
+from hourglass_jax.data.pairs import ASSISTANT, SYSTEM, USER, Message, encode_prompt, last_tokens
 from hourglass_jax.generation import MAX_NEW_TOKENS
 from hourglass_jax.tokenizers import ByteTokenizer, TextTokenizer, clean, to_utf8
 from hourglass_jax.training.run import Run
@@ -47,6 +51,13 @@ PROMPT_FILE = launcher.define_path(
     "prompt_file", "", "File with the text to continue, without its last newline; -: standard input."
 )
 EACH_LINE = flags.DEFINE_boolean("each_line", False, "Each line of --prompt_file that is not empty is a prompt.")
+CHAT = flags.DEFINE_boolean(
+    "chat",
+    False,
+    "Answer each prompt with a model fine-tuned on pairs; without a prompt, each line of standard input is the next "
+    "message of one conversation.",
+)
+SYSTEM_MESSAGE = flags.DEFINE_string("system", "", "With --chat: a system message, which begins the conversation.")
 STOP = flags.DEFINE_multi_string("stop", [], "End a sample before this text; may be repeated.")
 RAW_OUT = launcher.define_path("raw_out", "", "Write the new bytes of all samples to this file.")
 MAX_TOKENS = flags.DEFINE_integer(
@@ -56,12 +67,13 @@ OUT = launcher.define_path("out", "samples.png", "Path of the images.")
 DATA_PATH = launcher.define_path("data_path", "", "Directory of the images to complete; empty: that of training.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of samples.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float(
-    "temperature", None, "0 is greedy; default: 0.8 for text, 1 for images.", lower_bound=0
+    "temperature", None, "0 is greedy; default: 0.8 for text, 0 with --chat, 1 for images.", lower_bound=0
 )
 TOP_K = flags.DEFINE_integer("top_k", None, "Sample from the k likeliest tokens.", lower_bound=1)
 TOP_P = flags.DEFINE_float("top_p", None, "Sample from the likeliest tokens with this total probability.")
 SEED = launcher.define_seed("Seed of the sampling.")
-FOR_TEXT = {"--gen_mode=prompt", *(f"--{f.name}" for f in (PROMPT, PROMPT_FILE, EACH_LINE, STOP, RAW_OUT, MAX_TOKENS))}
+TEXT_FLAGS = (PROMPT, PROMPT_FILE, EACH_LINE, CHAT, SYSTEM_MESSAGE, STOP, RAW_OUT, MAX_TOKENS)
+FOR_TEXT = {"--gen_mode=prompt", *(f"--{f.name}" for f in TEXT_FLAGS)}
 FOR_IMAGES = {"--gen_mode=complete", "--out", "--data_path"}
 
 
@@ -74,9 +86,13 @@ def main(_: list[str]) -> None:
         raise UsageError(f"{option} does not apply to --gen_mode=scratch; pass --gen_mode=prompt, or leave it out")
     if EACH_LINE.value and not PROMPT_FILE.value:
         raise UsageError("--each_line requires --prompt_file; give it, or leave out --each_line")
+    if SYSTEM_MESSAGE.value and not CHAT.value:
+        raise UsageError("--system requires --chat; give it, or leave out --system")
+    if CHAT.value and mode == "scratch" and NUM_SAMPLES.value > 1:
+        raise UsageError("--num_samples requires a prompt with --chat; give --prompt or --prompt_file, or leave it out")
     if "" in STOP.value:
         raise UsageError("--stop is empty; give the text before which a sample ends")
-    for text in (PROMPT.value, *STOP.value):
+    for text in (PROMPT.value, SYSTEM_MESSAGE.value, *STOP.value):
         to_utf8(text)
     model, tokenizer, config = LOAD.load()
     check_decodes(config)
@@ -87,6 +103,9 @@ def main(_: list[str]) -> None:
         raise UsageError(f"{misplaced[0]} does not apply to {LOAD.value}, a model of {'images' if images else 'text'}")
     if not (directory := Path(OUT.value if images else RAW_OUT.value).parent).is_dir():
         raise UsageError(f"the directory {directory} does not exist; create it or give another path")
+    if CHAT.value and mode == "scratch":
+        converse(model, tokenizer)
+        return
     with launcher.stopping() as signals:
         (draw if images else write)(model, tokenizer, signals)
 
@@ -125,25 +144,84 @@ def write(model: HourglassLM, tokenizer: TextTokenizer, signals: Signals) -> Non
         for number, (text, _) in enumerate(itertools.product(prompts, range(NUM_SAMPLES.value))):
             if number:
                 print("-" * 20)
-            print(text.decode("utf-8", "replace"), end="", flush=True)
-            sample = Sample(tokenizer, STOP.value, signals)
-            with contextlib.suppress(StopText, Interrupted):
-                generate(
-                    model,
-                    [prompt_tokens(tokenizer, text, form)],
-                    max_tokens=MAX_TOKENS.value,
-                    key=jax.random.fold_in(jax.random.key(SEED.value), number),
-                    temperature=0.8 if TEMPERATURE.value is None else TEMPERATURE.value,
-                    top_k=TOP_K.value,
-                    top_p=TOP_P.value,
-                    stop_token=tokenizer.eos_id,
-                    banned_tokens=launcher.banned_tokens(tokenizer),
-                    stream=sample.take,
-                )
-            new = sample.finish()
+            if CHAT.value:
+                tokens = chat_tokens(model, tokenizer, [*first_messages(), Message(USER, text.decode("utf-8"))])
+            else:
+                tokens = prompt_tokens(tokenizer, text, form)
+                print(text.decode("utf-8", "replace"), end="", flush=True)
+            new = write_sample(model, tokenizer, tokens, number, signals)
             raw = raw or files.enter_context(open(RAW_OUT.value or os.devnull, "wb"))  # after all checks
             raw.write(new)
             signals.check()
+
+
+def converse(model: HourglassLM, tokenizer: TextTokenizer) -> None:
+    """Answer each line of standard input; the earlier lines and answers are its context."""
+    messages = first_messages()
+    chat_tokens(model, tokenizer, messages)  # checks the model before anything is read or written
+    with open(RAW_OUT.value or os.devnull, "wb") as raw:
+        for number in itertools.count():
+            if not (text := read_line()):
+                return
+            check_vocabulary([text.encode("utf-8")], tokenizer)
+            messages.append(Message(USER, text))
+            # Not around `read_line`: there an interrupt ends the command at once.
+            with launcher.stopping() as signals:
+                new = write_sample(model, tokenizer, chat_tokens(model, tokenizer, messages), number, signals)
+                raw.write(new)
+                signals.check()
+            messages.append(Message(ASSISTANT, new.decode("utf-8", "replace")))
+
+
+def read_line() -> str:
+    """Return the next line of standard input that is not blank; "" at its end."""
+    if sys.stdin.isatty():
+        print("> ", end="", flush=True)
+    for raw in sys.stdin.buffer:
+        if text := decode_text(raw, "standard input").removesuffix("\n"):
+            return text
+    return ""
+
+
+def first_messages() -> list[Message]:
+    return [Message(SYSTEM, SYSTEM_MESSAGE.value)] if SYSTEM_MESSAGE.value else []
+
+
+def chat_tokens(model: HourglassLM, tokenizer: TextTokenizer, messages: Sequence[Message]) -> np.ndarray:
+    """Return the tokens after which the model answers, int32 [n], cut to the length of the training examples.
+
+    Raises UsageError for a model that was not fine-tuned on pairs.
+    """
+    settings = Run(LOAD.value).read().settings
+    if "template" not in settings:
+        raise UsageError(f"{LOAD.value}: was not fine-tuned on pairs, which --chat requires; see finetune.py --format")
+    tokens = encode_prompt(messages, tokenizer, settings["template"])
+    longest = int(max(min(settings["block_size"], model.config.position_limit - MAX_TOKENS.value), 1))
+    if len(tokens) > longest:
+        warn_once(f"the conversation is longer than {longest} tokens; its beginning is cut")
+    return last_tokens(tokens, longest)
+
+
+def write_sample(
+    model: HourglassLM, tokenizer: TextTokenizer, prompt: np.ndarray, number: int, signals: Signals
+) -> bytes:
+    """Stream the sample of this number after `prompt`, int32 [n], and return its bytes."""
+    sample = Sample(tokenizer, STOP.value, signals)
+    default = 0.0 if CHAT.value else 0.8
+    with contextlib.suppress(StopText, Interrupted):
+        generate(
+            model,
+            [prompt],
+            max_tokens=MAX_TOKENS.value,
+            key=jax.random.fold_in(jax.random.key(SEED.value), number),
+            temperature=default if TEMPERATURE.value is None else TEMPERATURE.value,
+            top_k=TOP_K.value,
+            top_p=TOP_P.value,
+            stop_token=tokenizer.eos_id,
+            banned_tokens=launcher.banned_tokens(tokenizer),
+            stream=sample.take,
+        )
+    return sample.finish()
 
 
 def read_prompts(tokenizer: TextTokenizer) -> list[bytes]:
@@ -151,11 +229,17 @@ def read_prompts(tokenizer: TextTokenizer) -> list[bytes]:
     prompts = [to_utf8(PROMPT.value)]
     if PROMPT_FILE.value:
         raw = sys.stdin.buffer.read() if PROMPT_FILE.value == "-" else Path(PROMPT_FILE.value).read_bytes()
-        if not isinstance(tokenizer, ByteTokenizer):
+        if CHAT.value or not isinstance(tokenizer, ByteTokenizer):
             raw = decode_text(raw, "standard input" if PROMPT_FILE.value == "-" else PROMPT_FILE.value).encode("utf-8")
         prompts = [line for line in raw.splitlines() if line] if EACH_LINE.value else [re.sub(rb"\r?\n\Z", b"", raw)]
         if not any(prompts):
             raise UsageError(f"--prompt_file={PROMPT_FILE.value}: contains no prompt; give a file with text")
+    check_vocabulary(prompts, tokenizer)
+    return prompts
+
+
+def check_vocabulary(prompts: Sequence[bytes], tokenizer: TextTokenizer) -> None:
+    """Warn of the characters that the model does not see. Raises UsageError for a prompt without any other."""
     if getattr(tokenizer, "clean", False):
         check_cleaned(prompts)
     unknown = sorted(
@@ -163,7 +247,6 @@ def read_prompts(tokenizer: TextTokenizer) -> list[bytes]:
     )
     if unknown:
         logging.warning("characters that are not in the vocabulary become <UNK>: %s", ", ".join(map(repr, unknown)))
-    return prompts
 
 
 def check_cleaned(prompts: Sequence[bytes]) -> None:

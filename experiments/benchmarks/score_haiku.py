@@ -72,7 +72,7 @@ def main(_: list[str]) -> None:
     model, tokenizer, _ = LOAD.load()
     settings = Run(LOAD.value).read().settings
     form = settings.get("format", "text")
-    if form == "text":
+    if form not in ("haiku", "prompt"):
         raise UsageError(f"{LOAD.value}: was not fine-tuned on haiku; give a model that finetune.py trained on haiku")
     prompts = [np.array([tokenizer.bos_id])] * NUM_SAMPLES.value
     if form == "prompt":  # held-back first lines

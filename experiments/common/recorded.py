@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from experiments.common.sources import HaikuSource, open_store, read_images, text_name
+from experiments.common.sources import HaikuSource, PairSource, open_store, read_images, text_name
 from hourglass_jax import DataConfig, UsageError
 from hourglass_jax.data.corpora import MIN_VALID, load_text, load_tokens, split_tokens
 from hourglass_jax.data.haiku import load_haiku, usable_haiku, without_held_out
 from hourglass_jax.data.images import ImageSplits
+from hourglass_jax.data.pairs import read_pairs, split_pairs
 from hourglass_jax.data.store import is_store
 from hourglass_jax.tokenizers import TextTokenizer, clean
 from hourglass_jax.training.identity import fingerprint
@@ -99,13 +100,25 @@ def haiku_parts(settings: Mapping[str, Any], tokenizer: TextTokenizer) -> tuple[
     return without_held_out(train, held_out), held_out
 
 
-def recorded_haiku(run: str | Path) -> HaikuSource:
-    """Return the haiku that `run` was fine-tuned on."""
+def recorded_examples(run: str | Path) -> HaikuSource | PairSource:
+    """Return the haiku or the pairs that `run` was fine-tuned on."""
     _, tokenizer, settings, _ = Run(run).read()
     form, batch_size = settings["format"], settings["batch_size"]
-    source = HaikuSource(
-        *haiku_parts(settings, tokenizer), tokenizer, form=form, batch_size=batch_size, allow_unknown=True
-    )
+    source: HaikuSource | PairSource
+    if form == "pairs":
+        pairs = split_pairs(read_pairs(settings["data_path"]), settings["valid_path"], settings["held_back"])
+        source = PairSource(
+            *pairs,
+            tokenizer,
+            block_size=settings["block_size"],
+            batch_size=batch_size,
+            template=settings["template"],
+            allow_unknown=True,
+        )
+    else:
+        source = HaikuSource(
+            *haiku_parts(settings, tokenizer), tokenizer, form=form, batch_size=batch_size, allow_unknown=True
+        )
     if any(settings.get(name, found) != found for name, found in source.fingerprint.items()):
         logging.warning("%s: changed after the model was trained on them", settings["data_path"] or "the haiku")
     return source

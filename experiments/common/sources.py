@@ -17,6 +17,7 @@ from hourglass_jax.data.corpora import Splits, load_splits, load_text, load_toke
 from hourglass_jax.data.haiku import make_examples
 from hourglass_jax.data.images import ImageSplits, image_batches, image_validation, load_folder, load_images
 from hourglass_jax.data.overlap import warn_of_repeats
+from hourglass_jax.data.pairs import TEMPLATE, Conversation, PairExamples, Template, all_text
 from hourglass_jax.data.pipeline import (
     BatchAt,
     LazyBatches,
@@ -172,7 +173,11 @@ class HaikuSource:
 
     def validation(self) -> LazyBatches:
         """Return the held-back haiku, each once."""
-        return all_examples(self.valid, self.batch_size)
+        return self.part("valid", self.batch_size)
+
+    def part(self, split: str, batch_size: int) -> LazyBatches:
+        """Return the haiku of 'train' or 'valid', each once."""
+        return all_examples(getattr(self, split), batch_size)
 
     def sampler(self, config: HourglassConfig, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
         """Return a heading and a function that samples a haiku, up to <EOS>."""
@@ -180,6 +185,59 @@ class HaikuSource:
         prompt = np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(given)])
         sample = launcher.make_sampler(self.tokenizer, prompt, 250, seed, signals, ends=True)
         return "\n", lambda model: given + sample(model)
+
+
+class PairSource:
+    """Prompts with answers, or conversations; the loss covers the answers only."""
+
+    next_command = ("generate", "--chat")
+
+    def __init__(
+        self,
+        train: list[Conversation],
+        valid: list[Conversation],
+        tokenizer: TextTokenizer,
+        *,
+        block_size: int,
+        batch_size: int,
+        template: Template = TEMPLATE,
+        allow_unknown: bool = False,
+    ):
+        if unknown := tokenizer.unknown("".join(template.values())):
+            raise UsageError(
+                f"the model's vocabulary lacks {', '.join(map(repr, unknown))}, which the template of pairs requires; "
+                "pass --extend_vocabulary"
+            )
+        check_characters(all_text(train + valid), tokenizer, "the pairs", allow_unknown=allow_unknown)
+        self.train = PairExamples(train, tokenizer, block_size, template)
+        self.valid = self.train if valid is train else PairExamples(valid, tokenizer, block_size, template)
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.unit = UNITS[tokenizer.kind]
+        self.n_examples = len(train)
+        tokens, has_loss = self.valid.examples[-1]
+        self.prompt = tokens[: -np.argmin(has_loss[::-1])]  # of the last answer
+        self.fingerprint = {
+            "text_fingerprint": fingerprint(self.train.tokens),
+            "valid_fingerprint": fingerprint(self.valid.tokens),
+        }
+        self.size = f"{len(train):,} pairs to train on, {len(valid):,} for validation"
+        if n_cut := sum(part.n_cut for part in {self.train, self.valid}):
+            self.size += f", {n_cut:,} cut at the beginning of the prompt to fit block_size={block_size}"
+
+    def batches(self, seed: int) -> BatchAt:
+        return self.train.shuffled(self.batch_size, seed)
+
+    def validation(self) -> LazyBatches:
+        return self.part("valid", self.batch_size)
+
+    def part(self, split: str, batch_size: int) -> LazyBatches:
+        """Return the pairs of 'train' or 'valid', each once."""
+        return getattr(self, split).in_order(batch_size)
+
+    def sampler(self, config: HourglassConfig, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
+        """Return a heading and a function that samples an answer to the last prompt for validation."""
+        sample = launcher.make_sampler(self.tokenizer, self.prompt, 250, seed, signals, ends=True)
+        return f"{self.tokenizer.decode(self.prompt)[-100:]!r} continues:\n", sample
 
 
 class ImageSource:

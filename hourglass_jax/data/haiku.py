@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib import resources
+from typing import TypeVar
 
 import numpy as np
 from absl import logging
@@ -13,6 +14,8 @@ from hourglass_jax.data.files import warn_once
 from hourglass_jax.data.pipeline import Batch, pack_examples
 from hourglass_jax.errors import UsageError
 from hourglass_jax.tokenizers import TextTokenizer
+
+Item = TypeVar("Item")
 
 
 def parse_haiku(text: str, source: str) -> list[str]:
@@ -58,16 +61,19 @@ def usable_haiku(haiku: list[str], tokenizer: TextTokenizer, block_size: int) ->
     return kept
 
 
-def without_held_out(train: list[str], valid: list[str]) -> list[str]:
-    """Return the training haiku that are not in `valid`; log how many are. Raises UsageError if none is left."""
+def without_held_out(train: list[Item], valid: list[Item], name: str = "haiku") -> list[Item]:
+    """Return the training items that are not in `valid`; log how many are. Raises UsageError if none is left.
+
+    name: of the items, for messages.
+    """
     held_out = set(valid)
-    kept = [poem for poem in train if poem not in held_out]
+    kept = [item for item in train if item not in held_out]
     if train and not kept:
         raise UsageError(
-            "every training haiku is also a validation haiku; give different ones for training and validation"
+            f"all training {name} are also for validation; give different ones for training and validation"
         )
     if len(kept) < len(train):
-        warn_once(f"{len(train) - len(kept)} of {len(train)} training haiku excluded, used for validation")
+        warn_once(f"{len(train) - len(kept)} of {len(train)} training {name} excluded, used for validation")
     return kept
 
 

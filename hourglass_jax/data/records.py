@@ -32,7 +32,7 @@ METADATA = ("dataset_info.json", "dataset_dict.json", "state.json")  # of a dire
 
 
 class Record(NamedTuple):
-    """A record as its file has it: the requested fields, or a JSON object that `read_document` parses."""
+    """A record as its file has it: the requested fields, or a JSON object that `read_fields` parses."""
 
     content: Values | bytes
     file: str
@@ -97,13 +97,20 @@ def read_document(record: Record, names: Names) -> Document:
 
     Raises UsageError with file and record for a missing field, and for text that is not UTF-8.
     """
+    text, *key = read_fields(record, names)
     try:
-        content = record.content
-        text, *key = fields_of(json.loads(content), names) if isinstance(content, bytes) else content
         found = utf8(text, names[0])
         return Document(found, utf8(str(key[0]), names[1]) if key else found, record.place)
     except UsageError as error:
         raise UsageError(f"{record.place}: {error}") from error
+
+
+def read_fields(record: Record, names: Names) -> Values:
+    """Return the fields of a record. Raises UsageError with file and record unless JSON is an object."""
+    if not isinstance(record.content, bytes):
+        return record.content
+    try:
+        return fields_of(json.loads(record.content), names)
     except ValueError as error:
         raise UsageError(f"{record.place}: cannot be read ({error}); give an intact file") from error
 

@@ -53,7 +53,7 @@ def test_haiku_that_do_not_fit_or_are_empty_once_cleaned_are_left_out():
 def test_haiku_for_validation_are_left_out_of_training():
     assert without_held_out(["a", "b", "a", "c"], ["a", "d"]) == ["b", "c"]
     assert without_held_out([], ["a"]) == []
-    with pytest.raises(UsageError, match="every training haiku"):
+    with pytest.raises(UsageError, match="all training haiku"):
         without_held_out(["a", "a"], ["a"])
 
 

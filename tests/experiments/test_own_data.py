@@ -263,7 +263,7 @@ BAD_INPUT = [
     ),
     (
         ("finetune", "--load_model_path=text", "--data_path=haiku.txt", "--valid_path=./haiku.txt"),
-        "every training haiku",
+        "all training haiku",
     ),
     (("pretrain", "--data_path=text.txt,text.txt", "--valid_path=moved.txt"), "text.txt,text.txt: every training file"),
     (("pretrain", "--vocab_path=text/vocab.json", "--data_path=chinese.txt", "--block_size=16"), "--allow_unknown"),
