@@ -159,15 +159,14 @@ def converse(model: HourglassLM, tokenizer: TextTokenizer) -> None:
     """Answer each line of standard input; the earlier lines and answers are its context."""
     messages = first_messages()
     chat_tokens(model, tokenizer, messages)  # checks the model before anything is read or written
-    with open(RAW_OUT.value or os.devnull, "wb") as raw:
-        for number in itertools.count():
-            if not (text := read_line()):
-                return
+    raw: BinaryIO | None = None
+    with contextlib.ExitStack() as files:
+        for number, text in enumerate(iter(read_line, "")):
             check_vocabulary([text.encode("utf-8")], tokenizer)
             messages.append(Message(USER, text))
-            # Not around `read_line`: there an interrupt ends the command at once.
-            with launcher.stopping() as signals:
+            with launcher.stopping() as signals:  # while it waits for a line, an interrupt ends the command at once
                 new = write_sample(model, tokenizer, chat_tokens(model, tokenizer, messages), number, signals)
+                raw = raw or files.enter_context(open(RAW_OUT.value or os.devnull, "wb"))
                 raw.write(new)
                 signals.check()
             messages.append(Message(ASSISTANT, new.decode("utf-8", "replace")))

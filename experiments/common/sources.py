@@ -214,8 +214,8 @@ class PairSource:
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.unit = UNITS[tokenizer.kind]
         self.n_examples = len(train)
-        tokens, has_loss = self.valid.examples[-1]
-        self.prompt = tokens[: -np.argmin(has_loss[::-1])]  # of the last answer
+        example = self.valid.examples[-1]
+        self.prompt = example.tokens[: -example.n_answer]
         self.fingerprint = {
             "text_fingerprint": fingerprint(self.train.tokens),
             "valid_fingerprint": fingerprint(self.valid.tokens),

@@ -48,6 +48,11 @@ class Example(NamedTuple):
     tokens: np.ndarray
     has_loss: np.ndarray
 
+    @property
+    def n_answer(self) -> int:
+        """Tokens of the last answer, with EOS."""
+        return int(self.has_loss[::-1].argmin())
+
 
 def read_pairs(path: str) -> list[Conversation]:
     """Read the JSON Lines or JSON arrays at `path`, plain or compressed.
@@ -94,8 +99,10 @@ def read_messages(messages: Any) -> tuple[Message, ...]:
 
 def text_of(value: Any, name: str) -> str:
     """Return a text field. Raises UsageError for other values and lone surrogates."""
+    if value is None:
+        raise UsageError(f"{name} is missing; give prompt and completion, or messages with role and content")
     if not isinstance(value, str):
-        raise UsageError(f"{name} is {'missing' if value is None else type(value).__name__}; give text")
+        raise UsageError(f"{name} is {type(value).__name__}, not text; give a JSON string")
     to_utf8(value)
     return value
 
@@ -116,7 +123,7 @@ def split_pairs(
 
 def all_text(pairs: Sequence[Conversation], template: Template = TEMPLATE) -> str:
     """Return the text of all messages and of the template, to compare with a vocabulary."""
-    return "\n".join([*template.values(), *(message.content for pair in pairs for message in pair.messages)])
+    return "".join([*template.values(), *(message.content for pair in pairs for message in pair.messages)])
 
 
 def encode_message(message: Message, tokenizer: TextTokenizer, template: Template) -> tuple[np.ndarray, np.ndarray]:
@@ -170,18 +177,16 @@ class PairExamples:
     ):
         self.pad_id, self.n_cut = tokenizer.eos_id, 0
         self.examples: list[Example] = []
+        n_role = len(tokenizer.encode(template[ASSISTANT]))
         for pair in pairs:
-            tokens, has_loss = encode_conversation(pair, tokenizer, template)
-            n_answer = sum(
-                map(len, encode_message(pair.messages[-1], tokenizer, template))
-            )  # with the template and EOS
-            if n_answer > block_size:
+            example = encode_conversation(pair, tokenizer, template)
+            if example.n_answer + n_role > block_size:
                 raise UsageError(
-                    f"{pair.place}: the answer has {n_answer} tokens with its role, more than block_size={block_size}; "
-                    "give a larger block_size, or leave out the record"
+                    f"{pair.place}: the answer has {example.n_answer} tokens, but block_size={block_size} has space "
+                    f"for {max(block_size - n_role, 0)}; give a larger block_size, or leave out the record"
                 )
-            self.n_cut += len(tokens) > block_size + 1
-            self.examples.append(Example(*(last_tokens(part, block_size + 1) for part in (tokens, has_loss))))
+            self.n_cut += len(example.tokens) > block_size + 1
+            self.examples.append(Example(*(last_tokens(part, block_size + 1) for part in example)))
         self.length = max((len(example.tokens) for example in self.examples), default=1)
 
     def __len__(self) -> int:

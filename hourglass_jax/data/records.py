@@ -111,7 +111,7 @@ def read_fields(record: Record, names: Names) -> Values:
         return record.content
     try:
         return fields_of(json.loads(record.content), names)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{record.place}: cannot be read ({error}); give an intact file") from error
 
 
