@@ -84,7 +84,7 @@ class HourglassConfig:
     causal: bool = True
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     max_unrolled_layers: int = 4
-    attention: Literal["auto", "blocked", "fused", "kernel", "plain", "biased"] = "auto"
+    attention: Literal["auto", "blocked", "fused", "kernel", "plain", "biased", "stored"] = "auto"
     window: int = 0
     token_attention: Literal["full", "lsh"] = "full"
     lsh_chunk: int = 128

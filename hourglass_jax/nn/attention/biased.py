@@ -1,8 +1,8 @@
 """Relative attention in cuDNN's kernel, with the relative logits as its additive bias: an experiment for GPUs.
 
-The logits are one matrix product, shifted; `plain` has the formula. cuDNN returns the gradient of a bias only for a batch
-of one, so batch and heads become heads. The backward pass computes the bias again. Memory is quadratic in length: a
-sequence of parts, of batch and heads, limits the logits in memory. Elsewhere `jax.nn` computes the same, for tests.
+The logits are one matrix product, shifted; `plain` has the formula. cuDNN returns the gradient of a bias only for a
+batch of one, so rows and heads become heads. The backward pass computes the bias again. Rows and heads are computed in
+parts, which limits the logits in memory. Elsewhere `jax.nn` computes the same, for tests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def biased_attention(
     pattern: Pattern, inputs: Inputs, padding: Array | None = None, key: Array | None = None
 ) -> Float[Array, "B H GP K"]:
     """Compute causal attention; `choice` selects it only with relative positions and without dropout."""
-    assert inputs.r is not None and key is None
+    assert key is None
     batch, heads, n_queries, size = inputs.q.shape
     groups = n_queries // pattern.query_slots
     more = -groups % MULTIPLE
@@ -34,12 +34,14 @@ def biased_attention(
     def pad(x: Any, slots: int) -> Any:
         return jnp.pad(x, [(0, 0), (0, 0), (0, more * slots), (0, 0)])
 
+    r = inputs.nearest((groups + more) * pattern.key_slots)
+    assert r is not None
     inputs = Inputs(
         pad(inputs.q, pattern.query_slots),
         pad(inputs.k, pattern.key_slots),
         pad(inputs.v, pattern.key_slots),
         pad(inputs.q_position, pattern.query_slots),
-        inputs.nearest((groups + more) * pattern.key_slots),
+        jnp.broadcast_to(r.swapaxes(0, 1), (batch, heads, *r.shape[::2], size)),
     )
     of_head = inputs.q.shape[2] * inputs.k.shape[2] * inputs.q.dtype.itemsize
     rows = largest_divisor(batch, LIMIT // (heads * of_head))
@@ -51,14 +53,11 @@ def biased_attention(
         x = x.reshape(grid[0], rows, grid[1], part_heads, *x.shape[2:]).swapaxes(1, 2)
         return x.reshape(-1, *x.shape[2:])
 
-    every_r = jnp.broadcast_to(inputs.r.swapaxes(0, 1), (batch, heads, *inputs.r.shape[::2], size))
     first = None if padding is None else jnp.broadcast_to(padding[:, None], (batch, heads))
-    parts = jax.tree.map(to_parts, (inputs._replace(r=every_r), first))
+    parts = jax.tree.map(to_parts, (inputs, first))
     one_part = jax.checkpoint(lambda part: part_attention(pattern, *part), policy=is_attention)
-    if grid == (1, 1):
-        out = one_part(jax.tree.map(lambda x: x[0], parts))[None]
-    else:
-        out = jax.lax.map(one_part, parts)
+    n_parts = grid[0] * grid[1]
+    out = jax.lax.scan(lambda _, part: (None, one_part(part)), None, parts, unroll=n_parts == 1)[1]
     out = out.reshape(*grid, rows, part_heads, *out.shape[3:]).swapaxes(1, 2)
     return out.reshape(batch, heads, *out.shape[4:])[:, :, :n_queries]
 

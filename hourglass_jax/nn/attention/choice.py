@@ -17,6 +17,7 @@ from hourglass_jax.nn.attention.fused import fused_attention
 from hourglass_jax.nn.attention.kernel import kernel_attention
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern
 from hourglass_jax.nn.attention.plain import plain_attention
+from hourglass_jax.nn.attention.stored import stored_attention
 from hourglass_jax.nn.platform import n_devices, platform
 
 IMPLEMENTATIONS: dict[str, Callable[[Pattern, Inputs, jax.Array | None, jax.Array | None], jax.Array]] = {
@@ -25,6 +26,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Pattern, Inputs, jax.Array | None, jax.Arra
     "fused": fused_attention,
     "kernel": kernel_attention,
     "biased": biased_attention,
+    "stored": stored_attention,
 }
 LARGEST_HEAD = 128  # head_dim; larger tiles do not fit into a GPU's shared memory
 

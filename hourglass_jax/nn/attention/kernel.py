@@ -25,7 +25,16 @@ from jaxtyping import Array, Float, Int
 
 from hourglass_jax.errors import UsageError
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern
-from hourglass_jax.nn.attention.tiles import Arrays, Plan, Tile, forward_tile, key_tile, lag_tile, query_tile
+from hourglass_jax.nn.attention.tiles import (
+    Arrays,
+    Plan,
+    Tile,
+    forward_tile,
+    key_tile,
+    lag_tile,
+    query_tile,
+    stored_query_tile,
+)
 from hourglass_jax.nn.layers import at_least_float32
 from hourglass_jax.nn.platform import n_devices, platform
 
@@ -39,6 +48,7 @@ PRODUCTS: dict[Callable[..., Any], tuple[int, int, int]] = {
     query_tile: (3, 5, 1),
     key_tile: (4, 6, 0),
     lag_tile: (0, 6, 0),
+    stored_query_tile: (3, 0, 0),
 }
 
 
@@ -49,6 +59,13 @@ def kernel_attention(
 
     Raises UsageError for a symbolic batch size.
     """
+    return run_kernels(_attention, pattern, inputs, first, key)
+
+
+def run_kernels(
+    attention: Callable[[Plan, Arrays], jax.Array], pattern: Pattern, inputs: Inputs, first: Any, key: Any
+) -> Float[Array, "B H GP K"]:
+    """Compute `kernel_attention` by `attention`, a function of the kernels' inputs."""
     batch, heads, n_queries, size = inputs.q.shape
     if not isinstance(batch, int):
         raise UsageError("attention='kernel' requires a fixed batch size; export with one, or with another attention")
@@ -67,7 +84,7 @@ def kernel_attention(
         rows=jnp.stack([jnp.arange(batch, dtype=jnp.int32), first], axis=1),
         seeds=jnp.zeros(2, jnp.uint32) if key is None else jax.random.bits(key, (2,), jnp.uint32),
     )
-    out = _attention(plan, arrays).reshape(q.shape)[:, :, :, :groups, :size]
+    out = attention(plan, arrays).reshape(q.shape)[:, :, :, :groups, :size]
     return out.swapaxes(2, 3).reshape(inputs.q.shape)
 
 
@@ -141,9 +158,18 @@ def like(x: jax.Array | None) -> jax.ShapeDtypeStruct | None:
 
 
 def call(
-    plan: Plan, kernel: Callable[..., Any], arrays: Arrays, more: Any, n: int, *outputs: jax.ShapeDtypeStruct | None
+    plan: Plan,
+    kernel: Callable[..., Any],
+    arrays: Arrays,
+    more: Any,
+    n: int,
+    *outputs: jax.ShapeDtypeStruct | None,
+    zeroed: bool = False,
 ) -> list[jax.Array]:
-    """Run n programs for each head; each reads all arrays of its head and writes one n-th of each output's rows."""
+    """Run n programs for each head; each reads all arrays of its head and writes one n-th of each output's rows.
+
+    zeroed: the last output is `Tile.memory`, is zero before, and is written by the kernel.
+    """
     heads, relative = arrays.q.shape[1], arrays.r is not None
     flat, structure = jax.tree.flatten((arrays, more))
     shapes = [x for x in outputs if x is not None]
@@ -167,7 +193,7 @@ def call(
     def body(*refs: Any) -> None:
         given, more = jax.tree.unflatten(structure, refs[: len(flat)])
         results = kernel(Tile(plan, given, refs[-1]), *more)
-        for ref, result in zip(refs[len(flat) :], results, strict=False):
+        for ref, result in zip(refs[len(flat) + zeroed :], results, strict=False):
             if isinstance(result, tuple):
                 for columns, part in zip(plan.columns, result, strict=True):
                     ref[:, columns] = part.astype(ref.dtype)
@@ -181,17 +207,19 @@ def call(
             written.append(jax.ShapeDtypeStruct((batch, heads, n * plan.block, 4 * plan.block), arrays.q.dtype))
         flops = batch * heads * head_flops
         moved = sum(x.size * x.dtype.itemsize for x in [*flat, *written])
+        zeros = [jnp.zeros(x.shape, x.dtype) for x in written[-1:] * zeroed]
         return pl.pallas_call(
             body,
             grid=(batch, heads, n),
-            in_specs=[whole(x) for x in flat],
+            in_specs=[*map(whole, flat), *map(part, written[-1:] * zeroed)],
             out_specs=[part(x) for x in written],
             out_shape=written,
+            input_output_aliases={len(flat): len(written) - 1} if zeroed else {},
             compiler_params=compiler_parameters(plan, flat, simple=not relative and not more),
             interpret=plan.platform == "cpu",
             name=kernel.__name__,
             cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved),
-        )(*flat)[: len(shapes)]
+        )(*flat, *zeros)[: len(shapes)]
 
     return (sharded_by_rows(run, flat, shapes) if n_devices() > 1 else run)(*flat)
 
