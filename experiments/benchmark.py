@@ -8,7 +8,14 @@ python experiments/benchmark.py --suite=cpu --report=experiments/results/cpu/tri
 python experiments/benchmark.py --suite=decoding --nopeer --batches=1,32,256 --report=experiments/results/decoding/gpu
 python experiments/benchmark.py --suite=accelerator --report=experiments/results/training/gpu
 
-The accelerator suite writes its report after each part; when it is interrupted, the same command resumes.
+On a GPU, in this order; each takes about four minutes, and a repetition less, from the cache of compiled programs:
+
+export JAX_COMPILATION_CACHE_DIR=runs/compiled XLA_FLAGS=--xla_gpu_enable_triton_gemm=false
+python experiments/benchmark.py --suite=attention --report=experiments/results/training/attention
+python experiments/benchmark.py --suite=steps --report=experiments/results/decoding/steps
+python experiments/ablate.py --curves --scale=gpu --data_path=data/gutenberg8 --seeds=1 --max_minutes=9 --workers=7
+
+The last three suites write their report after each part; when one is interrupted, the same command resumes.
 """
 
 from __future__ import annotations
@@ -16,20 +23,22 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
 
 from absl import flags
 
-from experiments.benchmarks import accelerator, boundaries, cpu, decoding, models, training
+from experiments.benchmarks import accelerator, attention, boundaries, cpu, decoding, models, steps, training
 from experiments.common import launcher
 from experiments.common.reports import PACKAGES, provenance, read_record, report_file, write_report
 from hourglass_jax import UsageError
 from hourglass_jax.ranges import check_range
 from hourglass_jax.training.identity import describe, differences
 
+IN_PARTS: dict[str, Any] = {"accelerator": accelerator, "attention": attention, "steps": steps}
 SUITE = flags.DEFINE_enum(
-    "suite", "decoding", ["decoding", "training", "boundaries", "cpu", "accelerator"], "What to measure."
+    "suite", "decoding", ["decoding", "training", "boundaries", "cpu", *IN_PARTS], "What to measure."
 )
 REPEATS = flags.DEFINE_integer("repeats", 5, "Number of runs; figures are medians.", lower_bound=1)
 PEER = flags.DEFINE_boolean("peer", True, "Also measure the PyPI package (requires the extra [bench]).")
@@ -44,14 +53,14 @@ TAKEN_BY = {
     "lengths": ("--suite=decoding",),
     "batches": ("--suite=decoding",),
     "peer": ("--suite=decoding", "--suite=training"),
-    **{f"accelerator.{name}": ("--suite=accelerator",) for name in vars(accelerator.Accelerator())},
+    **{f"accelerator.{name}": [f"--suite={suite}" for suite in IN_PARTS] for name in vars(accelerator.Accelerator())},
 }
 
 
 def main(_: list[str]) -> None:
     launcher.check_taken(TAKEN_BY, f"--suite={SUITE.value}")
-    if SUITE.value == "accelerator":
-        run_accelerator()
+    if SUITE.value in IN_PARTS:
+        run_in_parts(IN_PARTS[SUITE.value])
         return
     repeats, facts = REPEATS.value, {"sizes": models.SIZES, "models": models.METHODS}
     if SUITE.value == "decoding":
@@ -91,9 +100,9 @@ def integers(flag: flags.FlagHolder) -> list[int]:
     return numbers
 
 
-def run_accelerator() -> None:
-    """Run the accelerator suite; exit with 1 if a kernel is wrong."""
-    path = Path(REPORT.value or "runs/benchmark/accelerator")
+def run_in_parts(suite: Any) -> None:
+    """Run a suite on an accelerator, part by part; exit with 1 if a kernel is wrong."""
+    path = Path(REPORT.value or f"runs/benchmark/{SUITE.value}")
     sizes = launcher.read_config("accelerator", accelerator.Accelerator)
     settings = json.loads(json.dumps({"sizes": vars(sizes), "repeats": REPEATS.value}))
     settings |= {name: value for name, value in provenance().items() if name != "command"}
@@ -102,11 +111,12 @@ def run_accelerator() -> None:
         raise UsageError(
             f"{path}.json: was measured with other settings ({describe(different)}); give another --report"
         )
-    rows, parts = record["rows"], accelerator.parts(sizes, REPEATS.value)
+    rows = record["rows"]
+    parts = suite.parts(sizes, REPEATS.value, rows.keys())
     for name in accelerator.run_parts(parts, rows):
         print(f"{name}: {rows[name]}", flush=True)
-        write_report(path, provenance() | record, accelerator.describe(record, sizes, len(parts)))
-    print(accelerator.describe(record, sizes, len(parts)))
+        write_report(path, provenance() | record, suite.describe(record, sizes, len(parts)))
+    print(suite.describe(record, sizes, len(parts)))
     if not all(row.get("passed", False) for name, row in rows.items() if name.startswith("check ")):
         sys.exit(1)
 

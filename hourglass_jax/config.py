@@ -49,7 +49,8 @@ class HourglassConfig:
     attention: implementation; all give the same result. auto (the best for platform, dtype, head size, positions and
         dropout) | blocked (jnp, memory linear in length) | fused (cuDNN on GPUs, splash attention on TPUs; falls back
         to blocked with relative positions or dropout) | kernel (Pallas, supports both; interpreted on CPUs, for
-        tests) | plain (the formula in jnp, the only one that supports forward-mode derivatives).
+        tests) | plain (the formula in jnp, the only one that supports forward-mode derivatives) | biased, stored
+        (experiments with relative positions on GPUs).
     window: layers on the tokens (factor 1) attend to the W newest tokens; 0: all. Deeper layers and resampling attend
         to everything, so the distant past remains visible at lower resolution.
     token_attention: of layers on the tokens. full | lsh (Reformer's, section 3.3: linear in length, but not strictly

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from flax import nnx
 from experiments.benchmarks import models
 from experiments.benchmarks.training import Step, synthetic
 from experiments.common.reports import markdown_table
-from hourglass_jax import HourglassConfig, HourglassLM, UsageError, generate
+from hourglass_jax import HourglassConfig, HourglassLM, generate
 from hourglass_jax.costs import training_flops
 from hourglass_jax.evaluation import score
 from hourglass_jax.nn.attention.choice import IMPLEMENTATIONS
@@ -27,6 +26,7 @@ from hourglass_jax.training.metrics import matmul_ceiling
 
 Row = dict[str, Any]
 Part = Callable[[], Row]
+Tables = dict[str, tuple[str, list[str], Callable[[str, Row], list[list[Any]]]]]  # heading, header and cells by kind
 ORACLE = "plain"
 POSITIONS = ("relative", "rotary", "learned")
 WINDOWS = (0, 64)
@@ -74,8 +74,8 @@ class Accelerator:
         return configs
 
 
-def parts(sizes: Accelerator, repeats: int) -> dict[str, Part]:
-    """Return the parts by name, in the order in which they run."""
+def parts(sizes: Accelerator, repeats: int, done: Collection[str] = ()) -> dict[str, Part]:
+    """Return the parts by name, in the order in which they run, also those of `done`."""
     checked = [(a, p) for a in IMPLEMENTATIONS if a != ORACLE for p in POSITIONS]
     found: dict[str, Part] = {f"check {a} {p}": partial(check, sizes, a, p) for a, p in checked}
     found |= {f"train {name}": partial(train, sizes, config, repeats) for name, config in sizes.trained().items()}
@@ -92,7 +92,7 @@ def run_parts(parts: Mapping[str, Part], rows: dict[str, Row]) -> Iterator[str]:
     for name in [name for name in parts if name not in rows]:
         try:
             rows[name] = parts[name]()
-        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError, UsageError) as error:
+        except Exception as error:
             rows[name] = {"kind": "failed", "reason": " ".join(str(error).split())[:300]}
         yield name
 
@@ -147,17 +147,17 @@ def distance(found: Any, expected: Any) -> float:
 
 def train(sizes: Accelerator, config: HourglassConfig, repeats: int) -> Row:
     """Time a training step."""
-    batches = synthetic(sizes.batch, sizes.length)
-    started = time.perf_counter()
-    step = Step(config, batches)
-    compile_seconds = time.perf_counter() - started
+    return time_step(sizes, Step(config, synthetic(sizes.batch, sizes.length)), repeats) | {"kind": "train"}
+
+
+def time_step(sizes: Accelerator, step: Step, repeats: int) -> Row:
+    """Time a compiled step."""
     memory = step.step.memory_analysis()
     [seconds] = models.in_turn({"step": step}, repeats).values()
-    median, flops = statistics.median(seconds), sizes.batch * training_flops(config, sizes.length)
+    median, flops = statistics.median(seconds), sizes.batch * training_flops(step.config, sizes.length)
     return {
-        "kind": "train",
         "seconds": seconds,
-        "compile_seconds": compile_seconds,
+        "compile_seconds": step.compile_seconds,
         "characters_per_second": sizes.batch * sizes.length / median,
         "ceiling_share": flops / median / matmul_ceiling(sizes.dtype),
         "memory_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
@@ -176,15 +176,19 @@ def decode(sizes: Accelerator, positions: str, batch: int, repeats: int) -> Row:
 
 def describe(record: Mapping[str, Any], sizes: Accelerator, n_parts: int) -> str:
     """Return the finished parts as Markdown."""
+    about = (
+        f"Training: d_model {sizes.d_model}, {sizes.n_heads} heads, length {sizes.length:,}, batch {sizes.batch}, "
+        f"{sizes.dtype}, AdamW, without dropout. Times are medians without compilation."
+    )
+    return render("# On an accelerator", about, record, n_parts, TABLES)
+
+
+def render(title: str, about: str, record: Mapping[str, Any], n_parts: int, tables: Tables) -> str:
+    """Return the finished parts as Markdown: a table for each kind of row, and the failed parts."""
     rows = record["rows"]
-    text = [
-        "# On an accelerator",
-        f"{len(rows)} of {n_parts} parts are done. Training: d_model {sizes.d_model}, {sizes.n_heads} heads, length "
-        f"{sizes.length:,}, batch {sizes.batch}, {sizes.dtype}, AdamW, without dropout. Times are medians without "
-        "compilation.",
-    ]
-    of_kind = {kind: {n: row for n, row in rows.items() if row["kind"] == kind} for kind in (*TABLES, "failed")}
-    for kind, (heading, header, cells) in TABLES.items():
+    text = [title, f"{len(rows)} of {n_parts} parts are done. {about}"]
+    of_kind = {kind: {n: row for n, row in rows.items() if row["kind"] == kind} for kind in (*tables, "failed")}
+    for kind, (heading, header, cells) in tables.items():
         if of_kind[kind]:
             text += [
                 heading,
@@ -226,7 +230,7 @@ def decode_cells(name: str, row: Row) -> list[list[str]]:
     return [[positions, batch, f"{row['characters_per_second']:,.0f}"]]
 
 
-TABLES: dict[str, tuple[str, list[str], Callable[[str, Row], list[list[str]]]]] = {
+TABLES: Tables = {
     "check": (
         "## Kernels against plain attention in float32",
         ["kernel, positions", "window", "dtype", "error", "plain's own", "passes"],

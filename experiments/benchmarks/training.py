@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -46,12 +47,14 @@ class Step:
     """A training step; each call runs on the next batch and blocks until the step is done."""
 
     def __init__(self, config: HourglassConfig, batches: Iterator[Batch]):
+        started = time.perf_counter()
         model = HourglassLM(config, rngs=nnx.Rngs(0))
         optimizer = make_optimizer(OptimizerConfig(), 1000)
         graph, params = nnx.split(model)
         self.config, self.batches = config, batches
         self.state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
         self.step = compile_step(make_train_step(graph, optimizer, seed=0), self.state, *next(batches))
+        self.compile_seconds = time.perf_counter() - started
 
     def __call__(self) -> None:
         self.state, metrics = self.step(self.state, *next(self.batches))

@@ -25,9 +25,8 @@ IMPLEMENTATIONS: dict[str, Callable[[Pattern, Inputs, jax.Array | None, jax.Arra
     "plain": plain_attention,
     "fused": fused_attention,
     "kernel": kernel_attention,
-    "biased": biased_attention,
-    "stored": stored_attention,
 }
+EXPERIMENTS = {"biased": biased_attention, "stored": stored_attention}  # relative attention on GPUs
 LARGEST_HEAD = 128  # head_dim; larger tiles do not fit into a GPU's shared memory
 
 
@@ -38,7 +37,7 @@ def attend(
     options = {"relative positions": inputs.r is not None, "padding": padding is not None, "dropout": key is not None}
     used = tuple(option for option, is_used in options.items() if is_used)
     name, _ = choose(name, inputs.q.dtype, inputs.q.shape[-1], used, pattern.causal)
-    return IMPLEMENTATIONS[name](pattern, inputs, padding, key)
+    return (IMPLEMENTATIONS | EXPERIMENTS)[name](pattern, inputs, padding, key)
 
 
 def choose(name: str, dtype: Any, head_dim: int, used: tuple[str, ...] = (), causal: bool = True) -> tuple[str, str]:
