@@ -27,7 +27,7 @@ import jax
 from absl import flags
 
 from experiments.ablations import contexts, costs, curve_report, curves, lengths, reporting, rows
-from experiments.ablations.scales import DATASETS, SCALES, TEXTS, Setup, find_setup
+from experiments.ablations.scales import DATASETS, GPU, SCALES, TEXTS, Setup, find_setup
 from experiments.ablations.table import Table
 from experiments.ablations.tables import find_table
 from experiments.ablations.workers import train_together
@@ -43,7 +43,8 @@ DATASET = flags.DEFINE_string("dataset", "enwik8", " | ".join(DATASETS))
 SCALE = flags.DEFINE_string(
     "scale",
     "tiny",
-    f"{' | '.join(SCALES)}: the paper's setup; for one GPU; for two CPU cores; narrower, for more data.",
+    f"{' | '.join((*SCALES, GPU))}: the paper's setup; for one GPU; for two CPU cores; narrower, for more data; for "
+    "curves of several models on one GPU.",
 )
 DATA_PATH = launcher.define_path(
     "data_path",

@@ -45,7 +45,8 @@ def collect(setup: Setup, directory: Path, stored: Record | None) -> Record:
     if stored is None or not same_setup(stored["setup"], common):
         stored = {"readings": [], "gaps": [], "machines": [], "comment": ""}
     readings, gaps, machines = [], [], set(stored["machines"])
-    for pair in curves.PAIRS:
+    course = curves.course(setup)
+    for pair in course.pairs:
         done = {row.name: dict(finished(row, setup, directory)) for row in pair.rows}
         for row, legs in done.items():
             for leg, result in legs.values():
@@ -59,7 +60,7 @@ def collect(setup: Setup, directory: Path, stored: Record | None) -> Record:
     readings = merge(stored["readings"], readings)
     used = {reading["row"] for reading in readings}
     pairs: list[Record] = []
-    for pair in curves.PAIRS:
+    for pair in course.pairs:
         plain, rivals = pair.plain.name, [row.name for row in pair.rivals if row.name in used]
         if plain in used and (rivals or plain not in [other["plain"] for other in pairs]):
             pairs.append({"plain": plain, "rivals": rivals})
@@ -67,11 +68,11 @@ def collect(setup: Setup, directory: Path, stored: Record | None) -> Record:
         "data": directory.parent.name,
         "setup": common,
         "pairs": pairs,
-        "rows": {row.name: describe(row, setup) for pair in curves.PAIRS for row in pair.rows if row.name in used},
+        "rows": {row.name: describe(row, setup) for pair in course.pairs for row in pair.rows if row.name in used},
         "readings": readings,
         "gaps": merge(stored["gaps"], gaps),
-        "points": list(curves.POINTS),
-        "branches": list(curves.BRANCHES),
+        "points": list(course.points),
+        "branches": list(course.branches),
         "machines": sorted(machines),
         "comment": stored["comment"],
         **provenance(),

@@ -1,8 +1,8 @@
 """Learning curves of plain and Hourglass models at equal FLOPs.
 
-A curve is one training at a constant learning rate, divided into legs that end at POINTS. At BRANCHES, a branch lets
-the rate decay to 0, as a training of that length would. Each leg is a run directory that starts from the last
-checkpoint of the previous leg. So a leg equals one uninterrupted run with its settings, up to rounding.
+A curve is one training at a constant learning rate, divided into legs that end at POINTS (scale gpu: WIDE.points). At
+BRANCHES, a branch lets the rate decay to 0, as a training of that length would. Each leg is a run directory that starts
+from the last checkpoint of the previous leg. So a leg equals one uninterrupted run with its settings, up to rounding.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ DECAY = 0.1  # steps of a branch, relative to the steps before it
 
 @dataclass(frozen=True)
 class Pair:
-    """A plain transformer and Hourglass models of the same FLOPs per step at scale micro, within 5 %."""
+    """A plain transformer and Hourglass models of nearly its FLOPs per step: within 5 %, or 13 % in `WIDE`."""
 
     plain: Row
     rivals: tuple[Row, ...]
@@ -88,8 +88,33 @@ PAIRS = (
 
 
 @dataclass(frozen=True)
+class Course:
+    """The pairs of a scale, and its legs' ends and branches in characters."""
+
+    pairs: tuple[Pair, ...]
+    points: tuple[int, ...]
+    branches: tuple[int, ...]
+
+
+WIDE = Course(
+    pairs=(
+        Pair(plain("6@1"), (attention("2@1 4@3 2@1"), light("2@1 8@4 2@1"), whitespace("2@1 10@6 2@1"))),
+        Pair(plain("9@1"), (attention("3@1 8@4 3@1"),)),
+        Pair(plain("6@1"), (attention("2@1 8@4 2@1"),)),
+    ),
+    points=(30 * 10**6, 100 * 10**6, 300 * 10**6),
+    branches=(30 * 10**6, 100 * 10**6, 300 * 10**6),
+)
+
+
+def course(setup: Setup) -> Course:
+    """Return the curves of a setup."""
+    return WIDE if setup.wide else Course(PAIRS, POINTS, BRANCHES)
+
+
+@dataclass(frozen=True)
 class Leg:
-    """One run of a curve: to one of POINTS, or the decayed branch there; it resumes the job `before`."""
+    """One run of a curve: to one of the course's points, or the decayed branch there; it resumes the job `before`."""
 
     point: int
     decayed: bool
@@ -115,12 +140,12 @@ def curve(row: Row, setup: Setup, directory: Path, seed: int) -> Iterator[Leg]:
     """Yield the legs of a row in training order."""
     config = row_config(row, setup)
     place = row_directory(row, config, directory) / f"seed{seed}"
-    before = None
-    for point in POINTS:
+    before, its_course = None, course(setup)
+    for point in its_course.points:
         steps = round(point / step_characters(setup))
         trunk = make_job(row, config, setup, place / f"{point}-constant", seed, steps)
         yield Leg(point, False, trunk, before)
-        if point in BRANCHES:
+        if point in its_course.branches:
             decay = max(round(DECAY * steps), 1)
             yield Leg(point, True, make_job(row, config, setup, place / f"{point}-decayed", seed, steps, decay), trunk)
         before = trunk
@@ -144,9 +169,9 @@ def plan(setup: Setup, directory: Path, n_seeds: int, only: Collection[str] = ()
     Raises UsageError for an unknown name.
     """
     for name in only:
-        check_choice("rows", name, [row.name for pair in PAIRS for row in pair.rows])
+        check_choice("rows", name, [row.name for pair in course(setup).pairs for row in pair.rows])
     found: dict[Path, Leg] = {}
-    for pair in PAIRS:
+    for pair in course(setup).pairs:
         rows = [row for row in pair.rows if not only or row.name in only]
         for seed in range(n_seeds):
             curves = (curve(row, setup, directory, seed) for row in rows)

@@ -14,7 +14,8 @@ from hourglass_jax.run_config import IMAGE_SIZES
 
 TEXTS = ("enwik8", "text8")
 DATASETS = (*TEXTS, *IMAGE_SIZES, "letters")
-SCALES = ("paper", "small", "tiny", "micro")
+SCALES = ("paper", "small", "tiny", "micro")  # of all tables
+GPU = "gpu"  # texts only, for learning curves
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Setup:
     n_valid: int = 0
     scaled: str = ""
     letters: bool = False  # the L#L task, which is generated
+    wide: bool = False  # learning curves are those of `curves.WIDE`
 
 
 def widths(d_model: int, n_heads: int) -> dict[str, int]:
@@ -80,6 +82,16 @@ SETUPS = {
         n_valid=1024,
         scaled="d_model 64 for {d_model}, sequences of 256 for 2,048, 10,000 steps for {steps:,}, peak learning rate "
         "3e-3 for 4e-4, no dropout for 0.15, Xavier initialization",
+    ),
+    ("text", GPU): Setup(  # wide and long enough for a GPU that several processes share
+        widths(256, 4) | {"dtype": "bfloat16", "max_length": 1024, "positions": "rotary", "attention": "fused"},
+        replace(TEXT, block_size=1024, batch_size=32),
+        OptimizerConfig(learning_rate=1e-3, warmup_steps=300),
+        TrainConfig(steps=10_000, eval_interval=2500, eval_batches=16),
+        n_valid=1024,
+        wide=True,
+        scaled="d_model 256 for {d_model}, sequences of 1,024 for 2,048 (32 for 8 a step), 10,000 steps for {steps:,}, "
+        "peak learning rate 1e-3 for 4e-4, no dropout for 0.15, rotary positions, bfloat16",
     ),
     ("images", "paper"): Setup(
         widths(512, 8) | {"max_length": 3072},
@@ -132,7 +144,7 @@ LETTERS = Setup(
 def find_setup(dataset: str, scale: str, path: str = "") -> Setup:
     """Return the setup for `dataset` with its files at `path`. Raises UsageError for unknown names."""
     check_choice("dataset", dataset, DATASETS)
-    check_choice("scale", scale, SCALES)
+    check_choice("scale", scale, (*SCALES, GPU) if dataset in TEXTS else SCALES)
     if dataset == "letters":
         return LETTERS
     if dataset in TEXTS:
