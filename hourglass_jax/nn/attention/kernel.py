@@ -164,11 +164,11 @@ def call(
     more: Any,
     n: int,
     *outputs: jax.ShapeDtypeStruct | None,
-    zeroed: bool = False,
+    in_place: bool = False,
 ) -> list[jax.Array]:
     """Run n programs for each head; each reads all arrays of its head and writes one n-th of each output's rows.
 
-    zeroed: the last output is `Tile.memory`, is zero before, and is written by the kernel.
+    in_place: the last output overwrites `arrays.logits`, as `Tile.memory`.
     """
     heads, relative = arrays.q.shape[1], arrays.r is not None
     flat, structure = jax.tree.flatten((arrays, more))
@@ -193,7 +193,7 @@ def call(
     def body(*refs: Any) -> None:
         given, more = jax.tree.unflatten(structure, refs[: len(flat)])
         results = kernel(Tile(plan, given, refs[-1]), *more)
-        for ref, result in zip(refs[len(flat) + zeroed :], results, strict=False):
+        for ref, result in zip(refs[len(flat) :], results, strict=False):
             if isinstance(result, tuple):
                 for columns, part in zip(plan.columns, result, strict=True):
                     ref[:, columns] = part.astype(ref.dtype)
@@ -207,19 +207,18 @@ def call(
             written.append(jax.ShapeDtypeStruct((batch, heads, n * plan.block, 4 * plan.block), arrays.q.dtype))
         flops = batch * heads * head_flops
         moved = sum(x.size * x.dtype.itemsize for x in [*flat, *written])
-        zeros = [jnp.zeros(x.shape, x.dtype) for x in written[-1:] * zeroed]
         return pl.pallas_call(
             body,
             grid=(batch, heads, n),
-            in_specs=[*map(whole, flat), *map(part, written[-1:] * zeroed)],
+            in_specs=[whole(x) for x in flat],
             out_specs=[part(x) for x in written],
             out_shape=written,
-            input_output_aliases={len(flat): len(written) - 1} if zeroed else {},
+            input_output_aliases={len(jax.tree.leaves(arrays)) - 1: len(written) - 1} if in_place else {},
             compiler_params=compiler_parameters(plan, flat, simple=not relative and not more),
             interpret=plan.platform == "cpu",
             name=kernel.__name__,
             cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved),
-        )(*flat, *zeros)[: len(shapes)]
+        )(*flat)[: len(shapes)]
 
     return (sharded_by_rows(run, flat, shapes) if n_devices() > 1 else run)(*flat)
 

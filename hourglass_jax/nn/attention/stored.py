@@ -1,8 +1,8 @@
 """The flash kernels of `kernel` with relative logits from memory: an experiment for GPUs.
 
 A matrix product computes the logits by lag. A kernel loads a tile of them with a row stride of one column less, which
-aligns lags with keys. The backward pass stores the gradients of scores in the same places, and matrix products return
-those of q_position and r. Chunks of queries compute only the lags that they attend to. Memory is quadratic in length.
+aligns lags with keys. The backward pass overwrites logits with their gradients, and matrix products return those of
+q_position and r. Chunks of queries compute only the lags that they attend to. Memory is quadratic in length.
 """
 
 from __future__ import annotations
@@ -89,17 +89,20 @@ def _forward(plan: Plan, arrays: Arrays) -> tuple[jax.Array, Any]:
 
 
 def _backward(plan: Plan, residuals: Any, d_out: jax.Array) -> tuple[Arrays]:
-    arrays, out, log_total = residuals
+    # Without the barrier, XLA would keep the logits of all layers from the forward pass.
+    (arrays, out, log_total), d_out = jax.lax.optimization_barrier((residuals, d_out))
     correction = (d_out * out).astype(log_total.dtype).sum(-1, keepdims=True)  # sum of weight * d_weight over keys
     more, n_keys = (d_out, log_total, correction), plan.n_blocks * plan.pattern.key_slots
     of_keys = jax.ShapeDtypeStruct((*arrays.q.shape[:2], *arrays.k.shape[2:]), wide(arrays))
     of_queries, of_pairs = [], []
     for chunk in chunks(plan):
         given, pullback = with_logits(chunk, arrays)
+        d_k, d_v = call(chunk, key_tile, given, more, n_keys, of_keys, of_keys)
+        # The next kernel overwrites the logits, so it must wait.
+        given, d_k, d_v = jax.lax.optimization_barrier((given, d_k, d_v))
         outputs = like(of_chunk(chunk, arrays.q)), like(given.logits)
         n = chunk.range[1] - chunk.range[0]
-        d_q, d_logits = call(chunk, stored_query_tile, given, more, n, *outputs, zeroed=True)
-        d_k, d_v = call(chunk, key_tile, given, more, n_keys, of_keys, of_keys)
+        d_q, d_logits = call(chunk, stored_query_tile, given, more, n, *outputs, in_place=True)
         d_q_position, d_r = pullback(d_logits)
         of_queries.append((d_q, d_q_position))
         of_pairs.append((d_k, d_v, d_r))

@@ -36,7 +36,7 @@ class Arrays(NamedTuple):
     r: [H P, S G, K], slot-major; the last row of a slot has the smallest lag.
     rows: int32 [B, 2], each row's index in the whole batch, and its first group that is not padding.
     seeds: uint32 [2], seeds of dropout.
-    logits: relative logits by lag that replace q_position and r, see `stored`; [B, H P, G S, N + b].
+    logits: relative logits by lag that replace q_position and r, see `stored`; [B, H P, G S, N + b], the last field.
     """
 
     q: Any
@@ -180,12 +180,13 @@ class Tile:
 
     def load_logits(self, i: Any, slot: Any, d: Any) -> jax.Array:
         """Load a tile of stored logits, whose rows start one column earlier each."""
-        ref, first = self.arrays.logits, (i - self.plan.range[0]) * self.plan.block
-        return triton.load(ref.at[self.place(ref, first, slot, d)]).astype(self.wide)
+        place = self.place(self.arrays.logits, (i - self.plan.range[0]) * self.plan.block, slot, d)
+        return triton.load(self.arrays.logits.at[place]).astype(self.wide)
 
     def store_logits(self, slot: Any, d: Any, d_scores: jax.Array) -> None:
-        """Store a tile's score gradients where `load_logits` finds its logits, in the rows of this program."""
-        triton.store(self.memory.at[self.place(self.memory, 0, slot, d)], d_scores.astype(self.memory.dtype))
+        """Store a tile's score gradients over its logits, in the rows of this program."""
+        rows, columns = self.place(self.memory, 0, slot, d)
+        triton.store(self.memory.at[rows, columns], d_scores.astype(self.memory.dtype), mask=columns >= 0)
 
     def place(self, logits: Any, first: Any, slot: Any, d: Any) -> tuple[jax.Array, jax.Array]:
         """Return the rows and columns of a tile whose first query is row `first`."""
@@ -345,7 +346,7 @@ def query_tile(tile: Tile, *more: Any) -> Any:
 
 
 def stored_query_tile(tile: Tile, *more: Any) -> Any:
-    """For a block of queries, return the gradient of q, and store that of the logits."""
+    """For a block of queries, return the gradient of q, and overwrite the logits with theirs."""
     i = tile.plan.range[0] + tile.index
     queries = Queries.load(tile, i, *more)
 
@@ -355,7 +356,10 @@ def stored_query_tile(tile: Tile, *more: Any) -> Any:
             tile.store_logits(slot, d, d_scores)
             return add(total, tile.weighted(d_scores, tile.load(tile.arrays.k, i - d, slot)))
 
-        return lax.fori_loop(0, tile.n_key_blocks(i), add_tile, total)
+        n, nothing = tile.n_key_blocks(i), jnp.zeros((tile.plan.block,) * 2, tile.wide)
+        end = tile.memory.shape[1] // tile.plan.block  # tiles n .. end - 1 have lags that these queries lack
+        lax.fori_loop(n, end, lambda d, _: tile.store_logits(slot, d, nothing), None)
+        return lax.fori_loop(0, n, add_tile, total)
 
     return (tile.over_slots(add_slot, tile.zeros()),)
 
