@@ -7,13 +7,8 @@ python experiments/benchmark.py --suite=boundaries --report=experiments/results/
 python experiments/benchmark.py --suite=cpu --report=experiments/results/cpu/tricks
 python experiments/benchmark.py --suite=decoding --nopeer --batches=1,32,256 --report=experiments/results/decoding/gpu
 python experiments/benchmark.py --suite=accelerator --report=experiments/results/training/gpu
-
-On a GPU, in this order; each takes about four minutes, and a repetition less, from the cache of compiled programs:
-
-export JAX_COMPILATION_CACHE_DIR=runs/compiled XLA_FLAGS=--xla_gpu_enable_triton_gemm=false
 python experiments/benchmark.py --suite=attention --report=experiments/results/training/attention
 python experiments/benchmark.py --suite=steps --report=experiments/results/decoding/steps
-python experiments/ablate.py --curves --scale=gpu --data_path=data/gutenberg8 --seeds=1 --max_minutes=9 --workers=7
 
 The last three suites write their report after each part; when one is interrupted, the same command resumes.
 """

@@ -7,7 +7,6 @@ import pytest
 from experiments.benchmarks import attention, device, steps
 from experiments.benchmarks.accelerator import Accelerator, run_parts
 from hourglass_jax.nn.attention.choice import EXPERIMENTS
-from hourglass_jax.nn.attention.pattern import Pattern
 
 SIZES = Accelerator(
     hierarchy="1@1 1@2 1@1", d_model=16, n_heads=2, length=16, batch=2, check_length=18, dtype="bfloat16"
@@ -17,7 +16,7 @@ SIZES = Accelerator(
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr("experiments.benchmarks.accelerator.matmul_ceiling", lambda dtype: 1e9)
-    monkeypatch.setattr(attention, "PATTERNS", {"layer": Pattern(1, 1)})
+    monkeypatch.setattr(attention, "CASES", [("layer", "bfloat16")])
     monkeypatch.setattr(attention, "CALLS", 1)
     monkeypatch.setattr(steps, "BATCHES", (2,))
     monkeypatch.setattr(steps, "POSITIONS", ("relative",))
