@@ -19,7 +19,7 @@ from hourglass_jax.nn.positions import relative_shift_padded
 
 LIMIT = 2**30  # bytes of relative logits in memory at a time; at least one head of one row
 MULTIPLE = 8  # of groups and of columns: products and cuDNN require aligned rows
-HIDDEN = -1e30  # bias of a masked key; -inf would give nan in a tile that is all masked
+HIDDEN = -(2.0**41)  # bias of a masked key, as in JAX; cuDNN returns nan for larger ones
 
 
 def biased_attention(
