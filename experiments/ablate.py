@@ -17,9 +17,12 @@ skipped, and interrupted ones resume. Training ends with the report; --report wr
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
 
@@ -32,13 +35,17 @@ from experiments.ablations.table import Table
 from experiments.ablations.tables import find_table
 from experiments.ablations.workers import train_together
 from experiments.common import launcher
+from experiments.common.reports import NoResults, rerender
 from hourglass_jax import UsageError
 from hourglass_jax.data.downloads import fetch
+from hourglass_jax.recipes import RECIPES
 from hourglass_jax.training.signals import Interrupted, Signals
 
 DOWNLOADS = "data"
 
-TABLE = flags.DEFINE_list("table", [], "Numbers of tables: 1 to 8, A1 and F7 of the paper; B1 compares boundaries.")
+TABLE = flags.DEFINE_list(
+    "table", [], "Numbers of tables: 1 to 8, A1 and F7 of the paper; B1 compares boundaries, M1 and M2 recipes."
+)
 DATASET = flags.DEFINE_string("dataset", "enwik8", " | ".join(DATASETS))
 SCALE = flags.DEFINE_string(
     "scale",
@@ -52,6 +59,7 @@ DATA_PATH = launcher.define_path(
     "A text of 100 MB like enwik8, or a directory of images; empty: enwik8 or text8, downloaded to data/.",
 )
 DATA_NAME = flags.DEFINE_string("data_name", "", "Name of the data in reports; default: the file's or data set's name.")
+RECIPE = launcher.define_recipe("paper", "Defaults of model and optimizer; rows override them.")
 OUT = launcher.define_path("out", "runs/ablations", "Directory of the runs.")
 RESULTS = launcher.define_path("results", "experiments/results/ablations", "Directory of the reports.")
 ROWS = flags.DEFINE_list(
@@ -88,154 +96,140 @@ launcher.define_runtime()
 
 
 MODES = ("table", "curves", "lengths", "contexts", "costs")  # one of them
-FOR_TABLES = ("first_seed", "time")
-FOR_TRAINING = ("max_minutes", "workers")
+FOR_TRAINING = ("--table", "--curves")
+OF_MODE = {
+    "first_seed": ("--table",),
+    "time": ("--table",),
+    "characters": ("--curves",),
+    "pretrained": ("--contexts",),
+    "max_minutes": FOR_TRAINING,
+    "workers": FOR_TRAINING,
+    "dry_run": (*FOR_TRAINING, "--lengths"),
+}
+OF_ACTION = {"comment": ("--report",), "max_minutes": ("training",), "workers": ("training",)}
 
 
-def check_options() -> None:
-    """Raise UsageError for options that exclude each other."""
-    given = [mode for mode in MODES if flags.FLAGS[mode].value]
-    if not given:
-        raise UsageError(
-            "nothing to do; choose tables, e.g. --table=1,5, or pass --curves, --lengths, --contexts or --costs"
-        )
-    useless = [f"--{mode}" for mode in given[1:]]
-    useless += [f"--{name}" for name in FOR_TABLES if flags.FLAGS[name].value and given != ["table"]]
-    trains = given[0] in ("table", "curves") and not (REPORT.value or DRY_RUN.value or TIME.value)
-    useless += [f"--{name}" for name in FOR_TRAINING if flags.FLAGS[name].present and not trains]
-    useless += ["--characters"] * bool(CHARACTERS.value and given != ["curves"])
-    useless += ["--pretrained"] * bool(PRETRAINED.value and given != ["contexts"])
-    useless += ["--comment"] * (COMMENT.value is not None and not REPORT.value)
-    useless += ["--dry_run"] * (DRY_RUN.value and (REPORT.value or CONTEXTS.value))
-    if useless:
-        with_report = " with --report" * REPORT.value
-        raise UsageError(f"{useless[0]} does not apply to --{given[0]}{with_report}; leave it out")
+class Study(NamedTuple):
+    """What a mode does: show its plan as Markdown, train or measure, and write reports, which return their paths."""
+
+    plan: Callable[[], str]
+    run: Callable[[Signals], None]
+    reports: Sequence[Callable[[], str]]
 
 
 def main(_: list[str]) -> None:
-    check_options()
-    if COSTS.value:
+    mode = read_mode()
+    if mode == "costs":
         print(costs.costs_table())
         return
-    path = f"{DOWNLOADS}/{DATASET.value}" if downloaded() else DATA_PATH.value
-    setup = find_setup(DATASET.value, SCALE.value, path)
-    if LENGTHS.value:
-        run_lengths(setup)
-        return
-    name = DATA_NAME.value or (Path(DATA_PATH.value).name if DATASET.value in TEXTS else "") or DATASET.value
-    name = f"{name}-{SCALE.value}"
-    run = run_curves if CURVES.value else run_contexts if CONTEXTS.value else run_tables
-    run(setup, Path(OUT.value) / name, name)
-
-
-def downloaded() -> bool:
-    """Return whether the text is to be downloaded."""
-    return DATASET.value in TEXTS and not DATA_PATH.value
-
-
-def run_tables(setup: Setup, directory: Path, name: str) -> None:
-    tables = [find_table(number, DATASET.value) for number in TABLE.value]
-    if COMMENT.value is not None and len(tables) > 1:
-        raise UsageError(f"--comment applies to one table; --table={','.join(TABLE.value)} names {len(tables)}")
+    text = DATASET.value in TEXTS
+    if mode in ("curves", "lengths", "contexts") and not text:
+        raise UsageError(f"--{mode} requires a text; dataset={DATASET.value!r} is none, choose {' or '.join(TEXTS)}")
+    downloaded = text and not DATA_PATH.value
+    setup = find_setup(DATASET.value, SCALE.value, f"{DOWNLOADS}/{DATASET.value}" if downloaded else DATA_PATH.value)
+    recipe = RECIPES[RECIPE.value]
+    setup = replace(
+        setup, model={**setup.model, **recipe.model}, optimizer=replace(setup.optimizer, **recipe.optimizer)
+    )
+    name = DATA_NAME.value or (Path(DATA_PATH.value).name if text else "") or DATASET.value
+    studies = {"table": tables, "curves": learning_curves, "lengths": step_lengths, "contexts": context_lengths}
+    study = studies[mode](setup, f"{name}-{SCALE.value}" + f"-{RECIPE.value}" * (RECIPE.value != "paper"))
     if REPORT.value:
-        report_tables(tables, setup, directory, name)
-        return
-    if ROWS.value and SEEDS.present:
-        tables = [replace(table, seeds=max(table.seeds, SEEDS.value)) for table in tables]
-    jobs = rows.plan(tables, setup, directory, SEEDS.value, ROWS.value, FIRST_SEED.value)
-    if DRY_RUN.value:
-        print(costs.plan_table(jobs, setup))
-        return
-    if downloaded() and not TIME.value:
-        fetch(DATASET.value, DOWNLOADS)
-    if TIME.value:
-        with Signals() as signals:
-            costs.measure(jobs, signals)
-        return
-
-    def report() -> None:
-        trained = [table for table in tables if any(map(is_done, rows.plan([table], setup, directory, SEEDS.value)))]
-        report_tables(trained, setup, directory, name)
-
-    train_and_report(lambda signals: rows.train(jobs, setup, launcher.read_runtime(), signals), report)
+        for report in study.reports:
+            print(report())
+    elif DRY_RUN.value:
+        print(study.plan())
+    else:
+        if downloaded and mode != "lengths" and not TIME.value:
+            fetch(DATASET.value, DOWNLOADS)
+        run_and_report(study)
 
 
-def is_done(job: rows.Job) -> bool:
-    return job.result() is not None
+def read_mode() -> str:
+    """Return the mode. Raises UsageError for options that exclude each other."""
+    given = [mode for mode in MODES if flags.FLAGS[mode].value]
+    if len(given) != 1:
+        raise UsageError(
+            "give one of --table=1,5 or other tables, --curves, --lengths, --contexts and --costs, not "
+            f"{' and '.join(f'--{mode}' for mode in given) or 'none'}"
+        )
+    actions = [f"--{name}" for name in ("report", "dry_run", "time") if flags.FLAGS[name].value] or ["training"]
+    if len(actions) > 1:
+        raise UsageError(f"{' and '.join(actions)} exclude each other; leave out all but one")
+    launcher.check_taken(OF_MODE, f"--{given[0]}")
+    launcher.check_taken(OF_ACTION, actions[0])
+    return given[0]
 
 
-def report_tables(tables: list[Table], setup: Setup, directory: Path, name: str) -> None:
-    for table in tables:
-        path = Path(RESULTS.value) / f"table{table.number}-{name}"
-        print(reporting.report(table, setup, directory, path, COMMENT.value))
-
-
-def train_and_report(train: Callable[[Signals], None], report: Callable[[], None]) -> None:
-    """Train to the end, the time limit or a signal; then the first process writes the reports."""
+def run_and_report(study: Study) -> None:
+    """Train or measure to the end, the time limit or a signal; then the first process reports what is there."""
     try:
-        train_together(train, WORKERS.value, MAX_MINUTES.value)
+        train_together(study.run, WORKERS.value, MAX_MINUTES.value)
     except Interrupted as interruption:
         print(f"\n{interruption}; the same command resumes", flush=True)
-    if WORKERS.value and jax.process_index() == 0:
-        report()
+    if WORKERS.value and jax.process_index() == 0 and not TIME.value:
+        for report in study.reports:
+            with suppress(NoResults):
+                print(report())
 
 
-def run_lengths(setup: Setup) -> None:
-    if DATASET.value not in TEXTS:
-        raise UsageError(
-            f"--lengths requires a text; dataset={DATASET.value!r} is not one, choose {' or '.join(TEXTS)}"
-        )
-    path = Path(RESULTS.value) / f"lengths-{SCALE.value}"
-    if DRY_RUN.value:
-        print(lengths.plan_table(setup))
-    elif REPORT.value:
-        print(lengths.report(setup, SCALE.value, path))
-    else:
-        with Signals() as signals:
-            lengths.measure(setup, SCALE.value, path, signals)
+def tables(setup: Setup, name: str) -> Study:
+    chosen, directory = [find_table(number, DATASET.value) for number in TABLE.value], Path(OUT.value) / name
+    if COMMENT.value is not None and len(chosen) > 1:
+        raise UsageError(f"--comment applies to one table; --table={','.join(TABLE.value)} names {len(chosen)}")
+    if ROWS.value and SEEDS.present:
+        chosen = [replace(table, seeds=max(table.seeds, SEEDS.value)) for table in chosen]
+    jobs = [] if REPORT.value else rows.plan(chosen, setup, directory, SEEDS.value, ROWS.value, FIRST_SEED.value)
+
+    def run(signals: Signals) -> None:
+        if TIME.value:
+            costs.measure(jobs, signals)
+        else:
+            rows.train(jobs, setup, launcher.read_runtime(), signals)
+
+    def report(table: Table) -> str:
+        return reporting.report(table, setup, directory, report_path(f"table{table.number}-{name}"), COMMENT.value)
+
+    return Study(lambda: costs.plan_table(jobs), run, [partial(report, table) for table in chosen])
 
 
-def run_curves(setup: Setup, directory: Path, name: str) -> None:
-    if DATASET.value not in TEXTS:
-        raise UsageError(f"--curves requires a text; dataset={DATASET.value!r} is none, choose {' or '.join(TEXTS)}")
-
-    def report() -> None:
-        path = Path(RESULTS.value) / f"curves-{name}"
-        print(curve_report.report(setup, directory / "curves", path, COMMENT.value))
-
-    if REPORT.value:
-        report()
-        return
-    legs = curves.plan(setup, directory / "curves", SEEDS.value, ROWS.value, CHARACTERS.value)
-    if DRY_RUN.value:
-        print(curves.plan_table(legs))
-        return
-    if downloaded():
-        fetch(DATASET.value, DOWNLOADS)
-    train_and_report(
-        lambda signals: curves.train(legs, setup, launcher.read_runtime(), signals),
-        lambda: report() if any(is_done(leg.job) for leg in legs) else None,
+def learning_curves(setup: Setup, name: str) -> Study:
+    directory = Path(OUT.value) / name / "curves"
+    legs = [] if REPORT.value else curves.plan(setup, directory, SEEDS.value, ROWS.value, CHARACTERS.value)
+    return Study(
+        lambda: costs.plan_table(legs),
+        lambda signals: rows.train(legs, setup, launcher.read_runtime(), signals),
+        [lambda: curve_report.report(setup, directory, report_path(f"curves-{name}"), COMMENT.value)],
     )
 
 
-def run_contexts(setup: Setup, directory: Path, name: str) -> None:
-    if DATASET.value not in TEXTS:
-        raise UsageError(
-            f"--contexts requires a text; dataset={DATASET.value!r} is not one, choose {' or '.join(TEXTS)}"
-        )
-    path = Path(RESULTS.value) / f"contexts-{name}"
-    if REPORT.value:
-        print(contexts.report(path, COMMENT.value))
-        return
-    table = replace(find_table("1", DATASET.value), seeds=SEEDS.value)
-    models = contexts.of_rows(rows.plan([table], setup, directory, SEEDS.value, ROWS.value))
-    models |= contexts.shipped(PRETRAINED.value)
-    if not models:
-        raise UsageError(f"{directory}: contains no finished row of table 1 with checkpoints; train one first")
-    if downloaded():
-        fetch(DATASET.value, DOWNLOADS)
-    with Signals() as signals:
+def step_lengths(setup: Setup, name: str) -> Study:
+    path = report_path(f"lengths-{SCALE.value}")
+    return Study(
+        lambda: lengths.plan_table(setup),
+        lambda signals: lengths.measure(setup, SCALE.value, path, signals),
+        [partial(rerender, path, lengths.render, lengths.draw, COMMENT.value)],
+    )
+
+
+def context_lengths(setup: Setup, name: str) -> Study:
+    directory, path = Path(OUT.value) / name, report_path(f"contexts-{name}")
+    models: dict[str, contexts.Load] = {}
+    if not REPORT.value:
+        table = replace(find_table("1", DATASET.value), seeds=SEEDS.value)
+        jobs = rows.plan([table], setup, directory, SEEDS.value, ROWS.value)
+        models = contexts.loaders(jobs, PRETRAINED.value)
+        if not models:
+            raise UsageError(f"{directory}: contains no finished row of table 1 with checkpoints; train one first")
+
+    def run(signals: Signals) -> None:
         contexts.measure(models, setup, path, name, signals)
+
+    return Study(lambda: "", run, [partial(rerender, path, contexts.render, contexts.draw, COMMENT.value)])
+
+
+def report_path(name: str) -> Path:
+    return Path(RESULTS.value) / name
 
 
 if __name__ == "__main__":

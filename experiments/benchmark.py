@@ -5,6 +5,8 @@ python experiments/benchmark.py --suite=decoding --report=experiments/results/de
 python experiments/benchmark.py --suite=training --report=experiments/results/training/cpu
 python experiments/benchmark.py --suite=boundaries --report=experiments/results/training/boundaries
 python experiments/benchmark.py --suite=cpu --report=experiments/results/cpu/tricks
+python experiments/benchmark.py --suite=quality --minutes=10 --data_path=TEXT \
+    --report=experiments/results/training/quality
 python experiments/benchmark.py --suite=decoding --nopeer --batches=1,32,256 --report=experiments/results/decoding/gpu
 python experiments/benchmark.py --suite=accelerator --report=experiments/results/training/gpu
 python experiments/benchmark.py --suite=attention --report=experiments/results/training/attention
@@ -15,7 +17,6 @@ The last three suites write their report after each part; when one is interrupte
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,30 +25,39 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other
 
 from absl import flags
 
-from experiments.benchmarks import accelerator, attention, boundaries, cpu, decoding, models, steps, training
+from experiments.benchmarks import accelerator, attention, boundaries, cpu, decoding, models, quality, steps, training
 from experiments.common import launcher
-from experiments.common.reports import PACKAGES, provenance, read_record, report_file, write_report
+from experiments.common.reports import PACKAGES, open_record, provenance, report_file, write_report
 from hourglass_jax import UsageError
 from hourglass_jax.ranges import check_range
-from hourglass_jax.training.identity import describe, differences
 
+SUITES: dict[str, Any] = {
+    "decoding": decoding,
+    "training": training,
+    "boundaries": boundaries,
+    "cpu": cpu,
+    "quality": quality,
+}
 IN_PARTS: dict[str, Any] = {"accelerator": accelerator, "attention": attention, "steps": steps}
-SUITE = flags.DEFINE_enum(
-    "suite", "decoding", ["decoding", "training", "boundaries", "cpu", *IN_PARTS], "What to measure."
-)
+SUITE = flags.DEFINE_enum("suite", "decoding", [*SUITES, *IN_PARTS], "What to measure.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Number of runs; figures are medians.", lower_bound=1)
 PEER = flags.DEFINE_boolean("peer", True, "Also measure the PyPI package (requires the extra [bench]).")
-REPORT = launcher.define_path("report", "", "Write PATH.json, PATH.md and, for decoding, PATH.png.")
+REPORT = launcher.define_path("report", "", "Write PATH.json, PATH.md and, for decoding and quality, PATH.png.")
 LENGTHS = flags.DEFINE_list("lengths", ["128", "512", "1024", "2048", "4096"], "Decoding: characters to generate.")
 BATCHES = flags.DEFINE_list(
     "batches", ["1", "16"], "Decoding: batch sizes; the first is measured at all lengths, the others up to 512."
 )
+MINUTES = flags.DEFINE_float("minutes", 10, "Quality: minutes of training of each model.", lower_bound=0)
+DATA_PATH = launcher.define_path("data_path", "", "Quality: a text; empty: the built-in one.")
 launcher.define_config("accelerator", accelerator.Accelerator())
 
 TAKEN_BY = {
     "lengths": ("--suite=decoding",),
     "batches": ("--suite=decoding",),
-    "peer": ("--suite=decoding", "--suite=training"),
+    "minutes": ("--suite=quality",),
+    "data_path": ("--suite=quality",),
+    "peer": ("--suite=decoding", "--suite=training", "--suite=quality"),
+    "repeats": [f"--suite={suite}" for suite in (*SUITES, *IN_PARTS) if suite != "quality"],
     **{f"accelerator.{name}": [f"--suite={suite}" for suite in IN_PARTS] for name in vars(accelerator.Accelerator())},
 }
 
@@ -57,32 +67,24 @@ def main(_: list[str]) -> None:
     if SUITE.value in IN_PARTS:
         run_in_parts(IN_PARTS[SUITE.value])
         return
-    repeats, facts = REPEATS.value, {"sizes": models.SIZES, "models": models.METHODS}
+    suite, packages, amount, options = SUITES[SUITE.value], PACKAGES, REPEATS.value, {}
     if SUITE.value == "decoding":
-        lengths, batches = map(integers, (LENGTHS, BATCHES))
-        rows = decoding.measure(lengths, batches, repeats, peer=PEER.value)
-        text = decoding.describe(rows, repeats)
-    elif SUITE.value == "boundaries":
-        facts = {"sizes": models.SIZES | {"hierarchy": boundaries.HIERARCHY}}
-        rows = boundaries.measure(repeats)
-        text = boundaries.describe(rows, repeats)
-    elif SUITE.value == "cpu":
-        facts = {"sizes": models.SIZES}
-        rows = cpu.measure(repeats)
-        text = cpu.describe(rows, repeats)
-    else:
-        rows = training.measure(repeats, peer=PEER.value)
-        text = training.describe(rows, repeats)
+        options = {flag.name: integers(flag) for flag in (LENGTHS, BATCHES)}
+    if SUITE.value == "quality":
+        amount, options = MINUTES.value, {"data_path": DATA_PATH.value}
+    if "--suite=" + SUITE.value in TAKEN_BY["peer"]:
+        options["peer"] = PEER.value
+        packages = (*PACKAGES, "torch", models.PEER) if PEER.value else PACKAGES
+    rows = suite.measure(amount, **options)
+    text = suite.describe(rows, amount)
     print(text)
     if REPORT.value:
-        path = Path(REPORT.value)
-        if SUITE.value == "decoding":
-            path.parent.mkdir(parents=True, exist_ok=True)
-            decoding.plot(rows, report_file(path, ".png"))
-            text += f"\n![characters per second]({path.name}.png)\n"
-        with_peer = PEER.value and SUITE.value in ("decoding", "training")
-        packages = (*PACKAGES, "torch", models.PEER) if with_peer else PACKAGES
-        write_report(path, provenance(packages) | facts | {"rows": rows}, text)
+        path, draw = Path(REPORT.value), getattr(suite, "draw", None)
+        if draw:
+            text += f"\n![the rows as a picture]({path.name}.png)\n"
+        write_report(path, provenance(packages) | suite.FACTS | {"rows": rows}, text)
+        if draw:
+            draw(rows, report_file(path, ".png"))
 
 
 def integers(flag: flags.FlagHolder) -> list[int]:
@@ -96,16 +98,11 @@ def integers(flag: flags.FlagHolder) -> list[int]:
 
 
 def run_in_parts(suite: Any) -> None:
-    """Run a suite on an accelerator, part by part; exit with 1 if a kernel is wrong."""
+    """Run a suite part by part, resuming its record; exit with 1 if a kernel is wrong."""
     path = Path(REPORT.value or f"runs/benchmark/{SUITE.value}")
     sizes = launcher.read_config("accelerator", accelerator.Accelerator)
-    settings = json.loads(json.dumps({"sizes": vars(sizes), "repeats": REPEATS.value}))
-    settings |= {name: value for name, value in provenance().items() if name != "command"}
-    record = read_record(report_file(path, ".json")) or settings | {"rows": {}}
-    if different := differences({name: record.get(name) for name in settings}, settings):
-        raise UsageError(
-            f"{path}.json: was measured with other settings ({describe(different)}); give another --report"
-        )
+    source = {name: value for name, value in provenance().items() if name != "command"}
+    record = open_record(path, {"sizes": vars(sizes), "repeats": REPEATS.value} | source, {"rows": {}})
     rows = record["rows"]
     parts = suite.parts(sizes, REPEATS.value, rows.keys())
     for name in accelerator.run_parts(parts, rows):

@@ -19,12 +19,13 @@ from flax import nnx
 
 from experiments.common import launcher
 from experiments.common.recorded import recorded_data
-from experiments.common.sources import HaikuSource, TextSource, unit_of
+from experiments.common.sources import HaikuSource, TextSource, open_text, unit_of
 from hourglass_jax import DataConfig, HourglassConfig, OptimizerConfig, TrainConfig, UsageError
 from hourglass_jax.checks import check_causal
 from hourglass_jax.data.corpora import load_text
 from hourglass_jax.data.haiku import load_haiku, usable_haiku, without_held_out
 from hourglass_jax.ranges import check_range
+from hourglass_jax.recipes import RECIPES
 from hourglass_jax.tokenizers import TextTokenizer
 from hourglass_jax.training.metrics import plot_curves
 from hourglass_jax.training.optimizer import trained_parameters
@@ -63,6 +64,7 @@ VALIDATION = flags.DEFINE_float(
     "validation_fraction", 0.05, "Share held back for validation, from the end of the file."
 )
 launcher.define_config("optimizer", OptimizerConfig(learning_rate=3e-4, warmup_steps=20))
+RECIPE = launcher.define_recipe("paper", "Defaults of the optimizer; modern: Muon.")
 launcher.define_alias("learning_rate", "optimizer.learning_rate", float)
 launcher.define_alias("train_only", "optimizer.train_only", str)
 launcher.define_runtime()
@@ -140,7 +142,7 @@ def read_text(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[TextSo
         train_fraction=1 - VALIDATION.value,
         valid_path=VALID_PATH.value,
     )
-    return TextSource(data, tokenizer, allow_unknown=flags.FLAGS.allow_unknown), {"data": dataclasses.asdict(data)}
+    return open_text(data, tokenizer, allow_unknown=flags.FLAGS.allow_unknown), {"data": dataclasses.asdict(data)}
 
 
 def read_haiku(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[HaikuSource, dict]:
@@ -189,7 +191,7 @@ def schedule(n_examples: int) -> tuple[TrainConfig, OptimizerConfig]:
         check_range("epochs", EPOCHS.value, 1)
         steps = EPOCHS.value * steps_an_epoch
     begun = steps if flags.FLAGS.overwrite else first_steps(Run(OUT.value), steps)
-    optimizer = launcher.read_config("optimizer", OptimizerConfig)
+    optimizer = launcher.read_config("optimizer", OptimizerConfig, RECIPES[RECIPE.value].optimizer)
     if "optimizer.warmup_steps" not in flags.FLAGS:
         warmup_steps = min(optimizer.warmup_steps, round(MAX_WARMUP * begun))
         optimizer = dataclasses.replace(optimizer, warmup_steps=warmup_steps)

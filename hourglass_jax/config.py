@@ -10,9 +10,11 @@ from typing import Any, Literal
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Hierarchy
 from hourglass_jax.ranges import check_choice, check_literals, check_range, plain, take_plain_values
+from hourglass_jax.recipes import RECIPES
 from hourglass_jax.registry import BOUNDARIES, SHORTENINGS, UPSAMPLINGS
 
 OF_TOKENS = ("whitespace", "spacelike", "tokens")  # boundaries that depend on tokens
+BY_LEVEL = ("d_model", "n_heads", "d_ff", "window")  # options that may differ between levels
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,9 @@ class HourglassConfig:
 
     vocab_size: number of tokens; they are 0 .. vocab_size - 1.
     hierarchy: the paper's notation, layers@factor with total factors; see `Hierarchy`. Stored in normalized form.
-    d_model, d_ff: width of a position's vector and of the hidden layer of feed-forward networks.
+    d_model, d_ff: width of a position's vector and of the hidden layer of feed-forward networks. These and n_heads are
+        one number, or one for each level, outermost first. Shortening and upsampling have the width of the outer level;
+        linear maps lead into and out of a level of another width.
     n_heads: attention heads; must divide d_model unless d_head is given.
     d_head: width of a head; 0: d_model / n_heads.
     shortening: average | select | linear | attention_average | attention_linear, or a key of `registry.SHORTENINGS`.
@@ -37,7 +41,17 @@ class HourglassConfig:
     positions: relative (Transformer-XL) | rotary | learned (absolute, added to the embeddings).
     dropout: probability, applied to embeddings, attention weights and both residual branches of a block.
     max_length: tokens; limits learned positions and sets the default cache size.
-    activation: gelu (tanh form) | gelu_exact (with erf, as in PyTorch) | relu.
+    activation: gelu (tanh form) | gelu_exact (with erf, as in PyTorch) | relu | relu_squared | swiglu (gated by another
+        projection; its hidden layer has 2/3 d_ff units, so that the number of parameters is the same).
+    normalization: layer (mean and variance, with bias) | rms (root mean square, without bias).
+    qk_norm: whether to normalize each head's queries and keys by their root mean square, with learned scales.
+    residual_init: of the layers that end a residual branch. random (as other kernels) | zero.
+    input_residual: whether each layer's input is a x + b x0 with learned scalars a, b (1 and 0 at first), where x0 is
+        the input of the level.
+    logit_softcap: c of the capped logits, c tanh(logits / c); 0: no cap.
+    ngram_sizes: sizes of byte n-grams (BLT), e.g. (2, 3, 4). The n-grams that end at a token are hashed into tables of
+        embeddings, zero at first, and added to the token's embedding. Empty: none. See `nn.ngrams`.
+    ngram_buckets: rows of the table of each size.
     qkv_bias: whether query, key and value projections have biases.
     initialization: distribution of kernels. normal (deviation 0.02) | xavier (uniform). Embeddings have deviation 1.
     norm: stack (after each stack and each upsampling, as in Trax) | final (before the head only).
@@ -52,7 +66,8 @@ class HourglassConfig:
         tests) | plain (the formula in jnp, the only one that supports forward-mode derivatives) | biased, stored
         (experiments with relative positions on GPUs).
     window: layers on the tokens (factor 1) attend to the W newest tokens; 0: all. Deeper layers and resampling attend
-        to everything, so the distant past remains visible at lower resolution.
+        to everything, so the distant past remains visible at lower resolution. Several numbers, one for each level,
+        limit deeper layers to as many of their own positions.
     token_attention: of layers on the tokens. full | lsh (Reformer's, section 3.3: linear in length, but not strictly
         causal, and without decoding; see `nn.attention.lsh`). lsh excludes relative positions and windows.
     lsh_chunk, lsh_hashes: positions per chunk after sorting by hash, and the number of hash rounds.
@@ -64,9 +79,9 @@ class HourglassConfig:
 
     vocab_size: int
     hierarchy: str = "2@1 8@3 2@1"
-    d_model: int = 512
-    n_heads: int = 8
-    d_ff: int = 2048
+    d_model: int | tuple[int, ...] = 512
+    n_heads: int | tuple[int, ...] = 8
+    d_ff: int | tuple[int, ...] = 2048
     d_head: int = 0
     shortening: str = "attention_average"
     upsampling: str = "attention_linear"
@@ -77,7 +92,14 @@ class HourglassConfig:
     positions: Literal["relative", "rotary", "learned"] = "relative"
     dropout: float = 0.0
     max_length: int = 2048
-    activation: Literal["gelu", "gelu_exact", "relu"] = "gelu"
+    activation: Literal["gelu", "gelu_exact", "relu", "relu_squared", "swiglu"] = "gelu"
+    normalization: Literal["layer", "rms"] = "layer"
+    qk_norm: bool = False
+    residual_init: Literal["random", "zero"] = "random"
+    input_residual: bool = False
+    logit_softcap: float = 0.0
+    ngram_sizes: tuple[int, ...] = ()
+    ngram_buckets: int = 16_384
     qkv_bias: bool = False
     initialization: Literal["normal", "xavier"] = "normal"
     norm: Literal["stack", "final"] = "stack"
@@ -86,7 +108,7 @@ class HourglassConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     max_unrolled_layers: int = 4
     attention: Literal["auto", "blocked", "fused", "kernel", "plain", "biased", "stored"] = "auto"
-    window: int = 0
+    window: int | tuple[int, ...] = 0
     token_attention: Literal["full", "lsh"] = "full"
     lsh_chunk: int = 128
     lsh_hashes: int = 2
@@ -96,20 +118,19 @@ class HourglassConfig:
         object.__setattr__(self, "hierarchy", str(Hierarchy.parse(self.hierarchy)))
         take_plain_values(self)
         check_literals(self)
-        for name in ("vocab_size", "d_model", "n_heads", "d_ff"):
-            check_range(name, getattr(self, name), 1)
+        for name in BY_LEVEL:
+            if isinstance(size := getattr(self, name), tuple) and len(size) == 1:
+                object.__setattr__(self, name, size[0])
+        check_range("vocab_size", self.vocab_size, 1)
         check_range("max_length", self.max_length, 2)
-        for name in ("max_unrolled_layers", "d_head", "window"):
+        for name in ("max_unrolled_layers", "d_head"):
             check_range(name, getattr(self, name), 0)
         check_range("dropout", self.dropout, 0.0, 1, open_high=True)
-        if not self.d_head and self.d_model % self.n_heads:
-            raise UsageError(
-                f"n_heads={self.n_heads} does not divide d_model={self.d_model}; choose another n_heads, or set d_head"
-            )
+        check_range("logit_softcap", self.logit_softcap, 0.0)
+        self.check_sizes()
+        self.check_ngrams()
         check_choice("shortening", self.shortening, SHORTENINGS)
         check_choice("upsampling", self.upsampling, UPSAMPLINGS)
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise UsageError(f"positions='rotary' requires an even head size, not {self.head_dim}")
         for name in ("lsh_chunk", "lsh_hashes"):
             check_range(name, getattr(self, name), 1)
         if self.token_attention == "lsh" and (self.positions == "relative" or self.window):
@@ -118,17 +139,48 @@ class HourglassConfig:
                 f"token_attention='lsh' does not support {what}; choose positions='rotary' or 'learned', window=0"
             )
         self.check_boundaries()
-        if not isinstance(self.causal, bool):
-            raise UsageError(f"causal={self.causal!r} is not a bool; choose True or False")
+        for name in ("causal", "qk_norm", "input_residual"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name}={getattr(self, name)!r} is not a bool; choose True or False")
         if not self.causal:
             self.check_bidirectional()
+
+    def check_sizes(self) -> None:
+        """Raise UsageError for sizes out of range, or that do not fit the levels or each other."""
+        n_levels = len(self.parsed_hierarchy.levels)
+        for name in BY_LEVEL:
+            sizes = self.by_level(name)
+            for size in sizes:
+                check_range(name, size, 0 if name == "window" else 1)
+            if len(sizes) != n_levels:
+                raise UsageError(
+                    f"{name}={getattr(self, name)} has {len(sizes)} numbers, but hierarchy='{self.hierarchy}' has "
+                    f"{n_levels} levels; give one number, or one for each level, outermost first"
+                )
+        for d_model, n_heads in zip(self.by_level("d_model"), self.by_level("n_heads"), strict=True):
+            if not self.d_head and d_model % n_heads:
+                raise UsageError(
+                    f"n_heads={n_heads} does not divide d_model={d_model}; choose another n_heads, or set d_head"
+                )
+            if self.positions == "rotary" and (head_dim := self.d_head or d_model // n_heads) % 2:
+                raise UsageError(f"positions='rotary' requires an even head size, not {head_dim}")
+
+    def check_ngrams(self) -> None:
+        """Raise UsageError for n-grams of fewer than two tokens, repeated sizes, and tables without rows."""
+        if not isinstance(self.ngram_sizes, tuple):
+            raise UsageError(f"ngram_sizes={self.ngram_sizes!r} is not a tuple; give sizes, e.g. (2, 3, 4)")
+        for size in self.ngram_sizes:
+            check_range("ngram_sizes", size, 2)
+        if len(set(self.ngram_sizes)) < len(self.ngram_sizes):
+            raise UsageError(f"ngram_sizes={self.ngram_sizes} repeats a size; give each size once")
+        check_range("ngram_buckets", self.ngram_buckets, 1)
 
     def check_bidirectional(self) -> None:
         """Raise UsageError for options that require causal=True."""
         check_range("vocab_size", self.vocab_size, 2)
         for name, fits, choice in (
             ("boundaries", not self.event_levels, "fixed"),
-            ("window", not self.window, "0"),
+            ("window", not any(self.by_level("window")), "0"),
             ("token_attention", self.token_attention == "full", "full"),
             ("shift", self.shift == "paper", "paper, which then shifts nothing"),
             ("attention", self.attention in ("auto", "blocked", "plain"), "auto, blocked or plain"),
@@ -193,10 +245,22 @@ class HourglassConfig:
         levels = self.parsed_hierarchy.levels
         return levels[len(levels) - 1 - self.event_levels].factor
 
+    def by_level(self, name: str) -> tuple[int, ...]:
+        """Return an option of BY_LEVEL for each level, outermost first; a single window is that of the tokens."""
+        value = getattr(self, name)
+        if isinstance(value, tuple):
+            return value
+        deeper = 0 if name == "window" else value
+        return (value, *[deeper] * (len(self.parsed_hierarchy.levels) - 1))
+
+    def at_level(self, index: int) -> LevelConfig:
+        """Return the configuration of the modules of a level, outermost first: sizes are single numbers."""
+        return LevelConfig(**(vars(self) | {name: self.by_level(name)[index] for name in BY_LEVEL}))
+
     @property
-    def head_dim(self) -> int:
-        """Width of a head's queries, keys and values."""
-        return self.d_head or self.d_model // self.n_heads
+    def ngram_history(self) -> int:
+        """Number of tokens before a token on which its embedding depends."""
+        return max(self.ngram_sizes, default=1) - 1
 
     @property
     def decodes(self) -> bool:
@@ -250,11 +314,28 @@ class HourglassConfig:
             "d_head": n_embedding // n_heads,
             "d_ff": 4 * n_embedding,
             "max_length": block_size,
-            "shortening": "linear",
-            "upsampling": "repeat",
-            "positions": "learned",
-            "activation": "relu",
-            "norm": "final",
-            "shift": "original",
         }
-        return cls(vocab_size=vocab_size, **(options | overrides))
+        return cls(vocab_size=vocab_size, **{**RECIPES["original"].model, **options, **overrides})
+
+    @classmethod
+    def modern(cls, *, vocab_size: int, **options: Any) -> HourglassConfig:
+        """Return a configuration with the modern recipe's methods, see `recipes.RECIPES`; `options` override them.
+
+        Train it with `OptimizerConfig(optimizer="muon")`.
+        """
+        return cls(vocab_size=vocab_size, **{**RECIPES["modern"].model, **options})
+
+
+@dataclass(frozen=True)
+class LevelConfig(HourglassConfig):
+    """The configuration of the modules of one level, see `HourglassConfig.at_level`: sizes are single numbers."""
+
+    d_model: int = 512
+    n_heads: int = 8
+    d_ff: int = 2048
+    window: int = 0
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head's queries, keys and values."""
+        return self.d_head or self.d_model // self.n_heads

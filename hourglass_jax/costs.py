@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from flax import nnx
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from hourglass_jax.checks import check_decodes
-from hourglass_jax.config import HourglassConfig
+from hourglass_jax.config import HourglassConfig, LevelConfig
 from hourglass_jax.hierarchy import Level
 from hourglass_jax.model import HourglassLM, n_parameters
 from hourglass_jax.nn.attention.lsh import lsh_pairs
@@ -26,13 +27,14 @@ from hourglass_jax.ranges import check_range
 
 
 class Work(NamedTuple):
-    """Number of vectors that one position of a level processes."""
+    """Number of vectors that one position of a level processes, with the sizes of `config`."""
 
+    config: LevelConfig
     queries: float  # each also has an output projection and a feed-forward network
     keys: float  # each also has a value
     pairs: float  # pairs of a query and a visible key
     distances: float  # relative keys, shared by the sequences of a batch
-    mixed: float = 0  # d_model x d_model products of shortening, upsampling and boundaries, without attention
+    mixed: float = 0  # d_model x d_model products of other parts of shortening, upsampling and boundaries
 
 
 def product_flops(jaxpr: Jaxpr) -> int:
@@ -67,7 +69,7 @@ def resampling_of(
     shortening: Callable[..., Any],
     upsampling: Callable[..., Any],
     boundaries: Callable[..., Any],
-    config: HourglassConfig,
+    config: LevelConfig,
     level: Level,
 ) -> Resampling:
     """Count the work of resampling methods by tracing a call on one group.
@@ -124,46 +126,58 @@ class Seen(NamedTuple):
 SeenAt = Callable[[Level, int], Seen]  # maps a level and the window of its layers (0: none)
 
 
-def work_by_level(config: HourglassConfig, seen: SeenAt) -> Iterator[tuple[Level, Work, Work]]:
-    """Yield each level with the work of one layer and of resampling.
+def work_by_level(config: HourglassConfig, seen: SeenAt) -> Iterator[tuple[Level, Work, list[Work]]]:
+    """Yield each level with the work of one layer and of resampling: from the level above, and from the level below.
 
-    The shortening that produces a level, and its keys for the upsampling, count with that level.
+    The shortening that produces a level, its keys for the upsampling, and the maps between two widths count with that
+    level.
     """
     methods = SHORTENINGS[config.shortening], UPSAMPLINGS[config.upsampling]
     levels = config.parsed_hierarchy.levels
-    above = NO_RESAMPLING  # tokens are not the result of a shortening
+    above, outer = NO_RESAMPLING, config.at_level(0)  # tokens are not the result of a shortening
     rules = [BOUNDARIES[name] for name in config.boundaries_by_level]
-    for level, inner, rule in zip(levels, (*levels[1:], None), (*rules, None), strict=True):
-        layer, rows = seen(level, config.window if level.factor == 1 else 0), seen(level, 0)
+    for i, (level, inner, rule) in enumerate(zip(levels, (*levels[1:], None), (*rules, None), strict=True)):
+        own = config.at_level(i)
+        layer, rows = seen(level, own.window), seen(level, 0)
         inner_rows = seen(inner, 0) if inner else rows
-        below = resampling_of(*methods, rule, config, level) if rule else NO_RESAMPLING
+        below = resampling_of(*methods, rule, own, level) if rule else NO_RESAMPLING
         down_keys = above.k * above.down_attends
-        resampling = Work(
-            queries=above.down_attends + below.up_attends,
+        maps = 2 * own.d_model / outer.d_model if own.d_model != outer.d_model else 0
+        produced = Work(
+            outer,
+            queries=above.down_attends,
             keys=down_keys + above.up_attends,
-            pairs=down_keys * rows.positions + below.up_attends * inner_rows.positions,
-            distances=down_keys * rows.distances + below.up_attends * inner_rows.distances,
-            mixed=above.mixed_per_group + below.mixed_per_position,
+            pairs=down_keys * rows.positions,
+            distances=down_keys * rows.distances,
+            mixed=above.mixed_per_group + maps,
         )
-        work = Work(queries=1, keys=1, pairs=layer.positions, distances=layer.distances)
+        upsampled = Work(
+            own,
+            queries=below.up_attends,
+            keys=0,
+            pairs=below.up_attends * inner_rows.positions,
+            distances=below.up_attends * inner_rows.distances,
+            mixed=below.mixed_per_position,
+        )
+        work = Work(own, queries=1, keys=1, pairs=layer.positions, distances=layer.distances)
         if config.token_attention == "lsh" and level.factor == 1:  # keys equal queries
-            work = Work(queries=1, keys=0.5, pairs=lsh_pairs(config, layer.length), distances=0)
-        yield level, work, resampling
-        above = below
+            work = Work(own, queries=1, keys=0.5, pairs=lsh_pairs(config, layer.length), distances=0)
+        yield level, work, [produced, upsampled]
+        above, outer = below, own
 
 
 def position_flops(config: HourglassConfig, seen: SeenAt) -> dict[int, float]:
     """Return FLOPs of matrix products per position, by the factor of the level."""
-    d, d_heads = config.d_model, config.n_heads * config.head_dim
     relative = config.positions == "relative"
 
     def flops(work: Work) -> float:
+        d, d_heads = work.config.d_model, work.config.n_heads * work.config.head_dim
         projected = 2 * work.queries + 2 * work.keys + work.distances * relative
         attention = d_heads * (d * projected + (2 + relative) * work.pairs)
-        return 2 * (attention + d * (d * work.mixed + 2 * config.d_ff * work.queries))
+        return 2 * (attention + d * (d * work.mixed + 2 * work.config.d_ff * work.queries))
 
     totals = {
-        level.factor: (level.pre_layers + level.post_layers) * flops(layer) + flops(resampling)
+        level.factor: (level.pre_layers + level.post_layers) * flops(layer) + sum(map(flops, resampling))
         for level, layer, resampling in work_by_level(config, seen)
     }
     totals[1] += head_flops(config)
@@ -179,15 +193,17 @@ def level_lengths(config: HourglassConfig, length: int) -> dict[int, int]:
     check_range("length", length, 1)
     levels = config.parsed_hierarchy.levels
     lengths = {1: length}
-    for name, (level, inner) in zip(config.boundaries_by_level, itertools.pairwise(levels), strict=True):
-        rule = nnx.eval_shape(lambda name=name, level=level: BOUNDARIES[name](config, level, rngs=nnx.Rngs(0)))
+    rules = enumerate(config.boundaries_by_level)
+    for (i, name), (level, inner) in zip(rules, itertools.pairwise(levels), strict=True):
+        make_rule = partial(BOUNDARIES[name], config.at_level(i), level)
+        rule = nnx.eval_shape(lambda make_rule=make_rule: make_rule(rngs=nnx.Rngs(0)))
         lengths[inner.factor] = rule.n_groups(lengths[level.factor])
     return lengths
 
 
 def head_flops(config: HourglassConfig) -> int:
     """Return the FLOPs of the logits of one token."""
-    return 2 * config.d_model * config.vocab_size
+    return 2 * config.at_level(0).d_model * config.vocab_size
 
 
 def decoding_flops(config: HourglassConfig, length: int) -> dict[int, float]:
@@ -243,8 +259,6 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
     Excludes dropout masks, gradients and copies by the compiler. XLA:CPU uses 1.0 to 1.9 times as much for each layer
     or shortening of short sequences. Long sequences use more, since each segment of queries copies its keys.
     """
-    d, d_heads = config.d_model, config.n_heads * config.head_dim
-    hidden = config.d_ff * (2 if config.activation == "relu" else 3)
     relative = config.positions == "relative"
     stored = recomputed = 0.0  # array elements
     lengths = level_lengths(config, length)
@@ -256,13 +270,16 @@ def activation_bytes(config: HourglassConfig, length: int, batch: int = 1) -> in
         positions = lengths[level.factor]
 
         def intermediates(work: Work, key_norms: int, positions: int = positions) -> float:
+            d, d_heads = work.config.d_model, work.config.n_heads * work.config.head_dim
+            hidden = work.config.d_ff * (2 if config.activation == "relu" else 3)
             vectors = 4 * work.queries + key_norms * work.keys + work.mixed
             heads = 2 * work.queries + 2 * work.keys
             shared = work.distances * d_heads * relative
             return positions * (batch * (vectors * d + heads * d_heads + work.queries * hidden) + shared)
 
         block = intermediates(layer, key_norms=0)  # layers normalize queries and keys together
-        stored += intermediates(resampling, key_norms=1) + positions * batch * 3 * d
+        d = layer.config.d_model
+        stored += sum(intermediates(work, key_norms=1) for work in resampling) + positions * batch * 3 * d
         for n_layers in (level.pre_layers, level.post_layers):
             if config.remat_of(unrolled=is_unrolled(config, n_layers)) != "full":
                 stored += n_layers * block

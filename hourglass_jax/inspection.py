@@ -17,6 +17,8 @@ from hourglass_jax.errors import UsageError
 from hourglass_jax.model import HourglassLM, n_parameters
 from hourglass_jax.nn.attention.choice import describe
 from hourglass_jax.ranges import check_range
+from hourglass_jax.run_config import OptimizerConfig
+from hourglass_jax.training.optimizer import describe_optimizer
 
 HEADER = ("", "factor", "layers", "length", "parameters", "forward MFLOPs")
 
@@ -36,17 +38,20 @@ class Row(NamedTuple):
         return self.name, self.factor, self.layers, *figures
 
 
-def summary(model: HourglassLM | HourglassConfig, length: int | None = None) -> str:
+def summary(
+    model: HourglassLM | HourglassConfig, length: int | None = None, *, optimizer: OptimizerConfig | None = None
+) -> str:
     """Return a table of the levels of a model, or of a configuration without building its model (section 2).
 
     length: sequence length in tokens; default: `max_length`.
+    optimizer: adds a line with the FLOPs of its matrix products in a step and the size of its state.
 
     The lines before the table show the model and its attention implementation on this platform. Columns of a level:
     factor in tokens per position; layers before + after the deeper levels; positions of a sequence (the capacity, for
     variable groups); parameters; millions of FLOPs of a forward pass, see `costs.forward_flops`. Shortening and
     upsampling count with the deeper level.
 
-    Raises UsageError for a length below 1 or beyond learned positions.
+    Raises UsageError for a length below 1 or beyond learned positions, and for an optimizer that does not fit.
     """
     if isinstance(model, HourglassConfig):
         config = model
@@ -56,6 +61,8 @@ def summary(model: HourglassLM | HourglassConfig, length: int | None = None) -> 
     lines = [HEADER, *(row.cells() for row in summary_rows(model, length))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    if optimizer:
+        table.append(describe_optimizer(optimizer, nnx.state(model)))
     return "\n".join([repr(model), describe(model.config), *table])
 
 

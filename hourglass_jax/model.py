@@ -29,8 +29,9 @@ from hourglass_jax.hierarchy import Level
 from hourglass_jax.nn.boundaries import InnerStep
 from hourglass_jax.nn.cache import Cache, Clock, in_own_time, of_rows, with_rows
 from hourglass_jax.nn.groups import Groups
-from hourglass_jax.nn.layers import Dropout, at_least_float32, keys_of_rows, layer_norm, linear, split_key
+from hourglass_jax.nn.layers import Dropout, at_least_float32, keys_of_rows, linear, normalization, split_key
 from hourglass_jax.nn.learned import BOUNDARIES, entropies
+from hourglass_jax.nn.ngrams import BEFORE, NgramEmbedding
 from hourglass_jax.nn.rates import boundary_terms
 from hourglass_jax.nn.resampling import SHORTENINGS, UPSAMPLINGS
 from hourglass_jax.nn.transformer import Stack
@@ -51,17 +52,21 @@ class Hourglass(nnx.Module):
 
     def __init__(self, config: HourglassConfig, levels: Sequence[Level], *, rngs: nnx.Rngs):
         level, *inner = levels
-        self.tokens_per_position, self.d_model = level.factor, config.d_model
-        self.pre = Stack(config, level.pre_layers, level.factor, rngs=rngs)
+        own = config.at_level(-len(levels))
+        self.tokens_per_position, self.d_model = level.factor, own.d_model
+        self.pre = Stack(own, level.pre_layers, level.factor, rngs=rngs)
         self.inner = Hourglass(config, inner, rngs=rngs) if inner else None
-        if inner:
+        if self.inner:
             k = level.shorten_factor
-            self.boundaries = BOUNDARIES[config.boundaries_by_level[-len(inner)]](config, level, rngs=rngs)
-            self.shorten = SHORTENINGS[config.shortening](config, k, level.factor, rngs=rngs)
-            self.upsample = UPSAMPLINGS[config.upsampling](config, k, level.factor, rngs=rngs)
+            self.boundaries = BOUNDARIES[config.boundaries_by_level[-len(inner)]](own, level, rngs=rngs)
+            self.shorten = SHORTENINGS[config.shortening](own, k, level.factor, rngs=rngs)
+            self.upsample = UPSAMPLINGS[config.upsampling](own, k, level.factor, rngs=rngs)
             normed = config.norm == "stack" and self.upsample.normed
-            self.upsample_norm = layer_norm(config, rngs=rngs) if normed else None
-            self.post = Stack(config, level.post_layers, level.factor, rngs=rngs)
+            self.upsample_norm = normalization(own, rngs=rngs) if normed else None
+            self.post = Stack(own, level.post_layers, level.factor, rngs=rngs)
+            outer, deeper = own.d_model, self.inner.d_model
+            self.to_inner = nnx.identity if outer == deeper else linear(config, outer, deeper, rngs=rngs)
+            self.from_inner = nnx.identity if outer == deeper else linear(config, deeper, outer, rngs=rngs)
 
     def __call__(
         self,
@@ -94,16 +99,17 @@ class Hourglass(nnx.Module):
         keys = split_key(key, 5)
         if row_keys is None and key is not None:
             row_keys = keys_of_rows(key, x.shape[0])
+        level_input = x
         x = self.pre(x, keys[0], mask)
         if self.inner is None:
             return x, []
         groups = self.boundaries(x, tokens, mask, row_keys=row_keys)
         short = self.shorten(groups.shift_right(x), groups, key=keys[1])
         check_returned(self.shorten, short, (x.shape[0], self.boundaries.n_groups(x.shape[1]), self.d_model))
-        short, deeper = self.inner.forward(short, keys[2], mask=groups.mask, row_keys=row_keys)
-        up = self.upsample(x, short, groups, key=keys[3])
+        short, deeper = self.inner.forward(self.to_inner(short), keys[2], mask=groups.mask, row_keys=row_keys)
+        up = self.upsample(x, self.from_inner(short), groups, key=keys[3])
         check_returned(self.upsample, up, x.shape)
-        return self.post(self.add_upsampled(x, up), keys[4], mask), [groups, *deeper]
+        return self.post(self.add_upsampled(x, up), keys[4], mask, level_input), [groups, *deeper]
 
     def rules(self) -> list[nnx.Module]:
         """Return the boundary rule of each shortening, outermost first."""
@@ -152,14 +158,15 @@ class Hourglass(nnx.Module):
         self, x: jax.Array, cache: dict[str, Any], clock: Clock, tokens: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Process rows [B, L, D] of complete groups, from `clock.start` to `clock.time`, and fill the cache."""
+        level_input = x
         x, pre = self.pre.prefill(x, cache["pre"], clock.start)
         if self.inner is None:
             return x, {"pre": pre}
         known, groups, below, boundaries = self.boundaries.prefill(x, tokens, cache["boundaries"], clock)
         short, shorten = self.shorten.prefill(groups.shift_right(known), groups, cache["shorten"], clock.start)
-        short, inner = self.inner.prefill(short, cache["inner"], below)
-        up, upsample = self.upsample.prefill(x, short, groups, cache["upsample"], clock.start)
-        x, post = self.post.prefill(self.add_upsampled(x, up), cache["post"], clock.start)
+        short, inner = self.inner.prefill(self.to_inner(short), cache["inner"], below)
+        up, upsample = self.upsample.prefill(x, self.from_inner(short), groups, cache["upsample"], clock.start)
+        x, post = self.post.prefill(self.add_upsampled(x, up), cache["post"], clock.start, level_input)
         parts = (pre, boundaries, shorten, inner, upsample, post)
         return x, dict(zip(("pre", "boundaries", "shorten", "inner", "upsample", "post"), parts, strict=True))
 
@@ -167,6 +174,7 @@ class Hourglass(nnx.Module):
         self, x: jax.Array, cache: dict[str, Any], clock: Clock, token: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Decode one position, [B, D] -> [B, D]; the deeper levels run if a group is due here."""
+        level_input = x
         x, pre = self.pre.step(x, cache["pre"], clock)
         if self.inner is None:
             return x, {"pre": pre}
@@ -181,7 +189,7 @@ class Hourglass(nnx.Module):
             below = lax.cond(due, partial(self.step_rows, inner_step, max_partial_rows), lambda below: below, below)
         below = lax.cond(n_due > max_partial_rows, partial(self.step_below, inner_step), lambda below: below, below)
         up = self.upsample.step(x, inner_step.groups, below["upsample"], clock)
-        x, post = self.post.step(self.add_upsampled(x, up), cache["post"], clock)
+        x, post = self.post.step(self.add_upsampled(x, up), cache["post"], clock, level_input)
         return x, {"pre": pre, "boundaries": boundaries, "post": post} | below
 
     def step_rows(self, inner_step: InnerStep, n_rows: int, cache: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +203,8 @@ class Hourglass(nnx.Module):
         short, shorten = inner_step.x, cache["shorten"]
         if not inner_step.gathers:
             short, shorten = self.shorten.step(inner_step.x, inner_step.groups, shorten, inner_step.clock)
-        short, inner = self.inner.step(short, cache["inner"], inner_step.clock)
+        short, inner = self.inner.step(self.to_inner(short), cache["inner"], inner_step.clock)
+        short = self.from_inner(short)
         upsample = self.upsample.receive(short, inner_step.groups, cache["upsample"], inner_step.clock)
         return {"shorten": shorten, "inner": inner, "upsample": upsample}
 
@@ -216,17 +225,19 @@ class HourglassLM(nnx.Module):
 
     def __init__(self, config: HourglassConfig, *, rngs: nnx.Rngs):
         self.config = config
+        outer = config.at_level(0)
         init = nnx.initializers.normal(1.0)  # as in Trax: the first layers would drown smaller embeddings
         self.embedding = nnx.Embed(
-            config.vocab_size, config.d_model, embedding_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs
+            config.vocab_size, outer.d_model, embedding_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs
         )
         learned = config.positions == "learned"
-        table_shape = (config.max_length, config.d_model)
+        table_shape = (config.max_length, outer.d_model)
         self.positions = nnx.Param(init(rngs.params(), table_shape, jnp.float32)) if learned else None
+        self.ngrams = NgramEmbedding(outer) if config.ngram_sizes else None
         self.dropout = Dropout(config.dropout)
         self.hourglass = Hourglass(config, config.parsed_hierarchy.levels, rngs=rngs)
-        self.norm = layer_norm(config, rngs=rngs) if config.norm == "final" else None
-        self.head = linear(config, config.d_model, config.vocab_size, rngs=rngs)
+        self.norm = normalization(outer, rngs=rngs) if config.norm == "final" else None
+        self.head = linear(config, outer.d_model, config.vocab_size, rngs=rngs)
         self.head.preferred_element_type = at_least_float32(config.dtype)  # bfloat16 logits would have ties
 
     def __call__(
@@ -299,7 +310,7 @@ class HourglassLM(nnx.Module):
         return nnx.merge(graph, parameters)
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Embed tokens, with learned positions if configured."""
+        """Embed tokens, with n-grams and learned positions if configured."""
         tokens = jnp.asarray(check_tokens("tokens", tokens, self.config.vocab_size, "B, L"))
         length = tokens.shape[1]
         if not isinstance(length, int):
@@ -311,17 +322,25 @@ class HourglassLM(nnx.Module):
             )
         return self.embed_at(tokens, jnp.arange(length)[None])
 
-    def embed_at(self, tokens: Int[Array, " ..."], positions: Int[Array, " ..."]) -> Float[Array, "... D"]:
-        """Embed tokens; learned positions, if configured, are those at `positions`, clipped to 0 .. max_length - 1."""
+    def embed_at(
+        self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], history: Int[Array, "B n"] | None = None
+    ) -> Float[Array, "B L D"]:
+        """Embed tokens; learned positions, if configured, are those at `positions`, clipped to 0 .. max_length - 1.
+
+        history: the tokens before them, if any, for n-grams; here and in `tokens`, `BEFORE` stands for padding.
+        """
         check_x64(self.config)
-        x = self.embedding(tokens)
+        x = self.embedding(jnp.maximum(tokens, 0))
+        if self.ngrams is not None:
+            x += self.ngrams(tokens, history)
         if self.positions is None:
             return x
         return x + self.positions[jnp.clip(positions, 0, self.config.max_length - 1)].astype(x.dtype)
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Map the Hourglass's output to logits, float32 at least."""
-        return self.head(x if self.norm is None else self.norm(x))
+        """Map the Hourglass's output to logits, float32 at least, with the configured cap."""
+        logits, cap = self.head(x if self.norm is None else self.norm(x)), self.config.logit_softcap
+        return cap * jnp.tanh(logits / cap) if cap else logits
 
     def init_cache(self, batch: int, max_length: int, context: int | None = None) -> Cache:
         """Return an empty cache for `max_length` tokens per row, which attends to `context` of them (default: all).
@@ -341,6 +360,7 @@ class HourglassLM(nnx.Module):
         return Cache(
             clock=Clock(jnp.zeros((), jnp.int32), origin, start),
             levels=self.hourglass.init_cache(batch, max_length, context),
+            history=jnp.full((batch, self.config.ngram_history), BEFORE, jnp.int32),
             max_length=max_length,
             context=context,
             factor=factor,
@@ -361,9 +381,11 @@ class HourglassLM(nnx.Module):
         tokens = jnp.asarray(check_tokens("tokens", tokens, self.config.vocab_size, "B, L"))
         cache.check_prompts(*tokens.shape, start, origin)
         clock = Clock(jnp.asarray(tokens.shape[1], jnp.int32), jnp.asarray(origin), jnp.asarray(start))
-        x = self.embed_at(tokens, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] - clock.origin[:, None])
+        times = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        known = jnp.where(times < clock.start[:, None], BEFORE, tokens.astype(jnp.int32))
+        x = self.embed_at(known, times - clock.origin[:, None], cache.history)
         x, levels = self.hourglass.prefill(x, cache.levels, clock, tokens)
-        return self.logits(x), replace(cache, clock=clock, levels=levels)
+        return self.logits(x), replace(cache, clock=clock, levels=levels).with_history(known)
 
     def step(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Decode one token per row: int [B] -> logits [B, V] of the next. Raises UsageError if the cache is full."""
@@ -371,5 +393,7 @@ class HourglassLM(nnx.Module):
         tokens = jnp.asarray(check_tokens("tokens", tokens, self.config.vocab_size, "B"))
         cache.check_room(len(tokens))
         clock = cache.now()
-        x, levels = self.hourglass.step(self.embed_at(tokens, clock.time - clock.origin), cache.levels, clock, tokens)
+        x = self.embed_at(tokens[:, None], (clock.time - clock.origin)[:, None], cache.history)[:, 0]
+        x, levels = self.hourglass.step(x, cache.levels, clock, tokens)
+        cache = cache.with_history(tokens[:, None])
         return self.logits(x), replace(cache, clock=replace(clock, time=clock.time + 1), levels=levels)

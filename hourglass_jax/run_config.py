@@ -31,8 +31,8 @@ class DataConfig:
     """Data set and batches. `order` and `split` apply only to text.
 
     path: a UTF-8 text file, a directory of .txt files, a pattern such as "books/*.txt", or several of these separated
-        by commas; texts are joined in the order of their names. tokenizer="byte" reads any files. For images, their
-        directory. Empty: the built-in corpus.
+        by commas; texts are joined in the order of their names. tokenizer="byte" reads any files. Or a token store,
+        which has its own tokenizer and splits. For images, their directory. Empty: the built-in corpus.
     dataset: text | cifar10 | imagenet32 | imagenet64 | folder (of image files).
     image_size: side in pixels to which images are averaged down; must divide the stored side. 0: as stored. Images of a
         folder are cropped to squares, and may be resized to any side.
@@ -40,7 +40,8 @@ class DataConfig:
     clean: lower-case, strip accents, keep only "\\n !&'$,-.:;?" and a-z. Ignored by tokenizer="byte".
     block_size: tokens per training window; for cifar10, imagenet32 and imagenet64, tokens per image.
     batch_size: windows or images per step.
-    order: random (windows start anywhere) | epochs (consecutive windows, each once per epoch).
+    order: random (windows start anywhere) | epochs (consecutive windows, each once per epoch) | documents (windows
+        begin with a document of a token store; see `data.pipeline.plan_documents`).
     split: fraction (at train_fraction, no test split) | enwik8 (90M train, 5M validation, 5M test).
     train_fraction: share of training tokens, or of images in a folder; the rest is for validation.
     valid_path: validation text, in the same form as `path`. Its files, and copies of them, are excluded from training.
@@ -54,7 +55,7 @@ class DataConfig:
     clean: bool = False
     block_size: int = 128
     batch_size: int = 16
-    order: Literal["random", "epochs"] = "random"
+    order: Literal["random", "epochs", "documents"] = "random"
     split: Literal["fraction", "enwik8"] = "fraction"
     train_fraction: float = 0.9
     valid_path: str = ""
@@ -89,19 +90,25 @@ class OptimizerConfig:
     optimizer: adamw | muon (orthogonal updates for the kernels of linear layers but the head, Adam with Nesterov
         momentum for all other parameters).
     learning_rate: maximum, after the warmup.
-    schedule: after the warmup. cosine (to 0) | inverse_sqrt | constant.
+    schedule: after the warmup. cosine (to 0) | inverse_sqrt | constant | wsd (warmup, stable, decay: constant, then
+        `decay_steps` of linear decay to 0).
     warmup_steps: length of the linear warmup from 0.
-    decay_steps: length of a linear decay to 0 at the end of training, with any schedule.
+    decay_steps: length of a linear decay to 0 at the end of training, with any schedule. 0: none; for wsd, a fifth of
+        the steps.
     beta1, beta2, eps: of Adam.
     weight_decay: applies only to linear kernels; see `training.optimizer.decay_mask`.
     clip_norm: maximum global norm of the gradient of trained parameters; 0: no clipping.
     train_only: modules to train, separated by commas, e.g. "hourglass.post,head". Other parameters are frozen and have
         no optimizer state. Empty: all.
+    level_rates: factors of the learning rate, one for each level of the hierarchy, outermost first. Embeddings and head
+        belong to the first level, a shortening and its upsampling to the outer of their two levels. Empty: all 1.
+    ema: decay of an exponential moving average of the trained parameters, e.g. 0.999. Evaluation, samples and `load`
+        use the average. Over the first steps the decay is lower; see `training.optimizer.with_average`. 0: no average.
     """
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 4e-4
-    schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
+    schedule: Literal["cosine", "inverse_sqrt", "constant", "wsd"] = "cosine"
     warmup_steps: int = 100
     decay_steps: int = 0
     beta1: float = 0.9
@@ -110,6 +117,8 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     clip_norm: float = 0.0
     train_only: str = ""
+    level_rates: tuple[float, ...] = ()
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         take_plain_values(self)
@@ -120,8 +129,12 @@ class OptimizerConfig:
             check_range(name, getattr(self, name), 0)
         for name in ("weight_decay", "clip_norm"):
             check_range(name, getattr(self, name), 0.0)
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema"):
             check_range(name, getattr(self, name), 0.0, 1, open_high=True)
+        if not isinstance(self.level_rates, tuple):
+            raise UsageError(f"level_rates={self.level_rates!r} is not a tuple; give factors, e.g. (1.0, 0.5)")
+        for rate in self.level_rates:
+            check_range("level_rates", rate, 0.0, open_low=True)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 import hourglass_jax as hg
 from experiments.ablations.rows import Job
 from experiments.ablations.scales import Setup
+from experiments.common import launcher
 from experiments.common.recorded import recorded_data
-from experiments.common.reports import markdown_table, provenance, publish, read_record, report_file
-from hourglass_jax import ByteTokenizer, HourglassLM, UsageError
+from experiments.common.reports import markdown_table, open_record, page, provenance, publish
+from hourglass_jax import HourglassLM, UsageError
 from hourglass_jax.data.corpora import map_bytes, split_tokens
 from hourglass_jax.pretrained import pretrained_path
 from hourglass_jax.training.checkpoints import CHECKPOINTS
-from hourglass_jax.training.run import Run
 from hourglass_jax.training.signals import Signals
 
 SHORTEST = 12  # characters of context; each doubles, so that groups of 2, 3, 4 and 6 align alike
@@ -70,17 +70,8 @@ def bits(model: HourglassLM, tokens: np.ndarray) -> np.ndarray:
 
 
 def measure(models: Mapping[str, Load], setup: Setup, path: Path, data: str, signals: Signals) -> None:
-    """Measure the models and add them to PATH.json, PATH.md and PATH.png.
-
-    Raises UsageError if PATH.json was measured at another number of places.
-    """
-    places = setup.n_valid or N_SEQUENCES
-    record = read_record(report_file(path, ".json")) or {"data": data, "places": places, "models": {}}
-    if record["places"] != places:
-        raise UsageError(
-            f"{path}.json: was measured at {record['places']:,} places, but the setup has {places:,}; remove it or "
-            "choose another --results"
-        )
+    """Measure the models and add them to PATH.json, PATH.md and PATH.png."""
+    record = open_record(path, {"data": data, "places": setup.n_valid or N_SEQUENCES}, {"models": {}})
     for name, load in models.items():
         record["models"][name] = found = readings(*load(), setup, signals)
         publish(path, record | provenance(), render, draw)
@@ -100,37 +91,20 @@ def readings(model: HourglassLM, length: int, setup: Setup, signals: Signals) ->
     return found
 
 
-def of_rows(jobs: Sequence[Job]) -> dict[str, Load]:
-    """Return a loader for each finished row that still has checkpoints."""
+def loaders(jobs: Sequence[Job], names: Sequence[str]) -> dict[str, Load]:
+    """Return a loader for each finished row that still has checkpoints, and for each shipped model of these names."""
     there = [job for job in jobs if job.result() is not None and (job.directory / CHECKPOINTS).is_dir()]
-    return {f"{job.row.name}, seed {job.train.seed}": partial(loaded, hg.load, job.directory) for job in there}
+    origins = {f"{job.row.name}, seed {job.train.seed}": str(job.directory) for job in there}
+    origins |= {f"{pretrained_path(name).name} (shipped)": name for name in names}
+    return {name: partial(load, origin) for name, origin in origins.items()}
 
 
-def shipped(names: Sequence[str]) -> dict[str, Load]:
-    """Return a loader for each shipped model. Raises UsageError if it does not read bytes."""
-    for name in names:
-        tokenizer = hg.load_pretrained(name)[1]
-        if not isinstance(tokenizer, ByteTokenizer):
-            raise UsageError(
-                f"{name}: has a tokenizer of kind {tokenizer.kind!r}, but the rows read bytes; leave it out"
-            )
-    return {f"{name} (shipped)": partial(loaded, load_shipped, pretrained_path(name)) for name in names}
-
-
-def load_shipped(path: Path) -> Any:
-    return hg.load_pretrained(path.name, directory=path.parent)
-
-
-def loaded(load: Callable[[Path], Any], directory: Path) -> tuple[HourglassLM, int]:
-    return load(directory)[0], recorded_data(Run(directory).read().settings).block_size
-
-
-def report(path: Path, comment: str | None) -> str:
-    """Render PATH.md and PATH.png from PATH.json."""
-    record = read_record(report_file(path, ".json"))
-    if record is None:
-        raise UsageError(f"{path}.json: no such file; measure first, without --report")
-    return publish(path, record if comment is None else record | {"comment": comment}, render, draw)
+def load(origin: str) -> tuple[HourglassLM, int]:
+    """Return a model and its training length. Raises UsageError if it does not read bytes."""
+    model, tokenizer, settings = launcher.load_origin(origin)
+    if tokenizer.kind != "byte":
+        raise UsageError(f"{origin}: has a tokenizer of kind {tokenizer.kind!r}, but the rows read bytes; leave it out")
+    return model, recorded_data(settings).block_size
 
 
 def render(record: Record) -> str:
@@ -140,19 +114,15 @@ def render(record: Record) -> str:
         at = {each["context"]: f"{each['bits']:.3f}" for each in model}
         gain = f"{model[-1]['gain']:.3f} ± {model[-1]['standard_error']:.3f}"
         lines.append((name, *(at.get(context, "-") for context in found), gain))
-    return "\n".join(
-        (
-            f"# What more context gives, {record['data']}",
-            "",
-            f"![bits against characters of context](contexts-{record['data']}.png)",
-            "",
-            markdown_table(("model", *(f"{context:,}" for context in found), "gain"), lines),
-            *(("", record["comment"]) if record.get("comment") else ()),
-            "",
-            f"Bits per character of the same {N_SCORED} characters at each of {record['places']:,} places, evenly "
-            "spaced over the validation data, after so many characters of context, up to what each model was trained "
-            "on. The gain is that of the longest context over the shortest, ± its standard error over places.",
-        )
+    return page(
+        f"What more context gives, {record['data']}",
+        "bits against characters of context",
+        f"contexts-{record['data']}.png",
+        markdown_table(("model", *(f"{context:,}" for context in found), "gain"), lines),
+        record.get("comment", ""),
+        f"Bits per character of the same {N_SCORED} characters at each of {record['places']:,} places, evenly spaced "
+        "over the validation data, after so many characters of context, up to what each model was trained on. The gain "
+        "is that of the longest context over the shortest, ± its standard error over places.",
     )
 
 

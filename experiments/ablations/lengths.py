@@ -5,7 +5,6 @@ A step reads the same number of characters at every length, so that the cost per
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.ablations.costs import TimedStep
+from experiments.ablations.costs import keeping_activations, timed_step
 from experiments.ablations.scales import Setup
 from experiments.ablations.table import TEXT
-from experiments.common.reports import markdown_table, provenance, publish, read_record, report_file
-from hourglass_jax import HourglassConfig, UsageError
+from experiments.common.reports import markdown_table, open_record, page, provenance, publish
+from experiments.common.timing import in_turn
+from hourglass_jax import HourglassConfig
 from hourglass_jax.costs import activation_bytes, state_bytes, training_flops
 from hourglass_jax.training.signals import Signals
 
@@ -43,9 +43,8 @@ def models(setup: Setup) -> dict[str, str]:
 
 
 def configure(hierarchy: str, setup: Setup, length: int) -> HourglassConfig:
-    """Return a configuration that keeps all activations, as `TimedStep` does."""
     options = {**setup.model, **TEXT, "hierarchy": hierarchy, "max_length": length}
-    return HourglassConfig(**options | {"remat": "none", "max_unrolled_layers": 100})
+    return keeping_activations(HourglassConfig(**options))
 
 
 def predictions(setup: Setup) -> Iterator[Record]:
@@ -67,63 +66,29 @@ def predictions(setup: Setup) -> Iterator[Record]:
 
 def plan_table(setup: Setup) -> str:
     """Return the predictions as Markdown."""
-    rows = [
-        (
-            point["hierarchy"],
-            f"{point['length']:,}",
-            point["batch"],
-            f"{point['predicted_flops'] / 1e9:,.1f}",
-            f"{point['predicted_bytes'] / 1e6:,.0f}",
-        )
-        for point in predictions(setup)
-    ]
+    rows = []
+    for point in predictions(setup):
+        cost = (f"{point['predicted_flops'] / 1e9:,.1f}", f"{point['predicted_bytes'] / 1e6:,.0f}")
+        rows.append((point["hierarchy"], f"{point['length']:,}", point["batch"], *cost))
     return markdown_table(("hierarchy", "characters", "batch", "GFLOPs a step", "MB"), rows)
 
 
 def measure(setup: Setup, scale: str, path: Path, signals: Signals) -> None:
     """Measure the points that PATH.json lacks, and save it after each length."""
-    record, machine = read(setup, scale, path), provenance()["machine"]
-    if record["machine"] != machine:
-        raise UsageError(
-            f"{path}.json: was measured on {record['machine']}, but this is {machine}; give another --results"
-        )
+    settings = {"scale": scale, "model": dict(setup.model), "machine": provenance()["machine"]}
+    record = open_record(path, settings, {"points": list(predictions(setup))})
     for length in LENGTHS:
         waiting = [point for point in record["points"] if point["length"] == length and "seconds" not in point]
-        steps = []
+        steps = {}
         for point in waiting:
             signals.check()
-            steps.append(TimedStep(configure(point["hierarchy"], setup, length), point["batch"], length))
-        for _ in range(ROUNDS):  # in turns, so that other load affects all of them alike
-            for step in steps:
-                signals.check()
-                step.run()
-        for point, step in zip(waiting, steps, strict=True):
-            point |= {"flops": step.flops, "bytes": step.memory_bytes, "seconds": statistics.median(step.seconds)}
-            print(f"{point['hierarchy']} at {length:,}: {point['seconds']:.3f} s a step", flush=True)
-        if waiting:
-            publish(path, record | provenance(), render, draw)
-
-
-def read(setup: Setup, scale: str, path: Path) -> Record:
-    """Return the record at PATH.json, or a new one of predictions. Raises UsageError for another setup's record."""
-    model = json.loads(json.dumps(setup.model))
-    record, points = read_record(report_file(path, ".json")), list(predictions(setup))
-    if record is None:
-        return {"scale": scale, "model": model, "points": points, **provenance()}
-    if record["model"] != model:
-        raise UsageError(
-            f"{path}.json: was measured with another model of scale {scale!r}; remove it or give another --results"
-        )
-    known = {(point["hierarchy"], point["length"]): point for point in record["points"]}
-    return record | {"points": [known.get((point["hierarchy"], point["length"]), {}) | point for point in points]}
-
-
-def report(setup: Setup, scale: str, path: Path) -> str:
-    """Render PATH.md and PATH.png from PATH.json."""
-    record = read(setup, scale, path)
-    if not measured(record):
-        raise UsageError(f"{path}.json: contains no measurement at this scale; measure first, without --report")
-    return publish(path, record, render, draw)
+            steps[point["role"]] = timed_step(configure(point["hierarchy"], setup, length), point["batch"], length)
+        seconds = in_turn(steps, ROUNDS, warm=True, check=signals.check) if waiting else {}
+        for point in waiting:
+            step, median = steps[point["role"]], statistics.median(seconds[point["role"]])
+            point |= {"flops": step.counted_flops(), "bytes": step.memory_bytes, "seconds": median}
+            print(f"{point['hierarchy']} at {length:,}: {median:.3f} s a step", flush=True)
+        publish(path, record | provenance(), render, draw)
 
 
 def measured(record: Record) -> list[Record]:
@@ -138,42 +103,33 @@ def rate(record: Record) -> float:
 def render(record: Record) -> str:
     model = ", ".join(f"{name} {value}" for name, value in record["model"].items() if name != "max_length")
     speed = f"{rate(record) / 1e9:,.1f} GFLOP/s, the median of all that was measured"
-    return "\n".join(
-        (
-            "# What a training step costs at every length",
-            "",
-            f"![FLOPs, time and memory of a character](lengths-{record['scale']}.png)",
-            "",
-            points_table(record),
-            "",
-            ratios_table(record),
-            "",
-            f"Models: {model}, attention shortening over the average and attention upsampling over repetition; 'equal "
-            "depth' has as many layers as the Hourglass, 'equal FLOPs' as many FLOPs at the length that this scale "
-            f"trains at. A step reads {CHARACTERS:,} characters at every length and keeps all activations. FLOPs are "
-            "those of matrix products: predicted by the formula of model FLOP utilization, counted in the step's "
-            f"program, which computes attention's scores again. Seconds are predicted at {speed}; they are medians of "
-            f"{ROUNDS} runs, the models in turn. Bytes are the compiler's, with parameters and optimizer state; the "
-            "prediction of the activations is a lower bound.",
-        )
+    return page(
+        "What a training step costs at every length",
+        "FLOPs, time and memory of a character",
+        f"lengths-{record['scale']}.png",
+        points_table(record),
+        "What the Hourglass costs as a share of the plain models:",
+        ratios_table(record),
+        record.get("comment", ""),
+        f"Models: {model}, attention shortening over the average and attention upsampling over repetition; 'equal "
+        "depth' has as many layers as the Hourglass, 'equal FLOPs' as many FLOPs at the length that this scale "
+        f"trains at. A step reads {CHARACTERS:,} characters at every length and keeps all activations. FLOPs are "
+        "those of matrix products: predicted by the formula of model FLOP utilization, counted in the step's "
+        f"program, which computes attention's scores again. Seconds are predicted at {speed}; they are medians of "
+        f"{ROUNDS} runs, the models in turn. Bytes are the compiler's, with parameters and optimizer state; the "
+        "prediction of the activations is a lower bound.",
     )
 
 
 def points_table(record: Record) -> str:
     header = ("model", "length", "GFLOPs", "counted", "s predicted", "measured", "MB predicted", "measured")
-    lines = [
-        (
-            f"{point['hierarchy']} ({point['role']})",
-            f"{point['length']:,}",
-            f"{point['predicted_flops'] / 1e9:,.1f}",
-            f"{point['flops'] / 1e9:,.1f}",
-            f"{point['predicted_flops'] / rate(record):.2f}",
-            f"{point['seconds']:.2f}",
-            f"{point['predicted_bytes'] / 1e6:,.0f}",
-            f"{point['bytes'] / 1e6:,.0f}",
-        )
-        for point in measured(record)
-    ]
+    lines = []
+    for point in measured(record):
+        predicted, memory = point["predicted_flops"], point["predicted_bytes"]
+        cells = (f"{point['hierarchy']} ({point['role']})", f"{point['length']:,}")
+        cells += (f"{predicted / 1e9:,.1f}", f"{point['flops'] / 1e9:,.1f}")
+        cells += (f"{predicted / rate(record):.2f}", f"{point['seconds']:.2f}")
+        lines.append((*cells, f"{memory / 1e6:,.0f}", f"{point['bytes'] / 1e6:,.0f}"))
     return markdown_table(header, lines)
 
 
@@ -188,7 +144,7 @@ def ratios_table(record: Record) -> str:
         ours = at["Hourglass", length]
         parts = [ours[cost] / at[role, length][cost] for role in others for cost in costs.values()]
         lines.append([f"{length:,}", *(f"{part:.2f}" for part in parts)])
-    return f"What the Hourglass costs as a share of the plain models:\n\n{markdown_table(header, lines)}"
+    return markdown_table(header, lines)
 
 
 def draw(record: Record, path: Path) -> None:

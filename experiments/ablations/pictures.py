@@ -11,13 +11,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLOURS = {"plain transformer": "tab:orange", "Hourglass": "tab:green"}
+PLAIN, HOURGLASS = "plain transformer", "Hourglass"
+COLOURS = {PLAIN: "tab:orange", HOURGLASS: "tab:green"}
 NAME_SIZE = 6.5  # points, like the next two
 MARKER = 3  # half the side of a marker
 REACHES = range(MARKER, 80, 4)  # from a marker to its name
 SIDES = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
 Cost = Callable[[dict[str, Any]], float | None]
-Point = tuple[str, float, float]  # hierarchy, cost, figure
+Point = tuple[str, float, float]  # name of the row, cost, figure
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -25,29 +26,39 @@ def draw(record: dict[str, Any], path: Path) -> None:
     trained = [row for row in record["rows"] if row["runs"]]
     comparable = [row for row in trained if record["metric"] in row["runs"][0]["figures"]]
     of_two_kinds = len({kind(row["hierarchy"]) for row in comparable}) == 2
-    of_many_costs = of_two_kinds and not record.get("published")
+    of_many_costs = of_two_kinds and record["varied"] in ("hierarchy", "model")
     figure = draw_costs(record, comparable) if of_many_costs else draw_rows(record, trained)
     figure.savefig(path, dpi=110)
 
 
 def kind(hierarchy: str) -> str:
-    return "Hourglass" if " " in hierarchy else "plain transformer"
+    return HOURGLASS if " " in hierarchy else PLAIN
+
+
+def flops(row: dict[str, Any]) -> float | None:
+    return row.get("step_flops")
+
+
+def step_seconds(row: dict[str, Any]) -> float | None:
+    return (row.get("cost") or {}).get("step_seconds")
+
+
+def memory_bytes(row: dict[str, Any]) -> float | None:
+    return (row.get("cost") or {}).get("memory_bytes")
 
 
 def draw_costs(record: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
     """Draw a panel for each cost that all rows have."""
     costs: dict[str, Cost] = {
-        "FLOPs a step": lambda row: row["step_flops"],
-        "seconds a step": lambda row: (row["cost"] or {}).get("step_seconds"),
-        "memory of a step, MB": lambda row: (row["cost"] or {}).get("memory_bytes", 0) / 1e6,
+        "FLOPs a step": flops,
+        "seconds a step": step_seconds,
+        "memory of a step, MB": lambda row: (memory_bytes(row) or 0) / 1e6,
     }
     costs = {name: cost for name, cost in costs.items() if all(cost(row) for row in rows)}
     reached = [float(np.mean([run["figures"][record["metric"]] for run in row["runs"]])) for row in rows]
     figure = Figure(figsize=(5.2 * len(costs), 4.6), layout="constrained")
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
-    points = [
-        [(row["hierarchy"], cost(row), y) for row, y in zip(rows, reached, strict=True)] for cost in costs.values()
-    ]
+    points = [[(row["name"], cost(row), y) for row, y in zip(rows, reached, strict=True)] for cost in costs.values()]
     for axes, name, of_cost in zip(panels, costs, points, strict=True):
         draw_points(axes, of_cost)
         axes.set_xlabel(name)

@@ -3,70 +3,82 @@
 from __future__ import annotations
 
 import bz2
-import dataclasses
 import functools
 import itertools
-import json
 import lzma
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
 
-from experiments.ablations.costs import read_cost, step_flops
-from experiments.ablations.pictures import Cost, draw
-from experiments.ablations.rows import RESULT, make_job, same_setup
+from experiments.ablations.costs import COST
+from experiments.ablations.pictures import PLAIN, Cost, draw, flops, kind, memory_bytes, step_seconds
+from experiments.ablations.rows import RESULT, make_job
 from experiments.ablations.scales import Setup, for_table
 from experiments.ablations.table import UNITS, Row, Table
-from experiments.common.reports import markdown_table, provenance, publish, read_record, report_file
-from hourglass_jax import DataConfig, Hierarchy, UsageError
+from experiments.common.reports import markdown_table, page, provenance, publish, read_record, report_file
+from hourglass_jax import DataConfig, Hierarchy
 from hourglass_jax.costs import count_parameters
 from hourglass_jax.data.corpora import map_bytes, split_tokens
+from hourglass_jax.training.identity import identity
 
+Record = dict[str, Any]
 N_WORST = 6  # listed pairs of rows that contradict the paper's order
 
 
 def report(table: Table, setup: Setup, directory: Path, path: Path, comment: str | None) -> str:
     """Update PATH.json from the runs in `directory`, render PATH.md and PATH.png, and return the path of PATH.md."""
-    json_path = report_file(path, ".json")
-    record = read_record(json_path)
-    if any(directory.glob(f"*/*/{RESULT}")):
-        record = collect(table, for_table(setup, table), directory, path.parent)
-    if record is None or not any(row["runs"] for row in record["rows"]):
-        raise UsageError(
-            f"{directory}: contains no finished row of table {table.number}; train one first, without --report"
-        )
-    if comment is not None:
-        record["comment"] = comment
-    return publish(path, record, render, draw)
+    trained = any(directory.glob(f"*/*/{RESULT}"))
+    setup = for_table(setup, table)
+    record = collect(table, setup, directory, path.parent) if trained else read_record(report_file(path, ".json"))
+    record = record if record and any(row["runs"] for row in record["rows"]) else None
+    return publish(path, record, render, draw, comment)
 
 
-def collect(table: Table, setup: Setup, directory: Path, results: Path) -> dict[str, Any]:
+def collect(table: Table, setup: Setup, directory: Path, results: Path) -> Record:
     """Return the record of a table from the runs in `directory` and the records in `results` of the same setup.
 
     Stored runs are kept after they are gone from `directory`, also those that another table's record shares.
     """
-    common = {
-        "model": setup.model,
-        "data": {name: value for name, value in dataclasses.asdict(setup.data).items() if name != "path"},
-        "optimizer": dataclasses.asdict(setup.optimizer),
-        "steps": setup.train.steps,
-        "n_valid": setup.n_valid,
-    }
-    common = json.loads(json.dumps(common))
+    facts = setup.facts()
     records = [read_record(path) for path in sorted(results.glob("table*.json"))]
     records = [
-        record for record in records if record.get("data") == directory.name and same_setup(record.get("setup"), common)
+        each for each in records if each["data"] == directory.name and identity(each["setup"]) == identity(facts)
     ]
     own = next((record for record in records if record["table"] == table.number), {"rows": []})
     costs = {row["directory"]: row["cost"] for row in own["rows"] if row.get("cost")}
-    runs: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, list[Record]] = {}
     for row in itertools.chain.from_iterable(record["rows"] for record in records):
         runs.setdefault(row.get("directory", ""), []).extend(row["runs"])
+
+    def collect_row(row: Row) -> Record:
+        found = {"name": row.name, "paper": dict(row.paper), "runs": []}
+        if row.options is None:
+            return found
+        first = make_job(table, row, setup, directory, seed=0)
+        place, config = first.directory.parent, first.config
+        seeds = {run["seed"]: run for run in runs.get(place.name, [])}
+        for path in place.glob(f"seed*/{RESULT}"):
+            seed = int(path.parent.name.removeprefix("seed"))
+            seeds[seed] = make_job(table, row, setup, directory, seed).result()
+        found["directory"] = place.name
+        if not seeds:
+            return found
+        return found | {
+            "hierarchy": config.hierarchy,
+            "shortening": config.shortening,
+            "upsampling": config.upsampling,
+            "parameters": count_parameters(config),
+            "optimizer": dict(row.optimizer),
+            "step_flops": first.step_flops(),
+            "cost": read_record(place / COST) or costs.get(place.name),
+            "runs": [seeds[seed] for seed in sorted(seeds)],
+        }
+
     return {
         "table": table.number,
         "title": table.title,
@@ -77,43 +89,11 @@ def collect(table: Table, setup: Setup, directory: Path, results: Path) -> dict[
         "note": table.note,
         "published": {column: dict(known) for column, known in table.published.items()},
         "scaled": setup.scaled,
-        "setup": common,
+        "setup": facts,
         "anchors": next((record["anchors"] for record in records if record["anchors"]), None) or anchors(setup.data),
-        "rows": [collect_row(table, row, setup, directory, runs, costs) for row in table.rows],
+        "rows": [collect_row(row) for row in table.rows],
         "comment": own.get("comment", ""),
         **provenance(),
-    }
-
-
-def collect_row(
-    table: Table,
-    row: Row,
-    setup: Setup,
-    directory: Path,
-    stored: Mapping[str, list[dict[str, Any]]],
-    costs: Mapping[str, dict[str, Any]],
-) -> dict[str, Any]:
-    """Return a row with its finished runs and their cost, from `directory` and from `stored`, by run directory."""
-    found = {"name": row.name, "paper": dict(row.paper), "runs": []}
-    if row.options is None:
-        return found
-    first = make_job(table, row, setup, directory, seed=0)
-    place, config = first.directory.parent, first.config
-    seeds = {run["seed"]: run for run in stored.get(place.name, [])}
-    for path in place.glob(f"seed*/{RESULT}"):
-        seed = int(path.parent.name.removeprefix("seed"))
-        seeds[seed] = make_job(table, row, setup, directory, seed).result()
-    found["directory"] = place.name
-    if not seeds:
-        return found
-    return found | {
-        "hierarchy": config.hierarchy,
-        "shortening": config.shortening,
-        "upsampling": config.upsampling,
-        "parameters": count_parameters(config),
-        "step_flops": step_flops(first),
-        "cost": read_cost(place) or costs.get(place.name),
-        "runs": [seeds[seed] for seed in sorted(seeds)],
     }
 
 
@@ -127,98 +107,89 @@ def anchors(data: DataConfig) -> dict[str, float] | None:
     return {name: 8 * len(part) / len(text) for name, part in packed.items()}
 
 
-def figures(row: dict[str, Any], name: str) -> list[float]:
+def figures(row: Record, name: str) -> list[float]:
     """Return the figure of each seed."""
-    return [run["figures"][name] for run in row["runs"]]
+    return [run["figures"][name] for run in row["runs"] if name in run["figures"]]
 
 
-def metrics(record: dict[str, Any]) -> list[str]:
+def metrics(record: Record) -> list[str]:
     """Return the names of the rows' figures: one, or one for each shorten factor."""
-    found = [name for row in record["rows"] for run in row["runs"] for name in run["figures"]]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(name for row in record["rows"] for run in row["runs"] for name in run["figures"]))
 
 
-def render(record: dict[str, Any]) -> str:
+def render(record: Record) -> str:
     """Return a record as Markdown."""
-    lines = [f"# Table {record['table']}: {record['title']}, {record['data']}", ""]
-    lines += [f"![the table as a picture](table{record['table']}-{record['data']}.png)", ""]
-    lines += [results_table(record), ""]
     waiting = [row["name"] for row in record["rows"] if "directory" in row and not row["runs"]]
-    lines += [f"Not trained yet: {'; '.join(waiting)}.", ""] if waiting else []
+    in_paper = [name for name in metrics(record) if any(name in row["paper"] for row in record["rows"])]
+    others = record.get("published", {})  # older records have none
+    return page(
+        f"Table {record['table']}: {record['title']}, {record['data']}",
+        "the table as a picture",
+        f"table{record['table']}-{record['data']}.png",
+        results_table(record),
+        f"Not trained yet: {'; '.join(waiting)}." if waiting else "",
+        *(agreement(record, name) for name in in_paper),
+        *(("What others report:", published_table(record)) if others else ()),
+        *(agreement(record, record["metric"], known, column) for column, known in others.items()),
+        anchor_line(record) if record["anchors"] else "",
+        record["comment"],
+        setup_line(record),
+        record["note"],
+    )
+
+
+def results_table(record: Record) -> str:
+    """Return a line for each row, with a column for each figure and cost."""
+    plain = plain_rows(record)
+    columns: list[tuple[str, Callable[[Record], Any]]] = [
+        (record["varied"], lambda row: f"**{row['name']}**" if row["name"] == record["baseline"] else row["name"])
+    ]
     for name in metrics(record):
+        header = name.upper() if name == record["metric"] else name
+        columns.append((header, lambda row, name=name: spread(figures(row, name))))
         if any(name in row["paper"] for row in record["rows"]):
-            lines += [agreement(record, name), ""]
-    if published(record):
-        lines += ["What others report:", "", published_table(record), ""]
-        for column, known in published(record).items():
-            lines += [agreement(record, record["metric"], known, column), ""]
-    if record["anchors"]:
-        lines += [anchor_line(record), ""]
-    lines += [record["comment"], ""] if record["comment"] else []
-    lines += [setup_line(record), ""]
-    lines += [record["note"], ""] if record["note"] else []
-    return "\n".join(lines)
+            columns.append(("paper", lambda row, name=name: number(row["paper"].get(name))))
+    for header, cost in (("plain, equal FLOPs", flops), ("plain, equal time", step_seconds)) if plain else ():
+        columns.append((header, lambda row, cost=cost: number(equal_cost(row, plain, cost, record["metric"]))))
+    if any("groups" in run for row in record["rows"] for run in row["runs"]):
+        columns += [("tokens a group", group_length), ("waited", waited)]
+    columns += [
+        ("seeds", lambda row: len(row["runs"]) or "-"),
+        ("parameters", lambda row: number(row.get("parameters"), ".2f", 1e6, "M")),
+        ("GFLOPs a step", lambda row: number(flops(row), ".1f", 1e9)),
+        ("memory MB", lambda row: number(memory_bytes(row), ",.0f", 1e6)),
+        ("s a step", lambda row: number(step_seconds(row))),
+    ]
+    return markdown_table(
+        [header for header, _ in columns], [[cell(row) for _, cell in columns] for row in record["rows"]]
+    )
 
 
-def results_table(record: dict[str, Any]) -> str:
-    names, plain = metrics(record), plain_rows(record)
-    in_paper = [name for name in names if any(name in row["paper"] for row in record["rows"])]
-    with_groups = any("groups" in run for row in record["rows"] for run in row["runs"])
-    header = [record["varied"]]
-    for name in names:
-        header += [name.upper() if name == record["metric"] else name] + ["paper"] * (name in in_paper)
-    if plain:
-        header += ["plain, equal FLOPs", "plain, equal time"]
-    header += ["tokens a group", "waited"] * with_groups
-    header += ["seeds", "parameters", "GFLOPs a step", "memory MB", "s a step"]
-    lines = []
-    for row in record["rows"]:
-        line = [f"**{row['name']}**" if row["name"] == record["baseline"] else row["name"]]
-        for name in names:
-            trained = [run for run in row["runs"] if name in run["figures"]]
-            line.append(spread(figures({"runs": trained}, name)))
-            line += [number(row["paper"].get(name))] * (name in in_paper)
-        if plain:
-            line += [number(equal_cost(row, plain, cost, record["metric"])) for cost in (flops, step_seconds)]
-        line += group_cells(row) * with_groups
-        cost = row.get("cost") or {}
-        line += [
-            len(row["runs"]) or "-",
-            f"{row['parameters'] / 1e6:.2f}M" if row["runs"] else "-",
-            f"{row['step_flops'] / 1e9:.1f}" if row["runs"] else "-",
-            f"{cost['memory_bytes'] / 1e6:,.0f}" if cost else "-",
-            f"{cost['step_seconds']:.3f}" if cost else "-",
-        ]
-        lines.append(line)
-    return markdown_table(header, lines)
-
-
-def group_cells(row: dict[str, Any]) -> list[str]:
-    """Return tokens per group and the share of suppressed boundaries, averaged over seeds."""
-    counts = [run["groups"] for run in row["runs"] if "groups" in run]
-    if counts:
-        length, suppressed = (statistics.mean(count[name] for count in counts) for name in ("length", "suppressed"))
-        return [f"{length:.2f}", f"{suppressed:.2%}"]
+def group_length(row: Record) -> str:
+    """Return tokens per group, averaged over seeds."""
+    lengths = [run["groups"]["length"] for run in row["runs"] if "groups" in run]
+    if lengths:
+        return f"{statistics.mean(lengths):.2f}"
     factor = Hierarchy.parse(row["hierarchy"]).total_factor if row["runs"] else 1
-    return [str(factor) if factor > 1 else "-", "-"]
+    return str(factor) if factor > 1 else "-"
 
 
-def published(record: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Return the columns of other papers; older records have none."""
-    return record.get("published", {})
+def waited(row: Record) -> str:
+    """Return the share of suppressed boundaries, averaged over seeds."""
+    shares = [run["groups"]["suppressed"] for run in row["runs"] if "groups" in run]
+    return f"{statistics.mean(shares):.2%}" if shares else "-"
 
 
-def published_table(record: dict[str, Any]) -> str:
+def published_table(record: Record) -> str:
     """Return the figures of other papers as Markdown, our rows first."""
-    columns = published(record)
-    ours = [row["name"] for row in record["rows"]]
+    columns, ours = record["published"], [row["name"] for row in record["rows"]]
     names = dict.fromkeys([*ours, *(name for known in columns.values() for name in known)])
     lines = [[name, *(number(known.get(name)) for known in columns.values())] for name in names]
     return markdown_table([record["varied"], *columns], lines)
 
 
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def number(value: float | None, spec: str = ".3f", unit: float = 1, suffix: str = "") -> str:
+    return "-" if value is None else f"{value / unit:{spec}}{suffix}"
 
 
 def spread(values: list[float]) -> str:
@@ -228,25 +199,17 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
 
 
-def flops(row: dict[str, Any]) -> float | None:
-    return row.get("step_flops")
+def is_plain(row: Record) -> bool:
+    return bool(row["runs"]) and kind(row["hierarchy"]) == PLAIN
 
 
-def step_seconds(row: dict[str, Any]) -> float | None:
-    return (row.get("cost") or {}).get("step_seconds")
-
-
-def is_plain(row: dict[str, Any]) -> bool:
-    return bool(row["runs"]) and " " not in row["hierarchy"]
-
-
-def plain_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+def plain_rows(record: Record) -> list[Record]:
     """Return the trained plain transformers if there are at least two."""
-    plain = [row for row in record["rows"] if is_plain(row) and record["metric"] in row["runs"][0]["figures"]]
+    plain = [row for row in record["rows"] if is_plain(row) and figures(row, record["metric"])]
     return plain if len(plain) > 1 else []
 
 
-def equal_cost(row: dict[str, Any], plain: list[dict[str, Any]], cost: Cost, metric: str) -> float | None:
+def equal_cost(row: Record, plain: list[Record], cost: Cost, metric: str) -> float | None:
     """Return the figure of a plain transformer of the same cost, interpolated linearly in log cost."""
     if not row["runs"] or is_plain(row) or any(cost(each) is None for each in (row, *plain)):
         return None
@@ -256,45 +219,30 @@ def equal_cost(row: dict[str, Any], plain: list[dict[str, Any]], cost: Cost, met
     return float(np.interp(math.log(cost(row)), np.log(costs), reached))
 
 
-def mean_figure(row: dict[str, Any], name: str) -> float:
+def mean_figure(row: Record, name: str) -> float:
     return statistics.mean(figures(row, name))
 
 
-def agreement(
-    record: dict[str, Any], name: str, known: Mapping[str, float] | None = None, source: str = "the paper"
-) -> str:
+def agreement(record: Record, name: str, known: Mapping[str, float] | None = None, source: str = "the paper") -> str:
     """Compare the order of the rows with the paper's, or with that of `source`, whose figures are `known`."""
     if known is None:
         known = {row["name"]: row["paper"][name] for row in record["rows"] if name in row["paper"]}
-    pairs = [
-        (known[row["name"]], mean_figure(row, name), row["name"])
-        for row in record["rows"]
-        if row["name"] in known and any(name in run["figures"] for run in row["runs"])
-    ]
-    if len(pairs) < 3:
+    rows = [row for row in record["rows"] if row["name"] in known and figures(row, name)]
+    if len(rows) < 3:
         return f"{name}: too few rows to compare their order with {source}'s."
-    theirs, ours, _ = zip(*pairs, strict=True)
+    theirs, ours = [known[row["name"]] for row in rows], [mean_figure(row, name) for row in rows]
     if len(set(ours)) == 1 or len(set(theirs)) == 1:
         return f"{name}: all figures are equal, so there is no order to compare."
-    against = sorted(
-        (
-            (abs(ours_a - ours_b), f"{a} and {b}")
-            for i, (paper_a, ours_a, a) in enumerate(pairs)
-            for paper_b, ours_b, b in pairs[:i]
-            if (paper_a - paper_b) * (ours_a - ours_b) < 0
-        ),
-        reverse=True,
-    )
-    n_pairs = len(pairs) * (len(pairs) - 1) // 2
+    pairs = list(itertools.combinations(range(len(rows)), 2))
+    against = [(abs(ours[i] - ours[j]), i, j) for i, j in pairs if (theirs[i] - theirs[j]) * (ours[i] - ours[j]) < 0]
     text = f"{name}: Spearman's rank correlation with {source} {spearmanr(theirs, ours).statistic:.2f}"
-    text += f"; {len(against)} of {n_pairs} pairs of rows are in the other order"
-    if against:
-        worst = "; ".join(f"{names} ({difference:.3f})" for difference, names in against[:N_WORST])
-        text += f", by most: {worst}"
-    return f"{text}."
+    text += f"; {len(against)} of {len(pairs)} pairs of rows are in the other order"
+    worst = sorted(((difference, f"{rows[j]['name']} and {rows[i]['name']}") for difference, i, j in against))[::-1]
+    shown = "; ".join(f"{names} ({difference:.3f})" for difference, names in worst[:N_WORST])
+    return f"{text}, by most: {shown}." if against else f"{text}."
 
 
-def anchor_line(record: dict[str, Any]) -> str:
+def anchor_line(record: Record) -> str:
     trained = [row for row in record["rows"] if row["runs"]]
     worst = [max(mean_figure(row, metric) for metric in row["runs"][0]["figures"]) for row in trained]
     parts = [
@@ -304,17 +252,19 @@ def anchor_line(record: dict[str, Any]) -> str:
     return f"Bits per character of general compressors on the same validation text: {', '.join(parts)}."
 
 
-def setup_line(record: dict[str, Any]) -> str:
+def setup_line(record: Record) -> str:
     setup = record["setup"]
     predictions = next(run["n_predictions"] for row in record["rows"] for run in row["runs"])
     model = ", ".join(f"{name} {value}" for name, value in setup["model"].items())
     optimizer = setup["optimizer"]
+    used = {row.get("optimizer", {}).get("optimizer", "adamw") for row in record["rows"] if row["runs"]}
+    optimizers = " or ".join(name for key, name in {"adamw": "AdamW", "muon": "Muon"}.items() if key in used)
     scaled = f" Scaled from the paper's set-up: {record['scaled']}." if record["scaled"] else ""
     machines = {run["trained"]["machine"] for row in record["rows"] for run in row["runs"] if "trained" in run}
     trained = f" Trained on {', '.join(sorted(machines))}." if machines else ""
     which = "evenly spaced over the validation data" if setup["n_valid"] else "all of the validation data"
     return (
-        f"Set-up: {model}; {setup['steps']:,} steps of {setup['data']['batch_size']} sequences; AdamW, "
+        f"Set-up: {model}; {setup['steps']:,} steps of {setup['data']['batch_size']} sequences; {optimizers}, "
         f"{optimizer['schedule']} from {optimizer['learning_rate']:g} after {optimizer['warmup_steps']} steps. "
         f"{UNITS[record['metric']].capitalize()} over {predictions:,} predictions, sequences without context before "
         f"them, {which}, by the checkpoint that was best on a part of them. Time and memory are those of a compiled "

@@ -1,9 +1,10 @@
-"""Training of a table's rows: each a run directory that `hourglass_jax.load` reads, and its result."""
+"""Training of rows: each a run directory that `hourglass_jax.load` reads, and its result."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from hourglass_jax import (
     UsageError,
     at_shorten_factor,
 )
+from hourglass_jax.costs import training_flops
 from hourglass_jax.data import letters
 from hourglass_jax.data.pipeline import Batch, BatchAt, LazyBatches, evenly_spaced
 from hourglass_jax.evaluation import accuracy, evaluate_batches
@@ -51,6 +53,20 @@ class Job:
     setup: Setup
     directory: Path
 
+    @property
+    def name(self) -> str:
+        return self.row.name
+
+    @property
+    def steps(self) -> int:
+        """The steps that this job itself trains."""
+        return self.train.steps
+
+    @property
+    def ready(self) -> bool:
+        """Whether nothing else must be trained first."""
+        return True
+
     def settings(self) -> dict[str, Any]:
         parts = {"model": self.config, "data": self.setup.data, "optimizer": self.setup.optimizer, "train": self.train}
         return {name: dataclasses.asdict(part) for name, part in parts.items()}
@@ -69,10 +85,27 @@ class Job:
             )
         return result
 
+    def configs(self) -> list[HourglassConfig]:
+        """Return the configurations that the job trains: one, or one for each drawn shorten factor."""
+        hierarchies = [str(self.config.parsed_hierarchy.with_shorten_factor(k)) for k in self.train.shorten_factors]
+        return [dataclasses.replace(self.config, hierarchy=each) for each in hierarchies] or [self.config]
 
-def same_setup(stored: dict[str, Any] | None, setup: dict[str, Any]) -> bool:
-    """Return whether a record's set-up is this one; options that are missing in an older record have their defaults."""
-    return stored is not None and identity(stored) == identity(setup)
+    def step_flops(self) -> float:
+        """Return the FLOPs of a training step, averaged over drawn shorten factors."""
+        length = self.setup.data.block_size
+        return self.setup.data.batch_size * statistics.mean(training_flops(each, length) for each in self.configs())
+
+    def begin(self) -> None:
+        """Prepare the run directory before training."""
+
+    def figures(self, model: HourglassLM, evaluation: Evaluation, validation: Sequence[Batch]) -> dict[str, float]:
+        """Return the figures of the trained model by name."""
+        if self.metric == "accuracy":
+            return {"accuracy": accuracy(model, validation)}
+        if not self.train.shorten_factors:
+            return {self.metric: evaluation.bits_per_character}
+        at_each = {k: evaluate_batches(at_shorten_factor(model, k), validation) for k in self.train.shorten_factors}
+        return {f"{self.metric} at k={k}": at_k.bits_per_character for k, at_k in at_each.items()}
 
 
 def row_config(row: Row, setup: Setup) -> HourglassConfig:
@@ -83,10 +116,12 @@ def row_config(row: Row, setup: Setup) -> HourglassConfig:
 def row_directory(row: Row, config: HourglassConfig, directory: Path) -> Path:
     """Return a directory named after the row's options, without resampling for a plain transformer."""
     resampling = ("shortening", "upsampling")
+    shown = ("hierarchy", *resampling)
     parts = [config.hierarchy.replace(" ", "_")]
     if config.parsed_hierarchy.total_factor > 1:
         parts += [getattr(config, name) for name in resampling]
-    parts += [f"{name}={value}" for name, value in row.options.items() if name not in ("hierarchy", *resampling)]
+    options = {**row.options, **row.optimizer}
+    parts += [f"{name}={value}".replace(" ", "") for name, value in options.items() if name not in shown]
     if row.factors:
         parts.append("k=" + ",".join(map(str, row.factors)))
     return directory / "-".join(parts)
@@ -94,6 +129,8 @@ def row_directory(row: Row, config: HourglassConfig, directory: Path) -> Path:
 
 def make_job(table: Table, row: Row, setup: Setup, directory: Path, seed: int) -> Job:
     config = row_config(row, setup)
+    if row.optimizer:
+        setup = dataclasses.replace(setup, optimizer=dataclasses.replace(setup.optimizer, **row.optimizer))
     train = dataclasses.replace(setup.train, seed=seed, shorten_factors=row.factors)
     return Job(row, table.metric, config, train, setup, row_directory(row, config, directory) / f"seed{seed}")
 
@@ -113,9 +150,8 @@ def plan(
 
     Raises UsageError for an unknown name, and if no row has a seed >= `first_seed`.
     """
-    names = [row.name for table in tables for row in table.rows if row.options is not None]
     for name in only:
-        check_choice("rows", name, names)
+        check_choice("rows", name, [row.name for table in tables for row in table.rows if row.options is not None])
     jobs: dict[Path, Job] = {}
     for table in tables:
         rows = [row for row in table.rows if row.options is not None and (not only or row.name in only)]
@@ -166,72 +202,61 @@ def setup_source(setup: Setup, jobs: Iterable[Job]) -> Source:
     return source
 
 
-def valid_sample(source: Source, setup: Setup) -> Sequence[Batch]:
-    """Return the batches of the final evaluations: about `n_valid` sequences."""
-    batches = source.validation()
-    return evenly_spaced(batches, setup.n_valid // len(batches[0][0])) if setup.n_valid else batches
-
-
 def train(jobs: Sequence[Job], setup: Setup, runtime: RuntimeConfig, signals: Signals) -> None:
-    """Train the unfinished jobs, and resume interrupted ones. Raises UsageError at the end if a job diverged."""
+    """Train the unfinished jobs, always the first one that can start; several processes may share the work.
+
+    Raises UsageError at the end if a job diverged.
+    """
     source = setup_source(setup, jobs)
-    waiting = [job for job in jobs if job.result() is None]
-    print(f"{len(jobs) - len(waiting)} of {len(jobs)} rows are done")
-    validation = valid_sample(source, setup)
-    diverged = []
-    for number, job in enumerate(waiting, len(jobs) - len(waiting) + 1):
-        print(f"[{number}/{len(jobs)}] {job.directory}", flush=True)
+    validation = source.validation()
+    if setup.n_valid:
+        validation = evenly_spaced(validation, setup.n_valid // len(validation[0][0]))
+    diverged: list[str] = []
+
+    def trained(job: Job) -> bool:
+        """Train a job if it is unfinished and free; return whether it did."""
+        if str(job.directory) in diverged or not job.ready or job.result() is not None:
+            return False
         run = Run(job.directory)
         try:
-            result = train_row(job, run, source, validation, runtime, signals)
-        except RunBusy as busy:
+            return train_job(job, run, source, validation, runtime, signals)
+        except RunBusy:
             if jax.process_count() > 1:
                 raise
-            print(busy, flush=True)
-            continue
+            return False
         except Diverged as error:
             print(error, flush=True)
             diverged.append(str(job.directory))
-            continue
+            return True
         finally:
             run.release()
-        print(", ".join(f"{name} {value:.4f}" for name, value in result["figures"].items()), flush=True)
+
+    while any(map(trained, jobs)):
+        pass
+    print(f"{sum(job.result() is not None for job in jobs)} of {len(jobs)} trainings are done")
     if diverged:
-        raise UsageError(f"{len(diverged)} of {len(waiting)} rows diverged and have no result: {', '.join(diverged)}")
+        raise UsageError(f"{len(diverged)} of {len(jobs)} trainings diverged and have no result: {', '.join(diverged)}")
 
 
-def train_row(
+def train_job(
     job: Job, run: Run, source: Source, validation: Sequence[Batch], runtime: RuntimeConfig, signals: Signals
-) -> dict[str, Any]:
-    """Train a row in `run`; save and return its result. Raises RunBusy if another process trains it."""
-    if (result := start_job(job, run, source, runtime)) is not None:
-        return result
-    model, evaluation = fit_job(job, run, source, validation, runtime, signals)
-    if job.metric == "accuracy":
-        figures = {"accuracy": accuracy(model, validation)}
-    elif job.train.shorten_factors:
-        at_each = {k: evaluate_batches(at_shorten_factor(model, k), validation) for k in job.train.shorten_factors}
-        figures = {f"{job.metric} at k={k}": at_k.bits_per_character for k, at_k in at_each.items()}
-    else:
-        figures = {job.metric: evaluation.bits_per_character}
-    return save_result(job, figures, evaluation.n_characters, model, validation)
+) -> bool:
+    """Train a job in `run` and save its result; return False if another process has finished it meanwhile.
 
-
-def start_job(job: Job, run: Run, source: Source, runtime: RuntimeConfig) -> dict[str, Any] | None:
-    """Lock and start `run`; return the result if another process has finished the job meanwhile."""
-    settings, first = job.settings() | source.fingerprint, source.batches(job.train.seed)(0)
-    launcher.start_run(run, job.config, source.tokenizer, settings, runtime, first)
-    return job.result()
-
-
-def fit_job(
-    job: Job, run: Run, source: Source, validation: Sequence[Batch], runtime: RuntimeConfig, signals: Signals
-) -> tuple[HourglassLM, Evaluation]:
+    Raises RunBusy if another process trains it.
+    """
+    batches = source.batches(job.train.seed)
+    settings = job.settings() | source.fingerprint
+    launcher.start_run(run, job.config, source.tokenizer, settings, runtime, batches(0))
+    if job.result() is not None:
+        return False
+    print(job.directory, flush=True)
+    job.begin()
     model = nnx.jit(lambda rngs: HourglassLM(job.config, rngs=rngs))(nnx.Rngs(job.train.seed))
     launcher.causality(model)
     evaluation = fit(
         model,
-        source.batches(job.train.seed),
+        batches,
         validation,
         run,
         optimizer_config=job.setup.optimizer,
@@ -240,21 +265,16 @@ def fit_job(
         unit=source.unit,
         signals=signals,
     )
-    return model, evaluation
-
-
-def save_result(
-    job: Job, figures: dict[str, float], n_predictions: int, model: HourglassLM, validation: Sequence[Batch]
-) -> dict[str, Any]:
     result = {
         "seed": job.train.seed,
-        "figures": figures,
-        "n_predictions": n_predictions,
+        "figures": job.figures(model, evaluation, validation),
+        "n_predictions": evaluation.n_characters,
         **measured_groups(model, validation),
         "trained": provenance(),
     }
     write_whole(job.directory / RESULT, json.dumps(result, indent=1) + "\n")
-    return result
+    print(", ".join(f"{name} {value:.4f}" for name, value in result["figures"].items()), flush=True)
+    return True
 
 
 def measured_groups(model: HourglassLM, batches: Sequence[Batch]) -> dict[str, Any]:

@@ -17,12 +17,14 @@ class Row:
     options: of HourglassConfig, which override those of the setup; None for models of other papers.
     paper: the paper's figures by name; 'bpc', 'bpd' or 'accuracy' first, if any.
     factors: shorten factors drawn in training (section 4.1), each with a figure, e.g. 'bpc at k=2'.
+    optimizer: of OptimizerConfig, which override those of the setup.
     """
 
     name: str
     options: Mapping[str, Any] | None
     paper: Mapping[str, float] = field(default_factory=dict)
     factors: tuple[int, ...] = ()
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,4 +58,3 @@ def resampling(shortening: str = "attention_average", upsampling: str = "attenti
 
 
 TEXT = resampling()  # Table 1's parameter counts fit these two
-IMAGE = resampling(upsampling="attention_linear")  # the row shared by Tables 6, 7 and 8 on CIFAR-10 (3.012)

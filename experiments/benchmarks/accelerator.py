@@ -16,9 +16,9 @@ import numpy as np
 from flax import nnx
 
 from experiments.benchmarks import models
-from experiments.benchmarks.training import Step, synthetic
 from experiments.common.reports import markdown_table
-from hourglass_jax import HourglassConfig, HourglassLM, generate
+from experiments.common.timing import Step, in_turn, synthetic, timed
+from hourglass_jax import HourglassConfig, HourglassLM
 from hourglass_jax.costs import training_flops
 from hourglass_jax.evaluation import score
 from hourglass_jax.nn.attention.choice import IMPLEMENTATIONS
@@ -26,7 +26,7 @@ from hourglass_jax.training.metrics import matmul_ceiling
 
 Row = dict[str, Any]
 Part = Callable[[], Row]
-Tables = dict[str, tuple[str, list[str], Callable[[str, Row], list[list[Any]]]]]  # heading, header and cells by kind
+Tables = dict[str, tuple[str, list[str], Callable[[str, Row], list[list[Any]]]]]  # heading, header, cells by kind
 ORACLE = "plain"
 POSITIONS = ("relative", "rotary", "learned")
 WINDOWS = (0, 64)
@@ -121,8 +121,8 @@ def check(sizes: Accelerator, attention: str, positions: str) -> Row:
     return {"kind": "check", "comparisons": comparisons, "passed": all(map(is_near, comparisons))}
 
 
-def is_near(comparison: Mapping[str, Any]) -> bool:
-    return comparison["error"] <= TIMES * comparison["of_plain"] + ROUNDING
+def is_near(comparison: Mapping[str, Any], times: float = TIMES) -> bool:
+    return comparison["error"] <= times * comparison["of_plain"] + ROUNDING
 
 
 def logits_and_gradients(config: HourglassConfig, params: nnx.State, length: int) -> Any:
@@ -152,26 +152,18 @@ def train(sizes: Accelerator, config: HourglassConfig, repeats: int) -> Row:
 
 def time_step(sizes: Accelerator, step: Step, repeats: int) -> Row:
     """Time a compiled step."""
-    memory = step.step.memory_analysis()
-    [seconds] = models.in_turn({"step": step}, repeats).values()
-    median, flops = statistics.median(seconds), sizes.batch * training_flops(step.config, sizes.length)
-    return {
-        "seconds": seconds,
-        "compile_seconds": step.compile_seconds,
-        "characters_per_second": sizes.batch * sizes.length / median,
-        "ceiling_share": flops / median / matmul_ceiling(sizes.dtype),
-        "memory_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
-    }
+    [seconds] = in_turn({"step": step}, repeats).values()
+    flops = sizes.batch * training_flops(step.config, sizes.length) / statistics.median(seconds)
+    measured = {"compile_seconds": step.compile_seconds, "memory_bytes": step.memory_bytes}
+    share = flops / matmul_ceiling(sizes.dtype)
+    return timed(seconds, sizes.batch * sizes.length, ceiling_share=share, **measured)
 
 
 def decode(sizes: Accelerator, positions: str, batch: int, repeats: int) -> Row:
     """Time generation from prompts of one character."""
     model = HourglassLM(sizes.config(positions=positions), rngs=nnx.Rngs(0))
-    prompts = [[i % 256] for i in range(batch)]
-    run = partial(generate, model, prompts, max_tokens=sizes.decode_length, key=jax.random.key(0))
-    [seconds] = models.in_turn({"decode": run}, repeats).values()
-    rate = batch * sizes.decode_length / statistics.median(seconds)
-    return {"kind": "decode", "seconds": seconds, "characters_per_second": rate}
+    [seconds] = in_turn({"decode": models.generation(model, batch, sizes.decode_length)}, repeats).values()
+    return timed(seconds, batch * sizes.decode_length, kind="decode")
 
 
 def describe(record: Mapping[str, Any], sizes: Accelerator, n_parts: int) -> str:
@@ -187,42 +179,27 @@ def render(title: str, about: str, record: Mapping[str, Any], n_parts: int, tabl
     """Return the finished parts as Markdown: a table for each kind of row, and the failed parts."""
     rows = record["rows"]
     text = [title, f"{len(rows)} of {n_parts} parts are done. {about}"]
-    of_kind = {kind: {n: row for n, row in rows.items() if row["kind"] == kind} for kind in (*tables, "failed")}
     for kind, (heading, header, cells) in tables.items():
-        if of_kind[kind]:
-            text += [
-                heading,
-                markdown_table(header, [line for n, row in of_kind[kind].items() for line in cells(n, row)]),
-            ]
-    text += [f"- {name}: failed, {row['reason']}" for name, row in of_kind["failed"].items()]
+        lines = [line for name, row in rows.items() if row["kind"] == kind for line in cells(name, row)]
+        text += [heading, markdown_table(header, lines)] if lines else []
+    text += [f"- {name}: failed, {row['reason']}" for name, row in rows.items() if row["kind"] == "failed"]
     return "\n\n".join(text) + "\n"
 
 
 def check_cells(name: str, row: Row) -> list[list[str]]:
-    return [
-        [
-            name.partition(" ")[2],
-            each["window"],
-            each["dtype"],
-            f"{each['error']:.1e}",
-            f"{each['of_plain']:.1e}",
-            "yes" if is_near(each) else "NO",
-        ]
-        for each in row["comparisons"]
-    ]
+    return [[name.partition(" ")[2], each["window"], *error_cells(each)] for each in row["comparisons"]]
+
+
+def error_cells(comparison: Mapping[str, Any], times: float = TIMES) -> list[str]:
+    """Return the dtype of a comparison, its errors, and whether it passes."""
+    errors = [f"{comparison[name]:.1e}" for name in ("error", "of_plain")]
+    return [comparison["dtype"], *errors, "yes" if is_near(comparison, times) else "NO"]
 
 
 def train_cells(name: str, row: Row) -> list[list[str]]:
-    return [
-        [
-            name.partition(" ")[2],
-            f"{statistics.median(row['seconds']) * 1e3:,.1f}",
-            f"{row['characters_per_second']:,.0f}",
-            f"{row['ceiling_share']:.0%}",
-            f"{row['memory_bytes'] / 2**30:.2f}",
-            f"{row['compile_seconds']:.0f}",
-        ]
-    ]
+    milliseconds, speed = statistics.median(row["seconds"]) * 1e3, row["characters_per_second"]
+    costs = [f"{row['ceiling_share']:.0%}", f"{row['memory_bytes'] / 2**30:.2f}", f"{row['compile_seconds']:.0f}"]
+    return [[name.partition(" ")[2], f"{milliseconds:,.1f}", f"{speed:,.0f}", *costs]]
 
 
 def decode_cells(name: str, row: Row) -> list[list[str]]:

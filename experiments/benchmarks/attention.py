@@ -17,21 +17,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import models
 from experiments.benchmarks.accelerator import (
     ORACLE,
-    ROUNDING,
     TABLES,
     Accelerator,
     Part,
     Row,
     Tables,
+    error_cells,
+    is_near,
     render,
     time_step,
 )
-from experiments.benchmarks.device import by_kind, kernels_of
+from experiments.benchmarks.device import by_kind, kernels_of, launched
 from experiments.benchmarks.programs import Programs
-from experiments.benchmarks.training import Step, synthetic
+from experiments.common.timing import Step, in_turn, synthetic
 from hourglass_jax.nn.attention.choice import EXPERIMENTS, IMPLEMENTATIONS
 from hourglass_jax.nn.attention.kernel import call, like, run_kernels, wide
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern
@@ -50,7 +50,6 @@ PATTERNS = {
 CASES = [*((kind, "bfloat16") for kind in PATTERNS), ("layer", "float32")]  # float32 kernels compile slowly
 TIMES = 1.5  # allowed error of a candidate, relative to that of plain attention of the same dtype
 CALLS = 10  # of a layer in a timed run
-TOP = 12  # slowest kernels that a row keeps
 KERNELS = {"forward": forward_tile, "queries": query_tile, "keys": key_tile, "lags": lag_tile}
 
 
@@ -114,7 +113,7 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]
 
 
 def time_kernels(programs: Programs, repeats: int) -> Row:
-    seconds = models.in_turn({piece: programs[f"kernels {piece}"] for piece in KERNELS}, repeats)
+    seconds = in_turn({piece: programs[f"kernels {piece}"] for piece in KERNELS}, repeats)
     return {"kind": "kernels", "seconds": {piece: statistics.median(each) / CALLS for piece, each in seconds.items()}}
 
 
@@ -148,17 +147,13 @@ def check(sizes: Accelerator, programs: Programs, name: str) -> Row:
         results = (jax.device_get(programs[f"{each} {kind} {dtype}"]()) for each in (name, ORACLE))
         error, of_plain = (distance(found, expected) for found in results)
         comparisons.append({"pattern": kind, "dtype": dtype, "error": error, "of_plain": of_plain})
-    return {"kind": "check", "comparisons": comparisons, "passed": all(map(is_near, comparisons))}
+    return {"kind": "check", "comparisons": comparisons, "passed": all(is_near(each, TIMES) for each in comparisons)}
 
 
 def distance(found: Any, expected: Any) -> float:
     """Return the largest root mean square of a difference, relative to that of its array."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
     return max(float(np.linalg.norm(np.float64(a) - b) / (np.linalg.norm(b) + 1e-12)) for a, b in pairs)
-
-
-def is_near(comparison: Mapping[str, Any]) -> bool:
-    return comparison["error"] <= TIMES * comparison["of_plain"] + ROUNDING
 
 
 def compile_layer(sizes: Accelerator, name: str, length: int) -> dict[str, Callable[[], Any]]:
@@ -174,10 +169,14 @@ def compile_layer(sizes: Accelerator, name: str, length: int) -> dict[str, Calla
 def time_layer(programs: Programs, label: str, repeats: int) -> Row:
     """Time a layer's attention; the backward pass is the difference."""
     runs = programs[label]
-    medians = {name: statistics.median(each) / CALLS for name, each in models.in_turn(runs, repeats).items()}
+    medians = {name: statistics.median(each) / CALLS for name, each in in_turn(runs, repeats).items()}
     forward, both = medians["forward"], medians["both"]
-    slowest = [kernel._asdict() for kernel in kernels_of(runs["both"])[:TOP]]
-    return {"kind": "layer", "forward": forward, "backward": both - forward, "kernels": slowest}
+    return {
+        "kind": "layer",
+        "forward": forward,
+        "backward": both - forward,
+        **launched(kernels_of(runs["both"]), CALLS),
+    }
 
 
 def compile_step(sizes: Accelerator, name: str) -> Step:
@@ -190,9 +189,7 @@ def time_model(sizes: Accelerator, programs: Programs, label: str, repeats: int)
     step = programs[label]
     row = time_step(sizes, step, repeats)
     kernels = kernels_of(step)
-    slowest = [kernel._asdict() for kernel in kernels[:TOP]]
-    launches = sum(kernel.launches for kernel in kernels)
-    return row | {"kind": "step", "kinds": by_kind(kernels), "launches": launches, "kernels": slowest}
+    return row | {"kind": "step", "kinds": by_kind(kernels)} | launched(kernels)
 
 
 def describe(record: Mapping[str, Any], sizes: Accelerator, n_parts: int) -> str:
@@ -212,21 +209,13 @@ def milliseconds(seconds: float) -> str:
 
 def check_cells(name: str, row: Row) -> list[list[Any]]:
     _, attention = name.split(" ")
-    return [
-        [
-            attention,
-            *(each["pattern"], each["dtype"]),
-            *(f"{each['error']:.1e}", f"{each['of_plain']:.1e}"),
-            "yes" if is_near(each) else "NO",
-        ]
-        for each in row["comparisons"]
-    ]
+    return [[attention, each["pattern"], *error_cells(each, TIMES)] for each in row["comparisons"]]
 
 
 def step_cells(name: str, row: Row) -> list[list[Any]]:
     kinds = ", ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in row["kinds"].items())
     [cells] = TABLES["train"][2](name, row)
-    return [[*cells[:-1], row["launches"], kinds]]
+    return [[*cells[:-1], f"{row['launches']:.0f}", kinds]]
 
 
 ROWS: Tables = {

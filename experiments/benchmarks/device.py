@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ KINDS = {  # of kernels by name, the first that matches
     "softmax, norms and other reductions": r"reduce|softmax",
     "other fusions": r"fusion",
 }
+TOP = 12  # slowest kernels that a row keeps
 
 
 class Kernel(NamedTuple):
@@ -55,6 +56,12 @@ def read(planes: Iterable[Any]) -> list[Kernel]:
                 times[event.name].append(event.duration_ns * 1e-9)
     found = [Kernel(name, len(each), sum(each)) for name, each in times.items()]
     return sorted(found, key=lambda kernel: -kernel.seconds)
+
+
+def launched(kernels: Sequence[Kernel], calls: int = 1) -> dict[str, Any]:
+    """Return the number of launches a call and the slowest kernels of `calls` calls, for a row."""
+    launches = sum(kernel.launches for kernel in kernels) / calls
+    return {"launches": launches, "kernels": [kernel._asdict() for kernel in kernels[:TOP]]}
 
 
 def by_kind(kernels: Iterable[Kernel]) -> dict[str, float]:

@@ -17,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.benchmarks import models
 from experiments.benchmarks.accelerator import POSITIONS, Accelerator, Part, Row, Tables, render
-from experiments.benchmarks.attention import TOP
-from experiments.benchmarks.device import kernels_of, memory_bandwidth
+from experiments.benchmarks.device import kernels_of, launched, memory_bandwidth
 from experiments.benchmarks.programs import Programs
+from experiments.common.timing import in_turn, timed
 from hourglass_jax import HourglassConfig, HourglassLM, generation
 from hourglass_jax.costs import cache_bytes, count_parameters
 from hourglass_jax.prompts import round_up
@@ -90,18 +89,15 @@ class Loop:
 def time_steps(sizes: Accelerator, programs: Programs, name: str, repeats: int) -> Row:
     loop = programs[name]
     run = loop.start()
-    [seconds] = models.in_turn({name: run}, repeats).values()
+    [seconds] = in_turn({name: run}, repeats).values()
     kernels = kernels_of(run)
-    step = statistics.median(seconds) / generation.BLOCK
-    return {
+    row = {
         "kind": "step",
-        "seconds": step,
-        "characters_per_second": loop.batch / step,
-        "launches": sum(kernel.launches for kernel in kernels) / generation.BLOCK,
         "busy": sum(kernel.seconds for kernel in kernels) / generation.BLOCK,
         "floors": floors(loop.config, loop.batch, loop.length),
-        "kernels": [kernel._asdict() for kernel in kernels[:TOP]],
+        **launched(kernels, generation.BLOCK),
     }
+    return timed([each / generation.BLOCK for each in seconds], loop.batch, **row)
 
 
 def floors(config: HourglassConfig, batch: int, length: int) -> list[float]:
@@ -122,7 +118,7 @@ def describe(record: Mapping[str, Any], sizes: Accelerator, n_parts: int) -> str
 
 
 def cells(name: str, row: Row) -> list[list[Any]]:
-    microseconds = [f"{x * 1e6:,.0f}" for x in (row["seconds"], row["busy"], *row["floors"])]
+    microseconds = [f"{x * 1e6:,.0f}" for x in (statistics.median(row["seconds"]), row["busy"], *row["floors"])]
     microseconds += [""] * (4 - len(microseconds))
     return [[*name.split(" ")[1:], f"{row['characters_per_second']:,.0f}", f"{row['launches']:.0f}", *microseconds]]
 

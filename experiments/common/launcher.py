@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
@@ -34,9 +35,11 @@ from hourglass_jax import (
 )
 from hourglass_jax.causality import NotStrictlyCausal
 from hourglass_jax.checks import check_decodes
+from hourglass_jax.config import BY_LEVEL
 from hourglass_jax.data.pipeline import Batch
 from hourglass_jax.memory import keep_freed_memory
 from hourglass_jax.pretrained import pretrained_names, pretrained_path
+from hourglass_jax.recipes import RECIPES
 from hourglass_jax.run_config import MAX_SEED
 from hourglass_jax.tokenizers import Tokenizer
 from hourglass_jax.training.identity import first_batch_fingerprint
@@ -57,6 +60,8 @@ _started: list[Run] = []
 def define_config(name: str, defaults: Any, *, without: tuple[str, ...] = ()) -> None:
     """Define flags --name.field=value for every field of a dataclass."""
     fields = {k: v for k, v in dataclasses.asdict(defaults).items() if k not in without}
+    if isinstance(defaults, HourglassConfig):  # flags for several numbers
+        fields |= {name: (fields[name],) for name in BY_LEVEL}
     help_text = f"{type(defaults).__name__} fields, as --{name}.FIELD"
     try:
         config_flags.DEFINE_config_dict(name, ConfigDict(fields), help_text)
@@ -71,6 +76,11 @@ def define_alias(alias: str, target: str, parse: Callable[[str], Any]) -> None:
     """Define a flag --alias=value for --target=parse(value). target: config.field, or several separated by commas."""
     _aliases[alias] = (target, parse)
     flags.DEFINE_string(alias, None, "short for " + " and ".join(f"--{t}" for t in target.split(",")))
+
+
+def define_recipe(default: str, help_text: str) -> flags.FlagHolder[str]:
+    """Define a flag --recipe that sets defaults of model and optimizer."""
+    return flags.DEFINE_enum("recipe", default, list(RECIPES), help_text)
 
 
 def define_seed(help_text: str) -> flags.FlagHolder[int]:
@@ -90,10 +100,15 @@ def given_fields(name: str) -> dict[str, list[str]]:
     return found
 
 
-def read_config(name: str, cls: type[Config], **given: Any) -> Config:
-    """Return the dataclass of the flags and aliases. Raises UsageError for bad or contradicting values."""
+def read_config(name: str, cls: type[Config], recipe: Mapping[str, Any] = MappingProxyType({}), **given: Any) -> Config:
+    """Return the dataclass of the flags and aliases; `recipe` replaces defaults.
+
+    Raises UsageError for bad or contradicting values.
+    """
     values = FLAGS[name].value.to_dict()
-    for field, names in given_fields(name).items():
+    from_flags = given_fields(name)
+    values |= {field: value for field, value in recipe.items() if field not in from_flags}
+    for field, names in from_flags.items():
         found = [values[field]] * (f"{name}.{field}" in names)
         found += [parse_flag(flag, FLAGS[flag].value, _aliases[flag][1]) for flag in names if flag in _aliases]
         if any(value != found[0] for value in found[1:]):
@@ -113,13 +128,13 @@ def parse_flag(flag: str, text: str, parse: Callable[[str], Any]) -> Any:
         raise UsageError(f"--{flag}={text}: cannot be read as a value of this flag ({error})") from error
 
 
-def check_taken(taken_by: dict[str, tuple[str, ...]], mode: str, given: Collection[str] = ()) -> None:
-    """Raise UsageError for a flag, or an option in `given`, that does not apply to `mode`.
+def check_taken(taken_by: Mapping[str, Collection[str]], mode: str) -> None:
+    """Raise UsageError for a flag that does not apply to `mode`.
 
-    taken_by: the modes of each option that only some modes support, as written, e.g. '--suite=decoding'.
+    taken_by: the modes of each flag that only some modes support, as written, e.g. '--suite=decoding'.
     """
     for option, modes in sorted(taken_by.items()):
-        if (option in given or (option in FLAGS and FLAGS[option].present)) and mode not in modes:
+        if option in FLAGS and FLAGS[option].present and mode not in modes:
             raise UsageError(f"--{option} is for {' and '.join(modes)}, not for {mode}; leave it out")
 
 
@@ -162,12 +177,6 @@ class PathParser(flags.ArgumentParser):
 def define_path(name: str, default: str | None, help_text: str) -> flags.FlagHolder:
     """Define a flag for a path; expands `~/x`, which a shell does not do after `=`."""
     return flags.DEFINE(PathParser(), name, default, help_text, serializer=flags.ArgumentSerializer())
-
-
-def check_directory_of(path: str) -> None:
-    """Raise UsageError if the directory of `path` does not exist."""
-    if not (directory := Path(path).parent).is_dir():
-        raise UsageError(f"{path}: the directory {directory} does not exist; create it or give another path")
 
 
 class ModelFlags:
@@ -295,11 +304,16 @@ def start_run(
         multihost_utils.sync_global_devices("the run directory is ready")
 
 
+def banned_tokens(tokenizer: Tokenizer, *, ends: bool = True) -> list[int]:
+    """Return the tokens that a sample never contains: <UNK>, <BOS> and, unless it `ends` there, <EOS>."""
+    special = (tokenizer.unk_id, tokenizer.bos_id, None if ends else tokenizer.eos_id)
+    return [token for token in special if token is not None]
+
+
 def make_sampler(
     tokenizer: Tokenizer, prompt: np.ndarray, max_tokens: int, seed: int, signals: Signals, *, ends: bool = False
 ) -> Callable[[HourglassLM], str]:
     """Return a function that samples text after `prompt`, up to <EOS> if `ends`; a signal interrupts it."""
-    special = (tokenizer.unk_id, tokenizer.bos_id, None if ends else tokenizer.eos_id)
 
     def sample(model: HourglassLM) -> str:
         [tokens] = generate(
@@ -309,7 +323,7 @@ def make_sampler(
             key=jax.random.key(seed),
             temperature=0.8,
             stop_token=tokenizer.eos_id if ends else None,
-            banned_tokens=[token for token in special if token is not None],
+            banned_tokens=banned_tokens(tokenizer, ends=ends),
             stream=lambda _: signals.check(),
         )
         return tokenizer.decode(tokens)

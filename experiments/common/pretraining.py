@@ -16,6 +16,7 @@ from hourglass_jax import (
     TrainConfig,
     UsageError,
 )
+from hourglass_jax.recipes import RECIPES
 from hourglass_jax.tokenizers import Tokenizer, boundary_tokens
 
 # Sized so that the built-in corpus trains in about two minutes on two CPU cores.
@@ -28,15 +29,20 @@ MODEL = HourglassConfig(
     max_length=1024,
     initialization="xavier",
 )
-DATA = DataConfig(block_size=128, batch_size=8)
-OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
-TRAIN = TrainConfig(steps=600, eval_interval=100)
+DATA = DataConfig(block_size=128, batch_size=16)
+OPTIMIZER = OptimizerConfig(learning_rate=4e-3)
+TRAIN = TrainConfig(steps=300, eval_interval=50)
 
 OUT = launcher.define_path("out", "runs/pretrain", "Directory of checkpoints, curves and plots.")
 INIT_FROM = launcher.define_path(
     "init_from",
     "",
     "Start from the parameters of this run or shipped model; its model options and vocabulary are the defaults.",
+)
+RECIPE = launcher.define_recipe(
+    "modern",
+    "Defaults of model and optimizer: modern (Muon and n-grams, see docs/training.md) | paper | original. With "
+    "--init_from, of the optimizer only.",
 )
 VOCAB_PATH = launcher.define_path("vocab_path", "", "Use this vocabulary (JSON) instead of the text's own.")
 EPOCHS = flags.DEFINE_integer("epochs", None, "With --iter: train for epochs * iter steps.", lower_bound=1)
@@ -67,10 +73,10 @@ def parse_betas(text: str) -> tuple[float, float]:
 for _name in ("hierarchy", "shortening", "upsampling", "boundaries", "positions", "activation", "norm"):
     launcher.define_alias(_name, f"model.{_name}", str)
 for _name in ("d_model", "n_heads", "d_ff", "window"):
-    launcher.define_alias(_name, f"model.{_name}", int)
+    launcher.define_alias(_name, f"model.{_name}", parse_numbers)
 launcher.define_alias("dropout", "model.dropout", float)
 launcher.define_alias("factors", "model.hierarchy", parse_factors)
-launcher.define_alias("n_embedding", "model.d_model", int)
+launcher.define_alias("n_embedding", "model.d_model", parse_numbers)
 launcher.define_alias("data_path", "data.path", os.path.expanduser)
 launcher.define_alias("valid_path", "data.valid_path", os.path.expanduser)
 launcher.define_alias("batch_size", "data.batch_size", int)
@@ -91,7 +97,8 @@ def read_model(tokenizer: Tokenizer, base: HourglassConfig | None = None) -> Hou
 
     boundary_tokens defaults to the tokenizer's tokens for the chosen boundaries.
     """
-    options, given = launcher.read_config("model", dict), launcher.given_fields("model")
+    recipe, given = RECIPES[RECIPE.value].model, launcher.given_fields("model")
+    options = launcher.read_config("model", dict, {} if base else recipe)
     if base:
         options = dataclasses.asdict(base) | {name: options[name] for name in given}
     if "boundaries" in given and "boundary_tokens" not in given:
@@ -128,6 +135,6 @@ def read_configs() -> tuple[DataConfig, OptimizerConfig, TrainConfig]:
                 raise UsageError(f"{options} and --{names[0]} both set {name}.{field}; leave out one of them")
     return (
         launcher.read_config("data", DataConfig),
-        launcher.read_config("optimizer", OptimizerConfig, **betas),
+        launcher.read_config("optimizer", OptimizerConfig, RECIPES[RECIPE.value].optimizer, **betas),
         launcher.read_config("train", TrainConfig, **schedule),
     )

@@ -17,11 +17,16 @@ import jax
 from hourglass_jax import HourglassLM, UsageError
 from hourglass_jax.files import write_whole
 from hourglass_jax.model import n_parameters
+from hourglass_jax.training.identity import describe, differences
 from hourglass_jax.training.run import Record
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
 SECTIONS = ("## Data", "## License", "## Training", "## Not good for")  # of a model's description
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class NoResults(UsageError):
+    """Nothing was trained or measured yet."""
 
 
 def provenance(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
@@ -51,6 +56,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+def page(title: str, caption: str, picture: str, *parts: str) -> str:
+    """Return Markdown: a heading, a picture (the name of a file beside the page), and the parts that are not empty."""
+    return "\n\n".join([f"# {title}", f"![{caption}]({picture})", *filter(None, parts)])
+
+
 def report_file(path: Path, ending: str) -> Path:
     """Return PATH.json, PATH.md or PATH.png; PATH may contain dots, as in `table1-book.txt-micro`."""
     return path.with_name(path.name + ending)
@@ -65,11 +75,46 @@ def write_report(path: Path, record: dict[str, Any], text: str) -> None:
     write_whole(report_file(path, ".md"), f"{text.rstrip()}\n\n{source}\n")
 
 
-def publish(path: Path, record: dict[str, Any], render: Callable[[Any], str], draw: Callable[[Any, Path], None]) -> str:
-    """Write PATH.json, and PATH.md and PATH.png from the record; return the path of PATH.md."""
+def publish(
+    path: Path,
+    record: dict[str, Any] | None,
+    render: Callable[[Any], str],
+    draw: Callable[[Any, Path], None],
+    comment: str | None = None,
+) -> str:
+    """Write PATH.json, and PATH.md and PATH.png from the record; return the path of PATH.md.
+
+    comment: replaces that of the record. Raises NoResults if the record is None.
+    """
+    if record is None:
+        raise NoResults(f"{path}.json: there are no results yet; run the command without --report first")
+    if comment is not None:
+        record = record | {"comment": comment}
     write_report(path, record, render(record))
     draw(record, report_file(path, ".png"))
     return f"{path}.md"
+
+
+def rerender(
+    path: Path, render: Callable[[Any], str], draw: Callable[[Any, Path], None], comment: str | None = None
+) -> str:
+    """Write PATH.md and PATH.png from PATH.json; return the path of PATH.md."""
+    return publish(path, read_record(report_file(path, ".json")), render, draw, comment)
+
+
+def open_record(path: Path, settings: dict[str, Any], empty: dict[str, Any]) -> dict[str, Any]:
+    """Return the record at PATH.json, or a new one: `settings` and `empty`.
+
+    Raises UsageError if the record was measured with other settings.
+    """
+    settings = json.loads(json.dumps(settings))
+    record = read_record(report_file(path, ".json")) or settings | empty
+    if different := differences({name: record.get(name) for name in settings}, settings):
+        raise UsageError(
+            f"{path}.json: was measured with other settings ({describe(different)}); remove it, or give another "
+            "directory or name for the report"
+        )
+    return record
 
 
 def model_card(name: str, model: HourglassLM, record: Record, about: Path, evaluations: Sequence[Path]) -> str:

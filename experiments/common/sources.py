@@ -13,17 +13,21 @@ from experiments.common import launcher
 from experiments.common.characters import check_characters
 from experiments.common.pictures import COLUMNS, draw_images, nothing, save_grid, top_halves
 from hourglass_jax import CharTokenizer, DataConfig, HourglassConfig, HourglassLM, ImageTokenizer, UsageError
-from hourglass_jax.data.corpora import load_splits, load_text, load_tokens
+from hourglass_jax.data.corpora import Splits, load_splits, load_text, load_tokens, shortage
 from hourglass_jax.data.haiku import make_examples
 from hourglass_jax.data.images import ImageSplits, image_batches, image_validation, load_folder, load_images
+from hourglass_jax.data.overlap import warn_of_repeats
 from hourglass_jax.data.pipeline import (
     BatchAt,
     LazyBatches,
     all_examples,
     consecutive_windows,
+    plan_documents,
     shuffled_examples,
     training_batches,
+    without_targets,
 )
+from hourglass_jax.data.store import Store, is_store
 from hourglass_jax.files import optional_output
 from hourglass_jax.objective import corrupt
 from hourglass_jax.run_config import FOLDER, IMAGE_SIZES
@@ -75,6 +79,61 @@ class TextSource:
         prompt = np.array(self.valid[: int(min(32, config.position_limit / 2))])
         sample = launcher.make_sampler(self.tokenizer, prompt, 200, seed, signals)
         return f"{self.tokenizer.decode(prompt)!r} continues:\n", sample
+
+
+class StoreSource(TextSource):
+    """Windows of a token store, in the store's own tokens. Validation does not count BOS and EOS."""
+
+    def __init__(self, config: DataConfig, tokenizer: TextTokenizer | None = None):
+        store = open_store(config.path, tokenizer)
+        if config.valid_path or config.split != "fraction":
+            raise UsageError(
+                f"{config.path}: a token store has its own validation split; leave out --valid_path and --data.split"
+            )
+        self.train, self.valid, self.tokenizer = store.train, store.valid, store.tokenizer
+        if problem := shortage(Splits(store.train, store.valid, store.test), config):
+            raise UsageError(
+                f"{config.path}: {problem}; prepare it with more documents or another --valid_fraction, or give a "
+                "smaller block_size"
+            )
+        warn_of_repeats(self.train, self.valid, config.path)
+        self.unit = UNITS[self.tokenizer.kind]
+        self.config = config
+        self.n_positions = config.block_size
+        self.n_examples = (len(self.train) - 1) // config.block_size
+        self.fingerprint = {"text_fingerprint": store.fingerprint}
+        documents = [len(part.ends) for part in (self.train, self.valid)]
+        self.size = (
+            f"{len(self.train):,} tokens in {documents[0]:,} documents to train on, {len(self.valid):,} in "
+            f"{documents[1]:,} for validation"
+        )
+        if config.order == "documents":
+            starts, n_lost, n_repeated = plan_documents(self.train, config.block_size)
+            self.n_examples = len(starts)
+            lost, repeated = (f"{n:,} ({n / len(self.train):.1%})" for n in (n_lost, n_repeated))
+            self.size += f"; {len(starts):,} windows an epoch: {lost} tokens lost, {repeated} in two windows"
+
+    def validation(self) -> LazyBatches:
+        return without_targets(super().validation(), (self.tokenizer.bos_id, self.tokenizer.eos_id))
+
+
+def open_store(path: str, tokenizer: TextTokenizer | None) -> Store:
+    """Open a token store. Raises UsageError if it has another tokenizer."""
+    store = Store(path)
+    if tokenizer is not None and vars(tokenizer) != vars(store.tokenizer):
+        raise UsageError(
+            f"{path}: the token store has another tokenizer ({store.tokenizer.kind}, {store.tokenizer.vocab_size} "
+            f"tokens) than the model ({tokenizer.kind}, {tokenizer.vocab_size} tokens); prepare it with the model's "
+            f"--tokenizer={tokenizer.kind}{' and --vocab_path' * (tokenizer.kind == 'char')}"
+        )
+    return store
+
+
+def open_text(config: DataConfig, tokenizer: TextTokenizer | None = None, *, allow_unknown: bool = False) -> TextSource:
+    """Return the source of a text or a token store."""
+    if is_store(config.path):
+        return StoreSource(config, tokenizer)
+    return TextSource(config, tokenizer, allow_unknown=allow_unknown)
 
 
 class HaikuSource:
@@ -179,7 +238,7 @@ def open_source(
                 f"--vocab_path={vocab_path}: the initial parameters are for another vocabulary; leave it out"
             )
         tokenizer = chosen
-    return TextSource(config, tokenizer, allow_unknown=allow_unknown)
+    return open_text(config, tokenizer, allow_unknown=allow_unknown)
 
 
 def read_tokenizer(data: DataConfig, vocab_path: str) -> Tokenizer:
@@ -189,6 +248,8 @@ def read_tokenizer(data: DataConfig, vocab_path: str) -> Tokenizer:
     if data.dataset != "text":
         side = data.image_size or IMAGE_SIZES[data.dataset]
         return ImageTokenizer((side, side, 3))
+    if is_store(data.path):
+        return Store(data.path).tokenizer
     if data.tokenizer == "byte":
         return ByteTokenizer()
     return CharTokenizer.load(Path(vocab_path)) if vocab_path else load_tokens(data)[1]

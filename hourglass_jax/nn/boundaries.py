@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hourglass_jax.config import HourglassConfig
+from hourglass_jax.config import LevelConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.hierarchy import Level
 from hourglass_jax.nn.cache import NEVER, Clock, EventCache, where_live
@@ -68,7 +68,7 @@ class FixedBoundaries(nnx.Module):
 
     own_time = False  # whether each row of the deeper level has its own time
 
-    def __init__(self, config: HourglassConfig, level: Level, *, rngs: nnx.Rngs):
+    def __init__(self, config: LevelConfig, level: Level, *, rngs: nnx.Rngs):
         self.k, self.tokens_per_position = level.shorten_factor, level.factor
         self.shift = self.k if config.shift == "original" else self.k - 1
         self.causal = config.causal
@@ -134,7 +134,7 @@ class Boundaries(nnx.Module):
 
     own_time = True
 
-    def __init__(self, config: HourglassConfig, level: Level, *, rngs: nnx.Rngs):
+    def __init__(self, config: LevelConfig, level: Level, *, rngs: nnx.Rngs):
         self.k, self.tokens_per_position = level.shorten_factor, level.factor
         self.d_model, self.dtype = config.d_model, config.dtype
         self.slack = min(config.boundary_slack, self.k)  # k allows a boundary at every position
@@ -251,7 +251,7 @@ class Boundaries(nnx.Module):
 class EveryKth(Boundaries):
     """Boundaries at positions 0, k, 2k ... of each row: a fixed factor below variable boundaries."""
 
-    def __init__(self, config: HourglassConfig, level: Level, *, rngs: nnx.Rngs):
+    def __init__(self, config: LevelConfig, level: Level, *, rngs: nnx.Rngs):
         super().__init__(config, level, rngs=rngs)
         self.slack = 1.0
 
@@ -264,7 +264,7 @@ class TokenBoundaries(Boundaries):
 
     def __init__(
         self,
-        config: HourglassConfig,
+        config: LevelConfig,
         level: Level,
         *,
         of_bytes: tuple[int, ...] = (),

@@ -171,6 +171,7 @@ class EventCache:
 class Cache:
     """The state of decoding.
 
+    history: int32 [B, n], the newest tokens, for n-grams.
     max_length: tokens that fit, including padding; `drop` some before `clock.time` reaches it.
     context: tokens that a row attends to at most; see `forgotten`.
     factor: K; `max_length` and `context` are multiples of it.
@@ -178,9 +179,15 @@ class Cache:
 
     clock: Clock
     levels: dict[str, Any]
+    history: jax.Array
     max_length: int = field(metadata={"static": True})
     context: int = field(metadata={"static": True})
     factor: int = field(metadata={"static": True})
+
+    def with_history(self, tokens: jax.Array) -> Cache:
+        """Return the cache after `tokens` [B, L]."""
+        history = jnp.concatenate([self.history, tokens.astype(jnp.int32)], axis=1)[:, tokens.shape[1] :]
+        return replace(self, history=history)
 
     def now(self) -> Clock:
         """Return the clock of the next token, after the tokens that each row drops for it."""
@@ -213,7 +220,8 @@ class Cache:
 
     def filled_from(self, smaller: Cache) -> Cache:
         """Copy the contents of a smaller cache into this empty one."""
-        return replace(self, clock=smaller.clock, levels=map_levels(filled, self.levels, smaller.levels))
+        levels = map_levels(filled, self.levels, smaller.levels)
+        return replace(self, clock=smaller.clock, levels=levels, history=smaller.history)
 
     def drop(self, tokens: jax.Array) -> Cache:
         """Remove the oldest `tokens`, a multiple of K that no row attends to, at every level."""

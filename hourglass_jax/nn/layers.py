@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from hourglass_jax.config import HourglassConfig
+from hourglass_jax.config import HourglassConfig, LevelConfig
 from hourglass_jax.nn import cpu
 
 _ROWS = 0x726F7773  # folded into a key, so that its row keys differ from its split keys
@@ -45,13 +45,34 @@ class LayerNorm(nnx.LayerNorm):
         return flax_on_matrix(super().__call__, x)
 
 
+class RMSNorm(nnx.RMSNorm):
+    """`nnx.RMSNorm` on a matrix; see `cpu.on_matrix`."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        return flax_on_matrix(super().__call__, x)
+
+
 def linear(config: HourglassConfig, d_in: int, d_out: int, *, bias: bool = True, rngs: nnx.Rngs) -> Linear:
     return Linear(d_in, d_out, use_bias=bias, kernel_init=kernel_init(config), dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
-def layer_norm(config: HourglassConfig, *, rngs: nnx.Rngs) -> LayerNorm:
-    """Return a LayerNorm over d_model; Flax computes mean and variance in float32 at least."""
-    return LayerNorm(config.d_model, epsilon=1e-5, dtype=jnp.dtype(config.dtype), rngs=rngs)
+def residual_linear(config: HourglassConfig, d_in: int, d_out: int, *, rngs: nnx.Rngs) -> Linear:
+    """Return a linear layer that ends a residual branch; see `HourglassConfig.residual_init`."""
+    layer = linear(config, d_in, d_out, rngs=rngs)
+    if config.residual_init == "zero":
+        layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
+    return layer
+
+
+def normalization(config: LevelConfig, *, rngs: nnx.Rngs) -> LayerNorm | RMSNorm:
+    """Return the configured norm over d_model; Flax computes its statistics in float32 at least."""
+    norm = RMSNorm if config.normalization == "rms" else LayerNorm
+    return norm(config.d_model, epsilon=1e-5, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+
+def head_norm(config: LevelConfig, *, rngs: nnx.Rngs) -> RMSNorm | None:
+    """Return the norm of each head's queries or keys, None without `HourglassConfig.qk_norm`."""
+    return RMSNorm(config.head_dim, epsilon=1e-5, dtype=jnp.dtype(config.dtype), rngs=rngs) if config.qk_norm else None
 
 
 def at_least_float32(dtype: Any) -> np.dtype:

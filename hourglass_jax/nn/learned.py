@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 from jax.scipy.special import gammaln
 
-from hourglass_jax.config import HourglassConfig
+from hourglass_jax.config import HourglassConfig, LevelConfig
 from hourglass_jax.hierarchy import Level
 from hourglass_jax.nn.boundaries import BOUNDARIES, Boundaries, Position
 from hourglass_jax.nn.event_groups import Decision, EventGroups
@@ -57,7 +57,7 @@ class RouterBoundaries(LearnedBoundaries):
 
     loss_weight = 0.03
 
-    def __init__(self, config: HourglassConfig, level: Level, *, rngs: nnx.Rngs):
+    def __init__(self, config: LevelConfig, level: Level, *, rngs: nnx.Rngs):
         super().__init__(config, level, rngs=rngs)
         self.query, self.key = (deciding(config, config.d_model, config.d_model, identity, rngs=rngs) for _ in range(2))
 
@@ -77,7 +77,7 @@ class PredictedBoundaries(LearnedBoundaries):
 
     temperature = 1.0  # affects gradients only
 
-    def __init__(self, config: HourglassConfig, level: Level, *, rngs: nnx.Rngs):
+    def __init__(self, config: LevelConfig, level: Level, *, rngs: nnx.Rngs):
         super().__init__(config, level, rngs=rngs)
         self.up = deciding(config, config.d_model, config.d_ff, kernel_init(config), bias=True, rngs=rngs)
         self.down = deciding(config, config.d_ff, 1, kernel_init(config), bias=True, rngs=rngs)
@@ -98,7 +98,7 @@ class GumbelBoundaries(PredictedBoundaries):
 
     temperature = 0.5
 
-    def __init__(self, config: HourglassConfig, level: Level, *, rngs: nnx.Rngs):
+    def __init__(self, config: LevelConfig, level: Level, *, rngs: nnx.Rngs):
         super().__init__(config, level, rngs=rngs)
         self.deterministic = False
 

@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from hourglass_jax.config import HourglassConfig
+from hourglass_jax.config import LevelConfig
 from hourglass_jax.nn.cache import Clock, where_live
 from hourglass_jax.nn.groups import Groups
 from hourglass_jax.nn.layers import linear
@@ -31,7 +31,7 @@ from hourglass_jax.registry import SHORTENINGS, UPSAMPLINGS
 class Shortening(nnx.Module):
     """Base class of shortenings; its decoding is for methods in which a group depends on its own positions only."""
 
-    def __init__(self, config: HourglassConfig, shorten_factor: int, tokens_per_position: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: LevelConfig, shorten_factor: int, tokens_per_position: int, *, rngs: nnx.Rngs):
         pass
 
     def __call__(self, x: Float[Array, "B L D"], groups: Groups, *, key: Array | None = None) -> Float[Array, "B G D"]:
@@ -74,7 +74,7 @@ class SelectShortening(Shortening):
 class LinearShortening(Shortening):
     """A linear projection of the group's k concatenated vectors to one."""
 
-    def __init__(self, config: HourglassConfig, shorten_factor: int, tokens_per_position: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: LevelConfig, shorten_factor: int, tokens_per_position: int, *, rngs: nnx.Rngs):
         self.project = linear(config, shorten_factor * config.d_model, config.d_model, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B L D"], groups: Groups, *, key: Array | None = None) -> Float[Array, "B G D"]:
@@ -89,12 +89,11 @@ class AttentionShortening(Shortening):
     """
 
     def __init__(
-        self, config: HourglassConfig, shorten_factor: int, tokens_per_position: int, *, pool: type, rngs: nnx.Rngs
+        self, config: LevelConfig, shorten_factor: int, tokens_per_position: int, *, pool: type, rngs: nnx.Rngs
     ):
         self.pool = pool(config, shorten_factor, tokens_per_position, rngs=rngs)
         key_slots = 1 if config.ends_by_events(tokens_per_position) else shorten_factor
         self.block = Block(config, tokens_per_position, cross=True, key_slots=key_slots, rngs=rngs)
-        self.block.attention.window = 0
 
     def __call__(self, x: Float[Array, "B L D"], groups: Groups, *, key: Array | None = None) -> Float[Array, "B G D"]:
         return groups.attend_to_positions(self.block, self.pool(x, groups), x, key=key)
@@ -126,7 +125,7 @@ class Upsampling(nnx.Module):
 
     normed = True  # whether the Hourglass normalizes the result with norm='stack'
 
-    def __init__(self, config: HourglassConfig, shorten_factor: int, tokens_per_position: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: LevelConfig, shorten_factor: int, tokens_per_position: int, *, rngs: nnx.Rngs):
         self.tokens_per_position = tokens_per_position
         self.cache_shape: tuple[int, ...] = (config.d_model,)
         self.cache_dtype = config.dtype
@@ -220,7 +219,7 @@ class SmoothUpsampling(Upsampling):
 class LinearUpsampling(Upsampling):
     """A linear projection of each shortened vector to k vectors."""
 
-    def __init__(self, config: HourglassConfig, shorten_factor: int, tokens_per_position: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: LevelConfig, shorten_factor: int, tokens_per_position: int, *, rngs: nnx.Rngs):
         super().__init__(config, shorten_factor, tokens_per_position, rngs=rngs)
         self.cache_shape = (shorten_factor, config.d_model)
         self.project = linear(config, config.d_model, shorten_factor * config.d_model, rngs=rngs)
@@ -245,7 +244,7 @@ class AttentionUpsampling(Upsampling):
 
     def __init__(
         self,
-        config: HourglassConfig,
+        config: LevelConfig,
         shorten_factor: int,
         tokens_per_position: int,
         *,

@@ -14,7 +14,7 @@ from flax import nnx
 from hourglass_jax.evaluation import log_probabilities
 from hourglass_jax.nn.layers import keys_of_rows
 from hourglass_jax.objective import Task, task_of
-from hourglass_jax.training.optimizer import ALL, Filter
+from hourglass_jax.training.optimizer import ALL, AveragedState, Filter
 
 
 @jax.tree_util.register_dataclass
@@ -25,6 +25,18 @@ class TrainState:
     step: jax.Array  # int32 []
     params: nnx.State
     opt_state: Any
+
+    def exchanged(self) -> TrainState:
+        """Exchange the trained parameters with their moving average; without an average, return the state.
+
+        A checkpoint holds the exchanged state, so its parameters are those for evaluation.
+        """
+        if not isinstance(self.opt_state, AveragedState):
+            return self
+        average = self.opt_state.average
+        paths = {path for path, _ in nnx.to_flat_state(average)}
+        trained, frozen = nnx.split_state(self.params, lambda path, _: path in paths, ...)
+        return TrainState(self.step, nnx.merge_state(average, frozen), self.opt_state._replace(average=trained))
 
 
 def first_state(params: nnx.State, optimizer: optax.GradientTransformation, trained: Filter = ALL) -> TrainState:

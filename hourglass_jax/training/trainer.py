@@ -174,12 +174,10 @@ class _Training:
             self.run.start(self.model.config, settings=self.settings)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("the run has started")
-        if 0 < self.config.steps <= self.optimizer_config.warmup_steps:
-            logging.warning(
-                "warmup_steps=%d is not less than steps=%d: the learning rate never reaches its peak",
-                self.optimizer_config.warmup_steps,
-                self.config.steps,
-            )
+        warmup, steps = self.optimizer_config.warmup_steps, self.config.steps
+        if steps <= warmup:
+            problem = "warmup_steps=%d is not less than steps=%d: the learning rate never reaches its peak"
+            logging.warning(problem, warmup, steps)
 
     def restore(self) -> None:
         """Restore the newest complete checkpoint, or create the initial state; make the training steps."""
@@ -200,7 +198,7 @@ class _Training:
         else:
             template = sharding.abstract(state, shardings)
             items = self.store.restore(self.step, params=template.params, opt_state=template.opt_state)
-            self.state = TrainState(jax.device_put(np.int32(self.step), shardings.step), **items)
+            self.state = TrainState(jax.device_put(np.int32(self.step), shardings.step), **items).exchanged()
 
         make_step = partial(
             make_train_step,
@@ -341,7 +339,7 @@ class _Training:
         self.start_clock()
 
     def write_sample(self, sample: Callable[[HourglassLM], str]) -> None:
-        model = nnx.merge(self.graph, sharding.gather(self.state.params))
+        model = nnx.merge(self.graph, sharding.gather(self.state.exchanged().params))
         model.eval()
         if jax.process_index() == 0:
             with optional_output(self.run.directory):  # a sample may write a picture
@@ -350,7 +348,8 @@ class _Training:
 
     def save(self) -> None:
         self.check_metrics()  # a state that is not finite must not replace a good checkpoint
-        self.store.save(self.step, self.state.params, self.state.opt_state)
+        state = self.state.exchanged()
+        self.store.save(self.step, state.params, state.opt_state)
         self.saved_step = self.step
         self.call_hooks("on_checkpoint", self.step)
         self.start_clock()
@@ -358,7 +357,8 @@ class _Training:
     def evaluate(self) -> None:
         """Log the validation loss and add it to the checkpoint of this step."""
         if self.step not in self.valid_losses:  # otherwise an earlier process has logged it
-            results = self.evaluate_factors(self.state.params, evenly_spaced(self.validation, self.config.eval_batches))
+            batches = evenly_spaced(self.validation, self.config.eval_batches)
+            results = self.evaluate_factors(self.state.exchanged().params, batches)
             mean = mean_evaluation(results.values())
             metrics = {f"valid_bpc_at_{k}": result.bits_per_character for k, result in results.items() if k is not None}
             metrics = {"valid_loss": mean.loss, "valid_bpc": mean.bits_per_character} | metrics

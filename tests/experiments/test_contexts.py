@@ -11,6 +11,7 @@ from launching import MICRO, run_forked
 import hourglass_jax as hg
 from experiments.ablations import contexts
 from experiments.ablations.scales import find_setup
+from experiments.common.reports import rerender
 from hourglass_jax import HourglassConfig, UsageError
 from hourglass_jax.training.signals import Signals
 
@@ -69,10 +70,10 @@ def test_measurements_are_kept_until_repeated_and_are_drawn(setup, tmp_path):
     assert measured(three=0) == {"one": first, "two": second, "three": first} and first != second
     assert measured(one=1) == {"one": second, "two": second, "three": first}
     first = second
-    with pytest.raises(UsageError, match="was measured at 20 places, but the setup has 30; remove it"):
+    with pytest.raises(UsageError, match=r"other settings \(places: 20 -> 30\); remove it"):
         contexts.measure({}, replace(setup, n_valid=30), path, "text", Signals())
     (tmp_path / "contexts-text.png").unlink()
-    contexts.report(path, "Said once.")
+    rerender(path, contexts.render, contexts.draw, "Said once.")
     text = (tmp_path / "contexts-text.md").read_text()
     assert "Said once." in text and f"| one | {first[0]['bits']:.3f} | " in text
     assert (tmp_path / "contexts-text.png").read_bytes().startswith(b"\x89PNG")
@@ -95,10 +96,10 @@ def test_trained_rows_are_measured_by_the_launcher(tmp_path):
     ("flags", "words"),
     [
         ((), "contains no finished row of table 1 with checkpoints"),
-        (("--report",), "no such file; measure first"),
+        (("--report",), "there are no results yet"),
         (("--pretrained=novels",), "'novels'"),
         (("--dataset=cifar10",), "--contexts requires a text"),
-        (("--dry_run",), "--dry_run does not apply to --contexts"),
+        (("--dry_run",), "--dry_run is for --table and --curves and --lengths, not for --contexts"),
     ],
 )
 def test_invalid_context_options_raise_one_line_errors(tmp_path, flags, words):

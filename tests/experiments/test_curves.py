@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,8 +12,7 @@ from flax import nnx
 from launching import MICRO, run_forked
 
 import hourglass_jax as hg
-from experiments.ablations import curve_pictures, curves, gaps
-from experiments.ablations.costs import step_flops
+from experiments.ablations import curve_report, curves, rows
 from experiments.ablations.scales import GPU, SCALES, find_setup
 from experiments.common.sources import TextSource
 from hourglass_jax.training.metrics import read_curves
@@ -23,8 +23,8 @@ from hourglass_jax.training.trainer import Diverged, fit
 PLUGIN = f"""{MICRO}
 from experiments.ablations import curves
 
-curves.POINTS, curves.BRANCHES, curves.DECAY = (480, 960), (960,), 0.4
-curves.PAIRS = (curves.Pair(curves.plain("1@1"), (curves.light("0@1 1@2 1@1"),)),)
+pair = curves.Pair(curves.plain("1@1"), (curves.light("0@1 1@2 1@1"),))
+curves.COURSES["narrow"], curves.DECAY = curves.Course((pair,), (480, 960), (960,)), 0.4
 """
 # Kills a process in the second leg, after a checkpoint of its own.
 KILL = """
@@ -66,8 +66,8 @@ def home(tmp_path_factory):
     light = "--rows=0@1 1@2 1@1 light"
     assert run_forked("ablate", *COMMON, light, "--plugin=kill.py", cwd=home).returncode == -9
     shown = ablate(home, light, "--dry_run")
-    assert "| 0@1 1@2 1@1 light | 0 |" in shown and "| 480 | 864 |" in shown  # the first leg is done, 9 steps to go
-    assert "6 of 6 legs are done" in ablate(home)
+    assert shown.count("| done |") == 1 and "| 0@1 1@2 1@1 light, 960-decayed | 0 |" in shown
+    assert "6 of 6 trainings are done" in ablate(home)
     return home
 
 
@@ -111,7 +111,8 @@ def test_a_leg_s_record_is_the_loss_of_its_last_parameters(home):
     leg = home / BASE / "1@1" / "seed0" / "960-decayed"
     result, losses = json.loads((leg / "result.json").read_text()), np.load(leg / "losses.npy")
     assert result["figures"]["bpc"] == pytest.approx(losses.mean() / math.log(2))
-    assert result["n_predictions"] == 24 * len(losses) and len(losses) <= 32
+    assert result["n_predictions"] == 449  # also those of the last, incomplete sequence
+    assert len(losses) == 449 // 24
     model, tokenizer, _ = hg.load(leg)
     valid = tokenizer.encode((home / "books").read_text())[int(0.9 * 4500) :][:25]
     assert losses[0] == pytest.approx(-float(hg.score(model, valid[None]).mean()), rel=1e-5)
@@ -120,7 +121,7 @@ def test_a_leg_s_record_is_the_loss_of_its_last_parameters(home):
 @pytest.mark.slow
 def test_finished_legs_are_not_trained_again(home):
     before = {path: path.stat().st_mtime_ns for path in (home / BASE).rglob("*.npy")}
-    assert "6 of 6 legs are done" in ablate(home)
+    assert "6 of 6 trainings are done" in ablate(home)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -146,48 +147,50 @@ def test_the_report_comes_from_the_record_alone(home, tmp_path):
 
 def test_a_diverged_leg_is_reported_and_the_other_curve_continues(tmp_path, monkeypatch, capsys):
     setup = find_setup("enwik8", "micro")
-    [one, *_], [other, *_] = (list(curves.curve(curves.plain(name), setup, tmp_path, 0)) for name in ("6@1", "8@1"))
+    names = ("6@1", "8@1")
+    [one, after_one, *_], [other, after_other, *_] = (
+        list(curves.curve(curves.plain(name), setup, tmp_path, 0)) for name in names
+    )
     done = []
 
-    def train_leg(leg, *_):
+    def train_job(leg, *_):
         if leg is one:
             raise Diverged("step 3: train_loss is nan")
-        done.append(leg)
-        return len(done) < 3
+        done.append(leg.directory)
+        return True
 
-    monkeypatch.setattr(curves, "train_leg", train_leg)
-    monkeypatch.setattr(curves, "setup_source", lambda setup, jobs: None)
-    monkeypatch.setattr(curves, "valid_sample", lambda source, setup: [])
-    with pytest.raises(hg.UsageError, match=r"1 legs diverged, so the legs after them cannot start: .*6@1"):
-        curves.train([one, other], setup, hg.RuntimeConfig(), Signals())
-    assert done == [other] * 3 and capsys.readouterr().out.count("train_loss is nan") == 1
+    monkeypatch.setattr(rows, "train_job", train_job)
+    monkeypatch.setattr(rows, "setup_source", lambda setup, jobs: Mock(validation=lambda: [[[0]]]))
+    monkeypatch.setattr(rows.Job, "result", lambda leg: leg.directory in done or None)
+    with pytest.raises(hg.UsageError, match=r"1 of 4 trainings diverged and have no result: .*6@1"):
+        rows.train([one, after_one, other, after_other], setup, hg.RuntimeConfig(), Signals())
+    assert done == [other.directory, after_other.directory] and capsys.readouterr().out.count("train_loss is nan") == 1
 
 
 @pytest.mark.parametrize("scale, tolerance", [("micro", 0.05), (GPU, 0.13)])
 def test_pairs_cost_as_many_flops_as_they_say(scale, tolerance, tmp_path):
     setup = find_setup("enwik8", scale)
-    course = curves.course(setup)
+    course = curves.COURSES[setup.course]
     for pair in course.pairs:
-        plain, *rivals = (step_flops(next(curves.curve(row, setup, tmp_path, 0)).job) for row in pair.rows)
+        plain, *rivals = (next(curves.curve(row, setup, tmp_path, 0)).step_flops() for row in pair.rows)
         assert all(abs(rival / plain - 1) < tolerance for rival in rivals)
-        assert len(pair.rows) <= len(curve_pictures.COLOURS)
-    rows = [row for pair in course.pairs for row in pair.rows]
-    assert len({row.name for row in rows}) == len({str(row) for row in rows})
+        assert len(pair.rows) <= len(curve_report.COLOURS)
+    assert len({row.name for row in course.rows}) == len({str(row) for row in course.rows})
     assert set(course.branches) <= set(course.points)
 
 
 @pytest.mark.parametrize("scale", [*SCALES, GPU])
 def test_the_legs_of_a_curve_follow_one_another(scale, tmp_path):
     setup = find_setup("enwik8", scale)
-    points = curves.course(setup).points[:-1]
+    points = curves.COURSES[setup.course].points[:-1]
     legs = curves.plan(setup, tmp_path, 2, characters=points[-1])
     assert {leg.point for leg in legs} == set(points)
-    assert len({leg.job.directory for leg in legs}) == len(legs)
+    assert len({leg.directory for leg in legs}) == len(legs)
     for i, leg in enumerate(legs):
-        trunk = leg.job.train.steps - leg.job.setup.optimizer.decay_steps
+        trunk = leg.train.steps - leg.setup.optimizer.decay_steps
         assert abs(trunk * curves.step_characters(setup) - leg.point) <= curves.step_characters(setup) / 2
-        assert bool(leg.job.setup.optimizer.decay_steps) == leg.decayed and leg.steps > 0
-        assert leg.before is None or leg.before in [other.job for other in legs[:i]]
+        assert bool(leg.setup.optimizer.decay_steps) == leg.decayed and leg.steps > 0
+        assert leg.before is None or leg.before in legs[:i]
         if leg.decayed:
             assert leg.before.train.steps == trunk
 
@@ -216,9 +219,9 @@ def test_at_equal_flops_equal_curves_have_no_gap():
     record = example_record()
     for gap in record["gaps"]:
         assert gap["difference"] < -0.6
-        assert gaps.equal_flops(record, "1@1", gap) == pytest.approx(0, abs=1e-9)
+        assert curve_report.equal_flops(record, "1@1", gap) == pytest.approx(0, abs=1e-9)
     del record["readings"][:2]
-    assert gaps.equal_flops(record, "1@1", record["gaps"][0]) is None
+    assert curve_report.equal_flops(record, "1@1", record["gaps"][0]) is None
 
 
 def test_a_trend_is_the_slope_of_late_gaps():
@@ -226,11 +229,11 @@ def test_a_trend_is_the_slope_of_late_gaps():
     for gap in late:
         gap["difference"] = 0.3 + slope * math.log2(gap["characters"])
     early = {"characters": 500, "difference": 5.0, "standard_error": 1e-9}
-    found = gaps.trend([early, *late])
+    found = curve_report.trend([early, *late])
     assert found.start == 4000 and found.slope == pytest.approx(slope)
     assert found.at(16_000) == pytest.approx(late[-1]["difference"])
-    assert gaps.trend([late[0], late[0]]) is gaps.trend([]) is None
-    standard = gaps.trend([{**gap, "standard_error": 0.1} for gap in late])
+    assert curve_report.trend([late[0], late[0]]) is curve_report.trend([]) is None
+    standard = curve_report.trend([{**gap, "standard_error": 0.1} for gap in late])
     assert standard.standard_error == pytest.approx(0.1 / math.sqrt(2))  # sigma / sqrt(sum of (x - mean)^2)
 
 
@@ -240,17 +243,17 @@ def test_what_is_common_to_both_models_is_not_in_the_error_of_their_gap(tmp_path
     legs = []
     for name, losses in (("plain", hard), ("rival", hard + own)):
         leg = next(curves.curve(curves.plain("1@1"), find_setup("enwik8", "micro"), tmp_path, 0))
-        leg = replace(leg, job=replace(leg.job, directory=tmp_path / name))
-        leg.job.directory.mkdir()
-        np.save(leg.job.directory / curves.LOSSES, losses)
+        leg = replace(leg, directory=tmp_path / name)
+        leg.directory.mkdir()
+        np.save(leg.directory / curves.LOSSES, losses)
         legs.append(leg)
-    difference, error = gaps.paired(*legs)
-    assert difference == pytest.approx(own.mean() / math.log(2))
-    assert error == pytest.approx(own.std(ddof=1) / 20 / math.log(2))
+    gap = curve_report.paired(*legs)
+    assert gap["difference"] == pytest.approx(own.mean() / math.log(2))
+    assert gap["standard_error"] == pytest.approx(own.std(ddof=1) / 20 / math.log(2))
 
 
 def test_a_record_is_drawn(tmp_path):
-    curve_pictures.draw(example_record(), tmp_path / "curves.png")
+    curve_report.draw(example_record(), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -259,7 +262,7 @@ def test_a_record_is_drawn(tmp_path):
     [
         (["--rows=7@1"], ["rows='7@1'", "6@1", "2@1 4@3 2@1 attention"]),
         (["--dataset=cifar10"], ["--curves", "dataset='cifar10'", "enwik8"]),
-        (["--report"], ["no finished leg"]),
+        (["--report"], ["there are no results yet"]),
         (["--data_path=nothing"], ["nothing: no such file"]),
     ],
 )

@@ -23,7 +23,7 @@ from hourglass_jax.training.checkpoints import CheckpointStore
 from hourglass_jax.training.run import Record, Run
 
 TINY = ["--hierarchy=0@1 1@3 1@1", "--d_model=16", "--n_heads=2", "--d_ff=32", "--batch_size=4", "--steps=4"]
-TINY += ["--sample_interval=2", "--shortening=linear", "--upsampling=linear", "--out=run"]
+TINY += ["--sample_interval=2", "--shortening=linear", "--upsampling=linear", "--model.ngram_buckets=64", "--out=run"]
 
 
 def small_source(directory):

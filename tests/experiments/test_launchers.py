@@ -17,7 +17,7 @@ from launching import EXPERIMENTS, README, ROOT, run, run_forked
 
 WORDS = "the quick brown fox jumps over a lazy dog while five wizards mix jugs of quartz pink vow"
 TINY = ["--hierarchy=0@1 1@2 1@1", "--shortening=average", "--upsampling=repeat"]
-TINY += ["--d_model=32", "--n_heads=2", "--d_ff=64", "--block_size=32"]
+TINY += ["--d_model=32", "--n_heads=2", "--d_ff=64", "--block_size=32", "--model.ngram_buckets=64"]
 TINY += ["--batch_size=4", "--steps=30", "--train.eval_interval=15", "--optimizer.warmup_steps=5"]
 
 

@@ -8,7 +8,7 @@ from launching import run_forked
 
 from experiments.ablations import lengths
 from experiments.ablations.scales import SCALES, find_setup
-from experiments.common.reports import EXPERIMENTS
+from experiments.common.reports import EXPERIMENTS, NoResults, rerender
 from hourglass_jax import HourglassConfig, UsageError
 from hourglass_jax.training.signals import Signals
 
@@ -38,8 +38,8 @@ def test_measurements_are_kept_and_drawn(tmp_path, monkeypatch):
     for name, value in (("LENGTHS", (24,)), ("CHARACTERS", 48), ("HOURGLASS", "1@1 1@2 1@1"), ("EQUAL_DEPTH", "3@1")):
         monkeypatch.setattr(lengths, name, value)
     path = tmp_path / "lengths-micro"
-    with pytest.raises(UsageError, match="contains no measurement"):
-        lengths.report(setup, "micro", path)
+    with pytest.raises(NoResults, match="no results yet"):
+        rerender(path, lengths.render, lengths.draw)
     lengths.measure(setup, "micro", path, Signals())
     before = json.loads(path.with_suffix(".json").read_text())["points"]
     assert len(before) == 3
@@ -50,19 +50,21 @@ def test_measurements_are_kept_and_drawn(tmp_path, monkeypatch):
     lengths.measure(setup, "micro", path, Signals())
     assert json.loads(path.with_suffix(".json").read_text())["points"] == before
 
-    monkeypatch.setattr(lengths, "LENGTHS", (24, 48))
     path.with_suffix(".png").unlink()
-    lengths.report(setup, "micro", path)
+    rerender(path, lengths.render, lengths.draw)
     record = json.loads(path.with_suffix(".json").read_text())
-    assert record["points"][:3] == before and len(record["points"]) == 6
+    assert record["points"] == before
     assert path.with_suffix(".md").read_text().startswith(lengths.render(record))
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UsageError, match="measured with another model"):
+    with pytest.raises(UsageError, match=r"other settings \(model.d_ff: 32 -> 64\)"):
         lengths.measure(replace(setup, model=model | {"d_ff": 64}), "micro", path, Signals())
 
 
 def test_a_report_without_measurements_raises_a_one_line_error(tmp_path):
-    for flags, message in (("--report", "measure first"), ("--dataset=letters", "--lengths requires a text")):
+    for flags, message in (
+        ("--report", "there are no results yet"),
+        ("--dataset=letters", "--lengths requires a text"),
+    ):
         result = run_forked("ablate", "--lengths", "--scale=micro", flags, cwd=tmp_path)
         assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
 
@@ -77,7 +79,7 @@ def test_points_of_another_machine_are_reported_but_not_extended(tmp_path):
     name, setup = "lengths-micro", find_setup("enwik8", "micro")
     committed = json.loads((EXPERIMENTS / "results/ablations" / f"{name}.json").read_text())
     (tmp_path / f"{name}.json").write_text(json.dumps(committed | {"machine": "an abacus"}))
-    lengths.report(setup, "micro", tmp_path / name)
+    rerender(tmp_path / name, lengths.render, lengths.draw)
     assert "Machine: an abacus" in (tmp_path / f"{name}.md").read_text()
-    with pytest.raises(UsageError, match="was measured on an abacus"):
+    with pytest.raises(UsageError, match="machine: an abacus -> "):
         lengths.measure(setup, "micro", tmp_path / name, Signals())

@@ -19,8 +19,8 @@ from hourglass_jax.training import trainer
 light = resampling("average", "repeat") | {{"hierarchy": "0@1 1@2 1@1"}}
 rows = (Row("light", light, {{"bpc": 1.1}}), Row("1@1", TEXT | {{"hierarchy": "1@1"}}, {{"bpc": 1.2}}))
 TABLES["1", "enwik8"] = replace(TABLES["1", "enwik8"], rows=rows, baseline="1@1")
-curves.POINTS, curves.BRANCHES, curves.DECAY = (480, 960), (960,), 0.4
-curves.PAIRS = (curves.Pair(curves.plain("1@1"), ()),)
+pair = curves.Pair(curves.plain("1@1"), ())
+curves.COURSES["narrow"], curves.DECAY = curves.Course((pair,), (480, 960), (960,)), 0.4
 train_on = trainer._Training.train_on
 
 
@@ -103,4 +103,4 @@ def test_workers_share_the_rows_and_train_nothing_twice(home):
 def test_training_options_without_training_raise_one_line_errors(tmp_path):
     for flags in (["--table=1", "--dry_run", "--workers=2"], ["--contexts", "--max_minutes=5"]):
         result = run_forked("ablate", *flags, cwd=tmp_path)
-        assert result.returncode == 2 and f"{flags[-1].partition('=')[0]} does not apply" in result.stderr
+        assert result.returncode == 2 and f"{flags[-1].partition('=')[0]} is for " in result.stderr

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import NESTED, RESAMPLINGS, forward, make_model, small_config
+from conftest import MODERN, NESTED, RESAMPLINGS, forward, make_model, small_config
 from safetensors.numpy import load_file, save_file
 
 import hourglass_jax as hg
@@ -16,9 +16,14 @@ TOKENIZER = hg.CharTokenizer("abcdefgh", clean=True)
 KERNEL = "hourglass.inner.pre.layers.attention.query.kernel"
 
 
-@pytest.mark.parametrize("shortening, upsampling", RESAMPLINGS)
-def test_every_method_round_trips_bit_for_bit(tmp_path, shortening, upsampling):
-    config = small_config(hierarchy=NESTED, shortening=shortening, upsampling=upsampling)
+METHODS = [*RESAMPLINGS, pytest.param("average", "attention", id="modern")]
+
+
+@pytest.mark.parametrize("shortening, upsampling", METHODS)
+def test_every_method_round_trips_bit_for_bit(tmp_path, request, shortening, upsampling):
+    modern = "modern" in request.node.name
+    options = MODERN["together"] if modern else {"hierarchy": NESTED}
+    config = small_config(shortening=shortening, upsampling=upsampling, **options)
     model = make_model(config)
     export_safetensors(model, TOKENIZER, tmp_path / "shared")
     back, tokenizer, back_config = import_safetensors(tmp_path / "shared")

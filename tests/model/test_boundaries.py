@@ -133,7 +133,7 @@ def test_a_rule_that_reads_the_future_fails_the_causality_check(rule, message, m
 
 CROWDED = {"boundary_tokens": range(7), "boundary_slack": 1.0}  # more want to end a group than there is room for
 GRID = [
-    ("1@1 1@3 1@1", {"boundaries": "whitespace"}),
+    ("0@1 1@3 1@1", {"boundaries": "whitespace"}),
     pytest.param(
         "0@1 2@3 1@1",
         {"boundaries": "spacelike", "shortening": "select", "positions": "rotary"},
@@ -143,7 +143,7 @@ GRID = [
     pytest.param(  # and every third of those
         "1@1 1@2 1@6 0@2 1@1", {"boundaries": "tokens", "shortening": "select"}, marks=pytest.mark.slow
     ),
-    ("1@1 0@2 1@4 1@2 1@1", {"boundaries": "fixed every", "positions": "rotary"}),
+    ("1@1 0@2 1@4 1@2 0@1", {"boundaries": "fixed every", "positions": "rotary"}),
     ("1@1 1@3 0@1", {"shortening": "attention_average", "upsampling": "attention_repeat", "dropout": 0.5}),
     pytest.param(
         "0@1 1@2 1@6 0@2 1@1",
@@ -203,7 +203,7 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 0, 9, 1, 2, 8, 8]]
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(event_config(max_length=200))
+    return make_model(event_config(hierarchy="0@1 1@3 1@1", max_length=200))
 
 
 def test_greedy_tokens_are_the_argmax_of_full_forward(model):
@@ -224,7 +224,7 @@ LEARNED = {"boundaries": "router", "shortening": "select", "upsampling": "smooth
     "options", [{}, *(pytest.param(o, marks=pytest.mark.slow) for o in ({"positions": "rotary"} | ATTENTION, LEARNED))]
 )
 def test_rows_in_a_batch_equal_rows_alone_beyond_the_context(options):
-    model = make_model(event_config(**options))
+    model = make_model(event_config(hierarchy="0@1 1@3 1@1", **options))
     prompts = [*PROMPTS, tokens_of(100)]  # the last one is longer than the context
     options = {"max_tokens": 200, "key": KEY, "max_context": 30}
     together = hg.generate(model, prompts, **options, stream=lambda new: None)
@@ -241,8 +241,7 @@ def test_cache_growth_leaves_generated_tokens_unchanged(model, monkeypatch):
         np.testing.assert_array_equal(row, grown)
 
 
-def test_a_long_generation_recompiles_nothing_and_keeps_memory_constant():
-    model = make_model(event_config())
+def test_a_long_generation_recompiles_nothing_and_keeps_memory_constant(model):
     programs = (generation._extend, generation._drop, generation._grow, generation._prefill)
     sizes, arrays = [], []
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import forward, make_model, small_config
+from conftest import forward, light_config, make_model, small_config
 
 import hourglass_jax as hg
 from hourglass_jax import generation
@@ -17,7 +17,8 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 1, 2]]
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(small_config())
+    """A small one: the laws are of decoding; `test_cache` has every hierarchy and method."""
+    return make_model(light_config(hierarchy="0@1 1@3 1@1"))
 
 
 @pytest.mark.core
@@ -94,7 +95,7 @@ def test_streamed_parts_concatenate_to_the_result(model):
     "positions", ["relative", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rotary", "learned"))]
 )
 def test_cache_growth_leaves_generated_tokens_unchanged(positions, monkeypatch):
-    model = make_model(small_config(positions=positions, max_length=200))
+    model = make_model(small_config(hierarchy="0@1 1@3 1@1", positions=positions, max_length=200))
     options = {"max_tokens": 150, "key": KEY, "stream": lambda new: None}
     whole = hg.generate(model, PROMPTS, **options)
     monkeypatch.setattr(generation, "MIN_CACHE", 48)
@@ -105,7 +106,7 @@ def test_cache_growth_leaves_generated_tokens_unchanged(positions, monkeypatch):
 @pytest.mark.core
 @pytest.mark.parametrize("positions", ["relative", pytest.param("rotary", marks=pytest.mark.slow)])
 def test_rows_in_a_batch_equal_rows_alone_beyond_the_context(positions):
-    model = make_model(small_config(positions=positions))
+    model = make_model(small_config(hierarchy="0@1 1@3 1@1", positions=positions))
     prompts = [*PROMPTS, np.arange(100) % 11]  # the last one is longer than the context
     options = {"max_tokens": 300, "key": KEY, "max_context": 30}
     together = hg.generate(model, prompts, **options, stream=lambda new: None)
@@ -116,8 +117,7 @@ def test_rows_in_a_batch_equal_rows_alone_beyond_the_context(positions):
 
 
 @pytest.mark.parametrize("n", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_a_long_generation_recompiles_nothing_and_keeps_memory_constant(n):
-    model = make_model(small_config())
+def test_a_long_generation_recompiles_nothing_and_keeps_memory_constant(n, model):
     programs = (generation._extend, generation._drop, generation._grow, generation._prefill)
     sizes, arrays = [], []
 

@@ -173,7 +173,7 @@ def test_a_custom_method_with_a_wrong_output_shape_raises_a_one_line_error(monke
         hierarchy="0@1 1@3 0@1", boundaries=boundaries, boundary_tokens=(1,), boundary_slack=1, **method
     )
     with pytest.raises(hg.UsageError, match=words):
-        make_model(config)(np.zeros((2, 9), int))
+        forward(make_model(config), np.zeros((2, 9), int))
 
 
 @pytest.mark.launchers

@@ -1,5 +1,7 @@
 """The verbs of groups against loops in NumPy, one event at a time, and against each other."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,25 +111,38 @@ def test_groups_of_one_position_change_nothing():
         np.testing.assert_array_equal(same, X)
 
 
+@partial(jax.jit, static_argnums=0)
+def verbs(make, fires, x, z=None, valid=True):
+    """Results of the verbs of the groups that `make` returns, and what they leave to the next tokens."""
+    groups = make(fires, valid)
+    results = {name: getattr(groups, name)(x) for name in ("sum", "mean", "select")}
+    results |= {"carry": getattr(groups, "carry", None), "count": getattr(groups, "count", None)}
+    return results if z is None else results | {"spread": groups.spread(z)}
+
+
 @pytest.mark.parametrize("k", [2, 3, 4])
 def test_events_at_every_kth_position_are_the_fixed_groups(k):
     length = 4 * k + 1
     x = RNG.normal(size=(2, length, D))
-    fires = jnp.broadcast_to(jnp.arange(length) % k == 0, (2, length))
-    events, fixed = EventGroups(fires, 5), FixedGroups(k, length, k - 1)
-    shifted = fixed.shift_right(x)
-    np.testing.assert_allclose(events.mean(x)[:, 1:], fixed.mean(shifted)[:, 1:], atol=1e-14)
-    # Group 0 has one position; the fixed one divides by k all the same.
-    np.testing.assert_allclose(events.mean(x)[:, 0], k * fixed.mean(shifted)[:, 0], atol=1e-14)
-    np.testing.assert_allclose(events.sum(x), fixed.sum(shifted), atol=1e-14)
-    np.testing.assert_array_equal(events.select(x), fixed.select(shifted))
+    fires = np.broadcast_to(np.arange(length) % k == 0, (2, length))
     z = RNG.normal(size=(2, 5, D))
-    np.testing.assert_array_equal(events.spread(z), fixed.spread(z))
+
+    def fixed_groups(shift):
+        groups = FixedGroups(k, length, shift)
+        return verbs(lambda *_: groups, None, np.asarray(groups.shift_right(x)), z)
+
+    events, fixed = verbs(lambda fires, _: EventGroups(fires, 5), fires, x, z), fixed_groups(k - 1)
+    np.testing.assert_allclose(events["mean"][:, 1:], fixed["mean"][:, 1:], atol=1e-14)
+    # Group 0 has one position; the fixed one divides by k all the same.
+    np.testing.assert_allclose(events["mean"][:, 0], k * fixed["mean"][:, 0], atol=1e-14)
+    np.testing.assert_allclose(events["sum"], fixed["sum"], atol=1e-14)
+    np.testing.assert_array_equal(events["select"], fixed["select"])
+    np.testing.assert_array_equal(events["spread"], fixed["spread"])
     # As the original project shifts, by k, a group is that of the events at k - 1, 2k - 1, ..., one token later.
-    later = EventGroups(jnp.broadcast_to(jnp.arange(length) % k == k - 1, (2, length)), 4)
-    by_k = FixedGroups(k, length, k)
-    np.testing.assert_allclose(later.mean(x), by_k.mean(by_k.shift_right(x))[:, 1:], atol=1e-14)
-    assert np.abs(later.spread(z[:, 1:]) - by_k.spread(z))[:, k - 1 :: k].max() > 0.1
+    fires = np.broadcast_to(np.arange(length) % k == k - 1, (2, length))
+    later, by_k = verbs(lambda fires, _: EventGroups(fires, 4), fires, x, z[:, 1:]), fixed_groups(k)
+    np.testing.assert_allclose(later["mean"], by_k["mean"][:, 1:], atol=1e-14)
+    assert np.abs(later["spread"] - by_k["spread"])[:, k - 1 :: k].max() > 0.1
 
 
 def test_fixed_groups_are_the_rows_of_a_reshaped_array():
@@ -141,15 +156,15 @@ def test_fixed_groups_are_the_rows_of_a_reshaped_array():
 
 def test_padding_on_either_side_counts_nowhere():
     valid = (np.arange(L) >= [[3], [0], [5]]) & (np.arange(L) < [[L], [9], [12]])
-    padded = EventGroups(jnp.asarray(FIRES & valid), G, jnp.asarray(valid))
+    make = lambda fires, valid: EventGroups(fires, G, valid)  # noqa: E731
+    padded = verbs(make, FIRES & valid, X, valid=valid)
     for b, row in enumerate(valid):
-        alone = EventGroups(jnp.asarray(FIRES[b : b + 1, row]), G)
-        n = int(alone.count[0])
-        assert int(padded.count[b]) == n
+        alone = verbs(make, FIRES[b : b + 1, row], X[b : b + 1, row], valid=np.ones((1, row.sum()), bool))
+        n = int(alone["count"][0])
+        assert int(padded["count"][b]) == n
         for verb in ("sum", "mean", "select"):
-            theirs, ours = (getattr(g, verb)(x) for g, x in ((alone, X[b : b + 1, row]), (padded, X)))
-            np.testing.assert_allclose(ours[b, :n], theirs[0, :n], atol=1e-14)
-    np.testing.assert_allclose(padded.carry[0][1], X[1, members(FIRES[1, :9])[1]].sum(0), atol=1e-14)
+            np.testing.assert_allclose(padded[verb][b, :n], alone[verb][0, :n], atol=1e-14)
+    np.testing.assert_allclose(padded["carry"][0][1], X[1, members(FIRES[1, :9])[1]].sum(0), atol=1e-14)
 
 
 @pytest.mark.parametrize("cut", [0, 5, 11])
@@ -157,24 +172,21 @@ def test_a_group_in_progress_has_the_sums_of_the_whole_sequence(cut):
     """Position by position, after what a pass over the first `cut` leaves behind."""
     logits = RNG.normal(size=(B, L, 1))
 
-    def pool(groups, rows):
-        x, logits = X[:, rows], logits_[:, rows]
-        return groups.mean(x) + groups.mean(x, logits=logits) + groups.sum(x) + groups.select(x)
+    def pool(groups, x, logits):
+        z = groups.mean(x) + groups.mean(x, logits=logits) + groups.sum(x) + groups.select(x)
+        return z, groups.carry
 
-    logits_ = logits
-    whole = EventGroups(jnp.asarray(FIRES), L)
-    z = np.asarray(pool(whole, slice(None)))
-    fresh, sums = jnp.ones(B, bool), None
+    of_events = jax.jit(lambda fires, *inputs: pool(EventGroups(fires, L), *inputs))
+    of_step = jax.jit(lambda fresh, ends, sums, *inputs: pool(OpenGroup(fresh, ends, sums=sums), *inputs))
+    whole = np.asarray(of_events(FIRES, X, logits)[0])
+    fresh, sums = np.ones(B, bool), None
     if cut:
-        part = EventGroups(jnp.asarray(FIRES[:, :cut]), L)
-        pool(part, slice(0, cut))
-        fresh, sums = jnp.asarray(FIRES[:, cut - 1]), part.carry
+        fresh, sums = FIRES[:, cut - 1], of_events(FIRES[:, :cut], X[:, :cut], logits[:, :cut])[1]
     for t in range(cut, L):
-        group = OpenGroup(fresh, jnp.asarray(FIRES[:, t]), sums=sums)
-        now = np.asarray(pool(group, slice(t, t + 1)))[:, 0]
+        z, sums = of_step(fresh, FIRES[:, t], sums, X[:, t : t + 1], logits[:, t : t + 1])
         for b in np.flatnonzero(FIRES[:, t]):
-            np.testing.assert_allclose(now[b], z[b, FIRES[b, :t].sum()], atol=1e-13)
-        fresh, sums = jnp.asarray(FIRES[:, t]), group.carry
+            np.testing.assert_allclose(z[b, 0], whole[b, FIRES[b, :t].sum()], atol=1e-13)
+        fresh = FIRES[:, t]
 
 
 def test_sums_and_copies_by_row_have_each_others_derivatives():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import light_config, make_model, small_config
+from conftest import forward, light_config, make_model, small_config
 from flax import nnx
 
 import hourglass_jax as hg
@@ -45,9 +45,9 @@ def prefill(model, tokens, start=(0, 0), rows=2):
 
 
 TAKE_TOKENS = {  # of each function: how it is called, and the number of its axes
-    "model": (lambda model, tokens: model(tokens), 2),
-    "score": (lambda model, tokens: hg.score(model, tokens), 2),
-    "step": (lambda model, tokens: step(model, tokens), 1),
+    "model": (lambda model, tokens: nnx.jit(lambda model: model(tokens))(model), 2),  # as one program
+    "score": (lambda model, tokens: nnx.jit(lambda model: hg.score(model, tokens))(model), 2),
+    "step": (lambda model, tokens: nnx.jit(lambda model: step(model, tokens)[0])(model), 1),
     "evaluate": (lambda model, tokens: hg.evaluate(model, tokens, block_size=4), 1),
     "evaluate_sliding": (lambda model, tokens: hg.evaluate_sliding(model, tokens, window=4, step=2), 1),
     "influence": (lambda model, tokens: hg.causality.influence(model, tokens), 1),
@@ -89,8 +89,14 @@ def test_boundary_models_accept_lists_and_numpy_arrays(boundaries):
     resampling = {"shortening": "average", "upsampling": "repeat"}
     config = small_config(hierarchy="0@1 1@2 0@1", boundaries=boundaries, boundary_tokens=(2,), **resampling)
     model, array = make_model(config), jnp.array([[1, 2, 3]])
-    np.testing.assert_array_equal(model(array.tolist()), model(array))
-    logits, loss, _ = model.forward_with_aux(array.tolist(), KEY, np.ones((1, 3), np.float32))
+
+    @nnx.jit
+    def run(model):
+        logits, loss, _ = model.forward_with_aux(array.tolist(), KEY, np.ones((1, 3), np.float32))
+        return model(array.tolist()), model(array), logits, loss
+
+    of_list, of_array, logits, loss = run(model)
+    np.testing.assert_array_equal(of_list, of_array)
     assert logits.shape == (1, 3, 11) and jnp.isfinite(loss)
 
 
@@ -241,7 +247,7 @@ def test_float64_requires_x64_and_parameters_stay_float32(positions):
         drawn = nnx.eval_shape(lambda: hg.HourglassLM(config, rngs=nnx.Rngs(0)))
         assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(drawn))} == {jnp.dtype("float32")}
         model = make_model(config)
-        assert model(np.ones((1, 4), int)).dtype == jnp.float64
+        assert forward(model, np.ones((1, 4), int)).dtype == jnp.float64
         hg.check_causality(model)
     with jax.enable_x64(False):
         for call in (lambda: model([[1]]), lambda: generated(model), lambda: hg.evaluate(model, [1, 2], block_size=1)):

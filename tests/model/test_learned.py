@@ -41,6 +41,9 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+decide = nnx.jit(lambda rule, x, keys=None: rule(x, row_keys=keys).decision)
+
+
 # The formulas
 
 
@@ -59,31 +62,34 @@ def test_router_and_its_loss_gradient_equal_the_formula(float64):
     rule = make_model(config).hourglass.boundaries
     kernels = [np.asarray(part.kernel[...], np.float64) for part in (rule.query, rule.key)]
     x = np.random.default_rng(0).normal(size=(2, 9, D))
-    groups, p = rule(jnp.asarray(x)), routed(x, *kernels)
-    np.testing.assert_allclose(groups.boundary_prob, p, atol=1e-12)
-    np.testing.assert_array_equal(groups.fires, p > 0.5)
-    assert 4 < groups.fires.sum() < 14
+    decision, p = decide(rule, jnp.asarray(x)), routed(x, *kernels)
+    np.testing.assert_allclose(decision.boundary_prob, p, atol=1e-12)
+    np.testing.assert_array_equal(decision.boundary_mask, p > 0.5)
+    assert 4 < decision.boundary_mask.sum() < 14
 
     def loss(x):
         return boundary_terms([(rule, rule(x))], jnp.ones((2, 9)), jnp.zeros((2, 9)))[0]
 
     fired, likely = (p > 0.5).mean(), p.mean()
-    assert float(loss(x)) == pytest.approx(0.03 * 1.5 * (2 * fired * likely + (1 - fired) * (1 - likely)))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(x)
+    assert float(value) == pytest.approx(0.03 * 1.5 * (2 * fired * likely + (1 - fired) * (1 - likely)))
     slope = np.zeros_like(x)
     for at in np.ndindex(x.shape):
         step = np.zeros_like(x)
         step[at] = 1e-6
         slope[at] = (routed(x + step, *kernels).mean() - routed(x - step, *kernels).mean()) / 2e-6
-    np.testing.assert_allclose(jax.grad(loss)(x), 0.03 * 1.5 * (3 * fired - 1) * slope, atol=1e-9)
+    np.testing.assert_allclose(gradient, 0.03 * 1.5 * (3 * fired - 1) * slope, atol=1e-9)
 
 
 def test_an_untrained_router_puts_no_boundary_between_parallel_neighbors():
     config = learned_config()
-    rule = RouterBoundaries(config, config.parsed_hierarchy.levels[0], rngs=nnx.Rngs(0))
+    rule = nnx.jit(lambda: RouterBoundaries(config, config.parsed_hierarchy.levels[0], rngs=nnx.Rngs(0)))()
     x = np.repeat(RNG.normal(size=(1, 4, D)), 3, axis=1) * RNG.uniform(1, 2, (1, 12, 1))
     x[:, 6:9] = -x[:, 3:6]
     np.testing.assert_allclose(
-        rule(jnp.asarray(x, jnp.float32)).boundary_prob[0, [1, 2, 4, 5, 6, 7, 8]], [0, 0, 0, 0, 1, 0, 0], atol=1e-6
+        decide(rule, jnp.asarray(x, jnp.float32)).boundary_prob[0, np.array([1, 2, 4, 5, 6, 7, 8])],
+        [0, 0, 0, 0, 1, 0, 0],
+        atol=1e-6,
     )
 
 
@@ -119,11 +125,12 @@ def test_smoothing_and_its_derivatives_equal_the_recurrence(float64):
 def test_smoothing_at_certain_boundaries_equals_repeating(float64):
     z = RNG.normal(size=(B, G, D))
     smooth = SmoothUpsampling(learned_config(), 3, 1, rngs=nnx.Rngs(0))
-    repeated = groups_of(FIRES, None).spread(z)
+    up = jax.jit(lambda z, p: smooth(None, z, groups_of(FIRES, p)))
+    repeated = jax.jit(lambda z: groups_of(FIRES, None).spread(z))(z)
     for p in (None, FIRES * 1.0):
-        np.testing.assert_array_equal(smooth(None, z, groups_of(FIRES, p)), repeated)
+        np.testing.assert_array_equal(up(z, p), repeated)
     dead = np.arange(G) >= FIRES.sum(1)[:, None]
-    ups = [smooth(None, values, groups_of(FIRES, P)) for values in (z, np.where(dead[..., None], 1e9, z))]
+    ups = [up(values, P) for values in (z, np.where(dead[..., None], 1e9, z))]
     assert dead.any() and np.abs(ups[0] - repeated).max() > 0.1
     np.testing.assert_array_equal(*ups)
 
@@ -140,9 +147,10 @@ def test_mean_pooling_gradient_equals_the_formula(float64):
                 after = x[b, u + 1 : end + 1].sum(0) - (end - u) * rows.mean(0)
                 expected[b, u] = weights[b, g] @ after / len(rows)
             begin = end + 1
-    gradient = jax.grad(lambda p: (weights * groups_of(FIRES, p).mean(x)).sum())(jnp.asarray(P))
+    pool = jax.jit(lambda p: groups_of(FIRES, p).mean(x))
+    gradient = jax.grad(lambda p: (weights * pool(p)).sum())(jnp.asarray(P))
     np.testing.assert_allclose(gradient, expected, atol=1e-12)  # exactly 0 where there is an event, and after the last
-    np.testing.assert_array_equal(groups_of(FIRES, P).mean(x), groups_of(FIRES, None).mean(x))
+    np.testing.assert_array_equal(pool(P), pool(None))
 
 
 def test_boundary_losses_equal_their_formulas_and_have_the_right_minimum(float64):
@@ -164,14 +172,15 @@ def test_boundary_losses_equal_their_formulas_and_have_the_right_minimum(float64
     logits = RNG.normal(size=(2, 9, 5)) * 2
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     entropy = -(p * np.log(p)).sum(-1)
-    np.testing.assert_allclose(entropies(logits), entropy, atol=1e-12)
+    np.testing.assert_allclose(jax.jit(entropies)(logits), entropy, atol=1e-12)
     higher = [[all(row[t] > row[s] for s in range(max(t - 2, 0), t)) for t in range(9)] for row in entropy]
-    np.testing.assert_array_equal(spikes(jnp.asarray(entropy)), higher)
+    np.testing.assert_array_equal(jax.jit(spikes)(jnp.asarray(entropy)), higher)
     rule = make_model(learned_config("entropy", dtype="float64")).hourglass.boundaries
-    groups = rule(jnp.asarray(RNG.normal(size=(2, 9, D))))
-    likely = sigmoid(np.asarray(groups.decision.score))
+    x = jnp.asarray(RNG.normal(size=(2, 9, D)))
+    likely = sigmoid(np.asarray(decide(rule, x).score))
     crossed = -np.where(higher, np.log(likely), np.log(1 - likely))
-    assert float(rule.loss(groups, jnp.ones((2, 9)), entropy)) == pytest.approx(crossed[:, 1:].mean())
+    loss = nnx.jit(lambda rule, x: rule.loss(rule(x), jnp.ones((2, 9)), entropy))
+    assert float(loss(rule, x)) == pytest.approx(crossed[:, 1:].mean())
 
 
 def test_boundary_loss_gradients_equal_the_formula(float64):
@@ -185,7 +194,7 @@ def test_boundary_loss_gradients_equal_the_formula(float64):
             decision = Decision(score > 0, rule.probability(score), score)
             return rule.loss(EventGroups(FIRES, G, True, decision), jnp.asarray(weights), jnp.asarray(entropy))
 
-        return jax.grad(loss)(jnp.asarray(score))
+        return jax.jit(jax.grad(loss))(jnp.asarray(score))
 
     counted = weights * (np.arange(L) > 0)
     pushed = counted * (sigmoid(score) - np.asarray(spikes(jnp.asarray(entropy)))) / counted.sum()
@@ -259,7 +268,6 @@ def test_boundary_noise_requires_a_key_and_depends_on_row_and_position():
     config = learned_config("gumbel")
     rule = make_model(config).hourglass.boundaries
     x, keys = jnp.asarray(RNG.normal(size=(6, 400, D)), jnp.float32), keys_of_rows(jax.random.key(1), 6)
-    decide = nnx.jit(lambda rule, x, keys=None: rule(x, row_keys=keys).decision)
     plain, drawn = (decide(rule, x, k) for k in (None, keys))
     np.testing.assert_array_equal(plain.boundary_mask[:, 1:], plain.score[:, 1:] > 0)
     part = decide(rule, x[3:0:-1, :100], keys[3:0:-1])
@@ -341,10 +349,15 @@ def test_the_newest_average_goes_on_from_the_one_before(float64):
     """Event by event, as decoding takes them."""
     smooth = SmoothUpsampling(learned_config(dtype="float64"), 3, 1, rngs=nnx.Rngs(0))
     z = RNG.normal(size=(1, G, D))
-    whole = np.asarray(smooth.averages(z, groups_of(FIRES[:1], P[:1])))
+    whole = np.asarray(jax.jit(lambda z: smooth.averages(z, groups_of(FIRES[:1], P[:1])))(z))
     cache = smooth.init_cache(1, 99)
-    for g, t in enumerate(np.flatnonzero(FIRES[0])[:G]):
-        group = OpenGroup(jnp.ones(1, bool), jnp.ones(1, bool), boundary_prob=jnp.asarray(P[:1, t : t + 1]))
+
+    @jax.jit
+    def receive(z, p, cache):
+        group = OpenGroup(jnp.ones(1, bool), jnp.ones(1, bool), boundary_prob=p)
         clock = hg.nn.cache.Clock(jnp.zeros(1, int), jnp.zeros(1, int), jnp.zeros(1, int), jnp.ones(1, bool))
-        cache = smooth.receive(jnp.asarray(z[:, g]), group, cache, clock)
+        return smooth.receive(z, group, cache, clock)
+
+    for g, t in enumerate(np.flatnonzero(FIRES[0])[:G]):
+        cache = receive(z[:, g], P[:1, t : t + 1], cache)
         np.testing.assert_allclose(cache, whole[:, g], atol=1e-13)

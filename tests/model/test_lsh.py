@@ -76,7 +76,7 @@ def test_an_lsh_layer_equals_the_formula_on_its_projections(positions):
     x = np.random.default_rng(1).normal(size=(2, 13, 16))
     with jax.enable_x64(True):
         config = small_config(hierarchy="1@1", token_attention="lsh", **options)
-        layer = LSHAttention(config, rngs=nnx.Rngs(0))
+        layer = LSHAttention(config.at_level(0), rngs=nnx.Rngs(0))
         kernels = (np.asarray(part.kernel[...], np.float64) for part in (layer.query, layer.value))
         qk, v = (np.einsum("bld,dk->blk", x, kernel).reshape(2, 13, 2, 8) for kernel in kernels)
         if positions == "rotary":

@@ -53,6 +53,21 @@ def test_a_model_and_its_configuration_have_the_same_table():
     assert hg.summary(config).splitlines()[-1].split()[1] == "64"  # max_length
 
 
+def test_an_optimizer_adds_a_line_with_its_cost():
+    config = small_config()
+    for optimizer, flops, n_arrays in (
+        (hg.OptimizerConfig(), "0.0", 2),
+        (hg.OptimizerConfig(ema=0.9), "0.0", 3),
+        (hg.OptimizerConfig("muon"), r"[1-9]\d*\.\d", None),
+    ):
+        table, line = hg.summary(config, 30, optimizer=optimizer).rsplit("\n", 1)
+        assert table == hg.summary(config, 30)
+        found = re.fullmatch(rf"optimizer: {optimizer.optimizer}, {flops} MFLOPs a step, (\d\.\d) MB of state", line)
+        assert n_arrays is None or float(found[1]) == pytest.approx(
+            n_arrays * 4e-6 * count_parameters(config), abs=0.06
+        )
+
+
 def test_an_invalid_length_raises_a_one_line_error():
     with pytest.raises(hg.UsageError, match="length=0 is out of range"):
         hg.summary(small_config(), 0)

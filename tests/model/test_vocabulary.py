@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import forward, make_model, small_config
+from conftest import MODERN, forward, make_model, small_config
 from flax import nnx
 
 import hourglass_jax as hg
@@ -17,9 +17,10 @@ def small_model(tokenizer, **options):
     return make_model(small_config(vocab_size=tokenizer.vocab_size, **methods, **options))
 
 
-def test_extended_vocabulary_keeps_old_logits(tmp_path):
+@pytest.mark.parametrize("options", [{}, MODERN["ngrams"]], ids=["plain", "ngrams"])
+def test_extended_vocabulary_keeps_old_logits(tmp_path, options):
     tokenizer = hg.CharTokenizer("abcde")  # with the specials as many as other sizes of the model
-    model = small_model(tokenizer, norm="final", d_model=8, max_length=8)
+    model = small_model(tokenizer, norm="final", d_model=8, max_length=8, **options)
     for change_mode in (model.train, model.eval):
         change_mode()
         extended, longer = extend_vocabulary(model, tokenizer, "bead 日x日")

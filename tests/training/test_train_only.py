@@ -49,14 +49,14 @@ def test_only_the_chosen_parameters_are_trained(tmp_path):
             np.testing.assert_allclose(part[name], whole[name], rtol=1e-6, atol=1e-8)
 
 
-def test_the_optimizer_stores_moments_only_for_chosen_parameters():
+@pytest.mark.parametrize("ema, n_arrays", [(0.0, 2), (0.9, 3)])
+def test_the_optimizer_stores_moments_and_averages_only_for_chosen_parameters(ema, n_arrays):
     params = nnx.state(make_model(CONFIG))
-    optimizer = make_optimizer(hg.OptimizerConfig(train_only=CHOSEN), 1)
-    state = jax.eval_shape(
-        lambda: first_state(params, optimizer, trained_parameters(params, hg.OptimizerConfig(train_only=CHOSEN)))
-    )
+    config = hg.OptimizerConfig(train_only=CHOSEN, ema=ema)
+    optimizer = make_optimizer(config, 1)
+    state = jax.eval_shape(lambda: first_state(params, optimizer, trained_parameters(params, config)))
     n_chosen = sum(leaf.size for name, leaf in named_parameters(make_model(CONFIG)).items() if chosen(name))
-    assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim) == 2 * n_chosen
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim) == n_arrays * n_chosen
 
 
 def test_partial_training_resumes_bit_for_bit(tmp_path):

@@ -16,7 +16,7 @@ import hourglass_jax as hg
 from hourglass_jax.data.pipeline import consecutive_windows, random_windows
 from hourglass_jax.training.checkpoints import CheckpointStore
 from hourglass_jax.training.metrics import read_curves
-from hourglass_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from hourglass_jax.training.optimizer import describe_schedule, learning_rate_schedule, make_optimizer
 from hourglass_jax.training.sharding import on_one_device
 from hourglass_jax.training.step import TrainState, make_train_step
 from hourglass_jax.training.trainer import fit
@@ -137,6 +137,19 @@ def test_schedules():
     assert schedule("constant")(90) == 1
 
 
+def test_wsd_is_a_constant_rate_with_a_decay_over_the_last_fifth_or_the_given_steps():
+    config = hg.OptimizerConfig(learning_rate=0.3, schedule="wsd", warmup_steps=10)
+    for decay_steps, length in ((0, 22), (40, 40)):
+        wsd = dataclasses.replace(config, decay_steps=decay_steps)
+        constant = dataclasses.replace(config, schedule="constant", decay_steps=length)
+        rates, expected = (
+            [float(learning_rate_schedule(each, 110)(step)) for step in range(111)] for each in (wsd, constant)
+        )
+        assert rates == expected
+        assert describe_schedule(wsd, 110) == describe_schedule(constant, 110)
+    assert describe_schedule(config, 110) == "10 warmup steps to 0.3, then constant, falling to 0 over the last 22"
+
+
 @pytest.mark.parametrize("name", ["cosine", "inverse_sqrt", "constant"])
 def test_a_decay_is_a_line_to_0_over_the_last_steps_of_any_schedule(name):
     config = hg.OptimizerConfig(learning_rate=0.3, schedule=name, warmup_steps=10)
@@ -154,8 +167,13 @@ def test_weight_decay_applies_only_to_linear_kernels(positions):
     config = hg.OptimizerConfig(learning_rate=0.5, schedule="constant", warmup_steps=0, weight_decay=0.1)
     optimizer = make_optimizer(config, 10)
     nothing = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(nothing, optimizer.init(params), params)
-    moved = nnx.to_flat_state(optax.apply_updates(params, updates))
+
+    @jax.jit
+    def step(params):
+        updates, _ = optimizer.update(nothing, optimizer.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    moved = nnx.to_flat_state(step(params))
     kinds = {True: set(), False: set()}
     for (path, before), (_, after) in zip(nnx.to_flat_state(params), moved, strict=True):
         kinds[path[-1] == "kernel"].add(path[-1])
@@ -169,7 +187,7 @@ def test_weight_decay_applies_only_to_linear_kernels(positions):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_a_checkpoint_of_plain_adamw_restores_into_the_masked_optimizer(tmp_path, weight_decay, clip_norm):
     """Early versions saved the state of `optax.adamw`; without decay its updates are the same bit for bit."""
-    params = nnx.state(make_model(CONFIG), nnx.Param)
+    params = nnx.state(make_model(CONFIG).head, nnx.Param)
     config = hg.OptimizerConfig(weight_decay=weight_decay, clip_norm=clip_norm)
     schedule = learning_rate_schedule(config, 10)
     before = optax.adamw(schedule, config.beta1, config.beta2, config.eps, weight_decay=weight_decay)

@@ -98,6 +98,8 @@ def describe(config: HourglassConfig) -> str:
     """Return a line for the summary: the implementation that training uses on this platform, and why."""
     options = {"relative positions": config.positions == "relative", "dropout": config.dropout > 0}
     used = tuple(option for option, is_used in options.items() if is_used)
-    name, reason = choose(config.attention, config.dtype, config.head_dim, used, config.causal)
-    window = f", window {config.window} on the tokens" if config.window else ""
+    name, reason = choose(config.attention, config.dtype, config.at_level(0).head_dim, used, config.causal)
+    windows = config.by_level("window")
+    window = f", window {windows[0]} on the tokens" if windows[0] else ""
+    window += f", {' and '.join(map(str, windows[1:]))} on deeper levels (0: all)" if any(windows[1:]) else ""
     return f"attention: {config.attention}" + (f" = {name}, {reason}" if name != config.attention else "") + window

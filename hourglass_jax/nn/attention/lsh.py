@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from hourglass_jax.config import HourglassConfig
+from hourglass_jax.config import HourglassConfig, LevelConfig
 from hourglass_jax.nn.attention.pattern import upcast
-from hourglass_jax.nn.layers import Dropout, dropped, linear, split_key
+from hourglass_jax.nn.layers import Dropout, dropped, head_norm, linear, residual_linear, split_key
 from hourglass_jax.nn.positions import rotate
 
 # Scores of later positions, and of the query's own, to which it attends only without earlier ones.
@@ -28,13 +28,14 @@ EVALUATION_SEED = 0  # seed of the hash in evaluation
 class LSHAttention(nnx.Module):
     """Multi-head LSH self-attention of tokens, with rotary or learned positions."""
 
-    def __init__(self, config: HourglassConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LevelConfig, *, rngs: nnx.Rngs):
         d_model, d_heads, bias = config.d_model, config.n_heads * config.head_dim, config.qkv_bias
         self.n_heads, self.chunk, self.n_hashes = config.n_heads, config.lsh_chunk, config.lsh_hashes
         self.rotary = config.positions == "rotary"
         self.query = linear(config, d_model, d_heads, bias=bias, rngs=rngs)  # shared by keys
         self.value = linear(config, d_model, d_heads, bias=bias, rngs=rngs)
-        self.out = linear(config, d_heads, d_model, rngs=rngs)
+        self.query_norm = head_norm(config, rngs=rngs)
+        self.out = residual_linear(config, d_heads, d_model, rngs=rngs)
         self.dropout = Dropout(config.dropout)
 
     def __call__(
@@ -42,6 +43,8 @@ class LSHAttention(nnx.Module):
     ) -> Float[Array, "B L 1 D"]:
         """Attend; `key` draws a new hash and turns dropout on. Masks are not supported."""
         qk, v = (f(x[:, :, 0]).reshape(*x.shape[:2], self.n_heads, -1) for f in (self.query, self.value))
+        if self.query_norm is not None:
+            qk = self.query_norm(qk)
         if self.rotary:
             qk = rotate(qk, jnp.arange(x.shape[1]))
         hash_key, dropout_key = split_key(key, 2)

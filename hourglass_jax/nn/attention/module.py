@@ -22,12 +22,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from hourglass_jax.config import HourglassConfig
+from hourglass_jax.config import LevelConfig
 from hourglass_jax.nn import cpu
 from hourglass_jax.nn.attention.choice import attend
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern, upcast
 from hourglass_jax.nn.cache import Clock, KeyValueCache
-from hourglass_jax.nn.layers import Dropout, dropped, kernel_init, linear
+from hourglass_jax.nn.layers import Dropout, dropped, head_norm, kernel_init, linear, residual_linear
 from hourglass_jax.nn.positions import relative_shift_each, relative_shift_newest, rotate, sinusoids, slot_distances
 
 HIDDEN = -1e30  # score of a masked key; unlike -inf, it has a finite derivative
@@ -38,22 +38,25 @@ class Attention(nnx.Module):
 
     def __init__(
         self,
-        config: HourglassConfig,
+        config: LevelConfig,
         tokens_per_position: int,
         *,
         query_slots: int = 1,
         key_slots: int = 1,
+        window: int = 0,
         rngs: nnx.Rngs,
     ):
         d_model, d_heads, bias = config.d_model, config.n_heads * config.head_dim, config.qkv_bias
         self.tokens_per_position, self.query_slots, self.key_slots = tokens_per_position, query_slots, key_slots
         self.n_heads, self.head_dim = config.n_heads, config.head_dim
-        self.window = config.window if tokens_per_position == query_slots == key_slots == 1 else 0
+        self.window = window  # positions; only of self-attention
+        self.own_time = config.event_levels > 0 and tokens_per_position > config.shared_factor
         self.positions, self.implementation, self.causal = config.positions, config.attention, config.causal
         self.query = linear(config, d_model, d_heads, bias=bias, rngs=rngs)
         self.key = linear(config, d_model, d_heads, bias=bias, rngs=rngs)
         self.value = linear(config, d_model, d_heads, bias=bias, rngs=rngs)
-        self.out = linear(config, d_heads, d_model, rngs=rngs)
+        self.query_norm, self.key_norm = head_norm(config, rngs=rngs), head_norm(config, rngs=rngs)
+        self.out = residual_linear(config, d_heads, d_model, rngs=rngs)
         self.dropout = Dropout(config.dropout)
         if self.positions == "relative":
             shape = (config.n_heads, config.head_dim)
@@ -66,6 +69,16 @@ class Attention(nnx.Module):
 
     def merge_heads(self, x: Float[Array, "... H K"]) -> Float[Array, "... D"]:
         return self.out(x.reshape(*x.shape[:-2], -1))
+
+    def queries(self, x: Float[Array, "... D"]) -> Float[Array, "... H K"]:
+        """Return each head's queries, normalized if configured."""
+        q = self.split_heads(self.query(x))
+        return q if self.query_norm is None else self.query_norm(q)
+
+    def keys_and_values(self, x: Float[Array, "... D"]) -> tuple[Float[Array, "... H K"], Float[Array, "... H K"]]:
+        """Return each head's keys, normalized if configured, and values."""
+        k, v = self.split_heads(self.key(x)), self.split_heads(self.value(x))
+        return k if self.key_norm is None else self.key_norm(k), v
 
     def relative_keys(self, distances: Int[Array, " ..."]) -> Float[Array, "... H K"]:
         """Return W_r R of the formula for distances in tokens."""
@@ -98,7 +111,7 @@ class Attention(nnx.Module):
         self, queries: Float[Array, "B G P D"], keys: Float[Array, "B G S D"]
     ) -> tuple[Float[Array, "B G P H K"], Float[Array, "B G S H K"], Float[Array, "B G S H K"]]:
         """Return q, k and v; q and k are rotated if positions are rotary."""
-        q, k, v = (self.split_heads(f(x)) for f, x in ((self.query, queries), (self.key, keys), (self.value, keys)))
+        q, (k, v) = self.queries(queries), self.keys_and_values(keys)
         if self.positions == "rotary":
             start = jnp.arange(q.shape[1])[:, None] * (self.query_slots * self.key_slots)
             q = rotate(q, self.tokens_per_position * (start + jnp.arange(self.query_slots)[None]))
@@ -149,7 +162,7 @@ class Attention(nnx.Module):
         Returns:
             The result, and the projected keys and values for a cache.
         """
-        q, k, v = (self.split_heads(f(x)) for f, x in ((self.query, queries), (self.key, keys), (self.value, keys)))
+        q, (k, v) = self.queries(queries), self.keys_and_values(keys)
         rows = jnp.arange(keys.shape[1], dtype=jnp.int32)
         content = q
         if self.positions == "rotary":
@@ -169,9 +182,14 @@ class Attention(nnx.Module):
         return self.merge_heads(jnp.einsum("bhnm,bmhk->bnhk", weights.astype(v.dtype), v)), k, v
 
     def init_cache(self, batch: int, max_length: int) -> KeyValueCache:
-        """Return an empty cache for `max_length` tokens, a multiple of the stride, or for a shorter window."""
+        """Return an empty cache for `max_length` tokens, a multiple of the stride, or for a shorter window.
+
+        Below variable boundaries it holds all keys, since the newest ones of a prompt differ between rows.
+        """
         stride = self.tokens_per_position * self.query_slots
-        rows = min(max_length // stride, self.window or max_length)
+        rows = max_length // stride
+        if self.window and not self.own_time:
+            rows = min(rows, self.window)
         relative = None
         if self.positions == "relative":
             slots = jnp.arange(self.query_slots)[:, None] + 1 - self.key_slots
@@ -207,7 +225,7 @@ class Attention(nnx.Module):
         """
         if keys is not None:
             cache = self.write(keys, cache, clock)
-        q = self.split_heads(self.query(query))
+        q = self.queries(query)
         slot = clock.time // self.tokens_per_position % self.query_slots
         if cache.rotary:
             q = rotate(q, clock.time)
@@ -226,7 +244,7 @@ class Attention(nnx.Module):
         """Store the keys and values of the current group in the cache."""
         row = self.group_row(clock)
         keys = keys.reshape(keys.shape[0], self.key_slots, -1)
-        k, v = self.split_heads(self.key(keys)), self.split_heads(self.value(keys))
+        k, v = self.keys_and_values(keys)
         if cache.rotary:
             k = rotate(
                 k, (jnp.reshape(row, (-1, 1)) + jnp.arange(self.key_slots, dtype=jnp.int32)[None]) * cache.stride
@@ -258,6 +276,8 @@ class Attention(nnx.Module):
             else:
                 scores += relative_shift_newest(by_lag, newest % r.shape[1])
         visible = cache.lags(newest) <= (newest - first)[:, None]
+        if self.window:
+            visible &= cache.lags(newest) < self.window
         probabilities = masked_softmax(scores * q.shape[-1] ** -0.5, visible[:, None])
         return jnp.einsum("bhn,bhnk->bhk", probabilities.astype(q.dtype), values)
 
