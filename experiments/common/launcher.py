@@ -16,7 +16,6 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
@@ -29,12 +28,10 @@ from hourglass_jax import (
     RuntimeConfig,
     UsageError,
     check_causality,
-    generate,
     load,
     load_pretrained,
 )
 from hourglass_jax.causality import NotStrictlyCausal
-from hourglass_jax.checks import check_decodes
 from hourglass_jax.config import BY_LEVEL
 from hourglass_jax.data.pipeline import Batch
 from hourglass_jax.memory import keep_freed_memory
@@ -308,40 +305,6 @@ def banned_tokens(tokenizer: Tokenizer, *, ends: bool = True) -> list[int]:
     """Return the tokens that a sample never contains: <UNK>, <BOS> and, unless it `ends` there, <EOS>."""
     special = (tokenizer.unk_id, tokenizer.bos_id, None if ends else tokenizer.eos_id)
     return [token for token in special if token is not None]
-
-
-def make_sampler(
-    tokenizer: Tokenizer, prompt: np.ndarray, max_tokens: int, seed: int, signals: Signals, *, ends: bool = False
-) -> Callable[[HourglassLM], str]:
-    """Return a function that samples text after `prompt`, up to <EOS> if `ends`; a signal interrupts it."""
-
-    def sample(model: HourglassLM) -> str:
-        [tokens] = generate(
-            model,
-            [prompt],
-            max_tokens=int(min(max_tokens, model.config.position_limit - len(prompt))),
-            key=jax.random.key(seed),
-            temperature=0.8,
-            stop_token=tokenizer.eos_id if ends else None,
-            banned_tokens=banned_tokens(tokenizer, ends=ends),
-            stream=lambda _: signals.check(),
-        )
-        return tokenizer.decode(tokens)
-
-    return where_it_decodes(sample)
-
-
-def where_it_decodes(sample: Callable[[HourglassLM], str]) -> Callable[[HourglassLM], str]:
-    """Return a function like `sample` that, for a model without decoding, returns the reason."""
-
-    def sample_or_reason(model: HourglassLM) -> str:
-        try:
-            check_decodes(model.config)
-        except UsageError as reason:
-            return f"(none: {reason})"
-        return sample(model)
-
-    return sample_or_reason
 
 
 def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
