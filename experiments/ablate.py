@@ -98,6 +98,7 @@ launcher.define_runtime()
 MODES = ("table", "curves", "lengths", "contexts", "costs")  # one of them
 FOR_TRAINING = ("--table", "--curves")
 OF_MODE = {
+    "recipe": (*FOR_TRAINING, "--lengths", "--contexts"),
     "first_seed": ("--table",),
     "time": ("--table",),
     "characters": ("--curves",),
@@ -133,7 +134,7 @@ def main(_: list[str]) -> None:
     )
     name = DATA_NAME.value or (Path(DATA_PATH.value).name if text else "") or DATASET.value
     studies = {"table": tables, "curves": learning_curves, "lengths": step_lengths, "contexts": context_lengths}
-    study = studies[mode](setup, f"{name}-{SCALE.value}" + f"-{RECIPE.value}" * (RECIPE.value != "paper"))
+    study = studies[mode](setup, f"{name}-{scale_name()}")
     if REPORT.value:
         for report in study.reports:
             print(report())
@@ -204,10 +205,10 @@ def learning_curves(setup: Setup, name: str) -> Study:
 
 
 def step_lengths(setup: Setup, name: str) -> Study:
-    path = report_path(f"lengths-{SCALE.value}")
+    path = report_path(f"lengths-{scale_name()}")
     return Study(
         lambda: lengths.plan_table(setup),
-        lambda signals: lengths.measure(setup, SCALE.value, path, signals),
+        lambda signals: lengths.measure(setup, scale_name(), path, signals),
         [partial(rerender, path, lengths.render, lengths.draw, COMMENT.value)],
     )
 
@@ -226,6 +227,11 @@ def context_lengths(setup: Setup, name: str) -> Study:
         contexts.measure(models, setup, path, name, signals)
 
     return Study(lambda: "", run, [partial(rerender, path, contexts.render, contexts.draw, COMMENT.value)])
+
+
+def scale_name() -> str:
+    """Return the scale for names of files, with the recipe unless it is the paper's."""
+    return SCALE.value + f"-{RECIPE.value}" * (RECIPE.value != "paper")
 
 
 def report_path(name: str) -> Path:

@@ -133,8 +133,9 @@ class HourglassConfig:
         check_choice("upsampling", self.upsampling, UPSAMPLINGS)
         for name in ("lsh_chunk", "lsh_hashes"):
             check_range(name, getattr(self, name), 1)
-        if self.token_attention == "lsh" and (self.positions == "relative" or self.window):
-            what = f"window={self.window}" if self.window else "positions='relative'"
+        windowed = any(self.by_level("window"))
+        if self.token_attention == "lsh" and (self.positions == "relative" or windowed):
+            what = f"window={self.window}" if windowed else "positions='relative'"
             raise UsageError(
                 f"token_attention='lsh' does not support {what}; choose positions='rotary' or 'learned', window=0"
             )

@@ -105,14 +105,17 @@ def for_table(setup: Setup, table: Table) -> Setup:
     """Return `setup` for the rows of a table, whose overrides apply at the paper's scale."""
     if setup.letters:
         return setup
+
+    def overridden(setup: Setup) -> Setup:
+        optimizer = replace(setup.optimizer, warmup_steps=table.warmup_steps or setup.optimizer.warmup_steps)
+        train = replace(setup.train, steps=table.steps or setup.train.steps)
+        return replace(setup, model={**setup.model, **table.model}, optimizer=optimizer, train=train)
+
     paper = find_setup("enwik8" if setup.data.dataset == "text" else setup.data.dataset, "paper", setup.data.path)
-    own = replace(
-        paper,
-        model=paper.model | table.model,
-        optimizer=replace(paper.optimizer, warmup_steps=table.warmup_steps or paper.optimizer.warmup_steps),
-        train=replace(paper.train, steps=table.steps or paper.train.steps),
-    )
-    if setup == paper:
+    own = overridden(paper)
+    if (setup.data, setup.train) == (paper.data, paper.train):  # the recipe may differ
+        setup = overridden(setup)
+    if setup == own:
         return own
     used = {row.options["hierarchy"] for row in table.rows if row.options}
     changes = [f"{old} -> {new}" for old, new in setup.hierarchies.items() if old in used]
