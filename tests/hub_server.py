@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+INFO = re.compile(r"/api/models/(.+)/revision/main")
 UPLOAD = re.compile(r"/api/models/(.+)/(preupload|commit)/main")
 LARGE = (".safetensors", ".bin")  # named by their SHA-256, and served by another host, like the Hub's large files
 
@@ -51,12 +52,17 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(self.server.sent(content))
 
+    def reply_json(self, **answer):
+        self.reply(content=json.dumps(answer).encode(), Content_Type="application/json")
+
     def do_GET(self):
         hub = self.server
         hub.requests.append(self.path)
         if self.path.startswith("/large/"):
             _, _, repository, commit, path = self.path.split("/", 4)
             return self.reply(content=hub.find(repository.replace("--", "/"), commit)[1][path])
+        if match := INFO.match(self.path):
+            return self.reply_json(id=match[1], xetEnabled=False)
         match = RESOLVE.fullmatch(self.path)
         if not match or match[1] not in hub.revisions:
             return self.reply(404, X_Error_Code="RepoNotFound")
@@ -96,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
                     "commitUrl": f"{hub.endpoint}/{match[1]}/commit/main",
                     "success": True,
                 }
-        self.reply(content=json.dumps(answer).encode(), Content_Type="application/json")
+        self.reply_json(**answer)
 
 
 @contextmanager
