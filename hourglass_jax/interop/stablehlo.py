@@ -65,7 +65,7 @@ def export_stablehlo(
         raise UsageError("jax.export requires flatbuffers; pip install -e '.[stablehlo]'")
     if tokenizer is not None:
         check_tokenizer(tokenizer, model.config)
-    max_length = max_length or model.config.max_length
+    max_length = model.config.max_length if max_length is None else max_length
     plain = model.reconfigured(dataclasses.replace(model.config, attention="plain"))  # the same on every platform
     with whole_directory(Path(directory)) as temporary:
         descriptions = {}
