@@ -213,7 +213,6 @@ def step_lengths(setup: Setup, name: str) -> Study:
 
 def context_lengths(setup: Setup, name: str) -> Study:
     directory, path = Path(OUT.value) / name, report_path(f"contexts-{name}")
-
     models: dict[str, contexts.Load] = {}
     if not REPORT.value:
         table = replace(find_table("1", DATASET.value), seeds=SEEDS.value)

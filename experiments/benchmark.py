@@ -13,9 +13,9 @@ The accelerator suite writes its report after each part; when it is interrupted,
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
 
@@ -23,14 +23,13 @@ from absl import flags
 
 from experiments.benchmarks import accelerator, boundaries, cpu, decoding, models, training
 from experiments.common import launcher
-from experiments.common.reports import PACKAGES, provenance, read_record, report_file, write_report
+from experiments.common.reports import PACKAGES, open_record, provenance, report_file, write_report
 from hourglass_jax import UsageError
 from hourglass_jax.ranges import check_range
-from hourglass_jax.training.identity import describe, differences
 
-SUITE = flags.DEFINE_enum(
-    "suite", "decoding", ["decoding", "training", "boundaries", "cpu", "accelerator"], "What to measure."
-)
+SUITES: dict[str, Any] = {"decoding": decoding, "training": training, "boundaries": boundaries, "cpu": cpu}
+IN_PARTS: dict[str, Any] = {"accelerator": accelerator}
+SUITE = flags.DEFINE_enum("suite", "decoding", [*SUITES, *IN_PARTS], "What to measure.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Number of runs; figures are medians.", lower_bound=1)
 PEER = flags.DEFINE_boolean("peer", True, "Also measure the PyPI package (requires the extra [bench]).")
 REPORT = launcher.define_path("report", "", "Write PATH.json, PATH.md and, for decoding, PATH.png.")
@@ -44,41 +43,31 @@ TAKEN_BY = {
     "lengths": ("--suite=decoding",),
     "batches": ("--suite=decoding",),
     "peer": ("--suite=decoding", "--suite=training"),
-    **{f"accelerator.{name}": ("--suite=accelerator",) for name in vars(accelerator.Accelerator())},
+    **{f"accelerator.{name}": [f"--suite={suite}" for suite in IN_PARTS] for name in vars(accelerator.Accelerator())},
 }
 
 
 def main(_: list[str]) -> None:
     launcher.check_taken(TAKEN_BY, f"--suite={SUITE.value}")
-    if SUITE.value == "accelerator":
-        run_accelerator()
+    if SUITE.value in IN_PARTS:
+        run_in_parts(IN_PARTS[SUITE.value])
         return
-    repeats, facts = REPEATS.value, {"sizes": models.SIZES, "models": models.METHODS}
+    suite, packages, options = SUITES[SUITE.value], PACKAGES, {}
     if SUITE.value == "decoding":
-        lengths, batches = map(integers, (LENGTHS, BATCHES))
-        rows = decoding.measure(lengths, batches, repeats, peer=PEER.value)
-        text = decoding.describe(rows, repeats)
-    elif SUITE.value == "boundaries":
-        facts = {"sizes": models.SIZES | {"hierarchy": boundaries.HIERARCHY}}
-        rows = boundaries.measure(repeats)
-        text = boundaries.describe(rows, repeats)
-    elif SUITE.value == "cpu":
-        facts = {"sizes": models.SIZES}
-        rows = cpu.measure(repeats)
-        text = cpu.describe(rows, repeats)
-    else:
-        rows = training.measure(repeats, peer=PEER.value)
-        text = training.describe(rows, repeats)
+        options = {flag.name: integers(flag) for flag in (LENGTHS, BATCHES)}
+    if "--suite=" + SUITE.value in TAKEN_BY["peer"]:
+        options["peer"] = PEER.value
+        packages = (*PACKAGES, "torch", models.PEER) if PEER.value else PACKAGES
+    rows = suite.measure(REPEATS.value, **options)
+    text = suite.describe(rows, REPEATS.value)
     print(text)
     if REPORT.value:
-        path = Path(REPORT.value)
-        if SUITE.value == "decoding":
-            path.parent.mkdir(parents=True, exist_ok=True)
-            decoding.plot(rows, report_file(path, ".png"))
-            text += f"\n![characters per second]({path.name}.png)\n"
-        with_peer = PEER.value and SUITE.value in ("decoding", "training")
-        packages = (*PACKAGES, "torch", models.PEER) if with_peer else PACKAGES
-        write_report(path, provenance(packages) | facts | {"rows": rows}, text)
+        path, draw = Path(REPORT.value), getattr(suite, "draw", None)
+        if draw:
+            text += f"\n![the rows as a picture]({path.name}.png)\n"
+        write_report(path, provenance(packages) | suite.FACTS | {"rows": rows}, text)
+        if draw:
+            draw(rows, report_file(path, ".png"))
 
 
 def integers(flag: flags.FlagHolder) -> list[int]:
@@ -91,22 +80,18 @@ def integers(flag: flags.FlagHolder) -> list[int]:
     return numbers
 
 
-def run_accelerator() -> None:
-    """Run the accelerator suite; exit with 1 if a kernel is wrong."""
-    path = Path(REPORT.value or "runs/benchmark/accelerator")
+def run_in_parts(suite: Any) -> None:
+    """Run a suite part by part, resuming its record; exit with 1 if a kernel is wrong."""
+    path = Path(REPORT.value or f"runs/benchmark/{SUITE.value}")
     sizes = launcher.read_config("accelerator", accelerator.Accelerator)
-    settings = json.loads(json.dumps({"sizes": vars(sizes), "repeats": REPEATS.value}))
-    settings |= {name: value for name, value in provenance().items() if name != "command"}
-    record = read_record(report_file(path, ".json")) or settings | {"rows": {}}
-    if different := differences({name: record.get(name) for name in settings}, settings):
-        raise UsageError(
-            f"{path}.json: was measured with other settings ({describe(different)}); give another --report"
-        )
-    rows, parts = record["rows"], accelerator.parts(sizes, REPEATS.value)
+    source = {name: value for name, value in provenance().items() if name != "command"}
+    record = open_record(path, {"sizes": vars(sizes), "repeats": REPEATS.value} | source, {"rows": {}})
+    rows = record["rows"]
+    parts = suite.parts(sizes, REPEATS.value, rows.keys())
     for name in accelerator.run_parts(parts, rows):
         print(f"{name}: {rows[name]}", flush=True)
-        write_report(path, provenance() | record, accelerator.describe(record, sizes, len(parts)))
-    print(accelerator.describe(record, sizes, len(parts)))
+        write_report(path, provenance() | record, suite.describe(record, sizes, len(parts)))
+    print(suite.describe(record, sizes, len(parts)))
     if not all(row.get("passed", False) for name, row in rows.items() if name.startswith("check ")):
         sys.exit(1)
 

@@ -21,7 +21,6 @@ import jax
 from absl import flags
 
 from experiments.accelerators import report
-from experiments.accelerators.advice import cheapest_changes
 from experiments.accelerators.step import Compiled, Pretraining, compile_step
 from experiments.accelerators.targets import find_target, known_targets
 from experiments.common import launcher, pretraining
@@ -64,7 +63,8 @@ def main(_: list[str]) -> None:
     target, run = find_target(TARGET.value), read_pretraining()
     devices = target.devices()
     compiled = compile_step(run, target, devices)
-    print(report.describe(run, target, compiled, CHARACTERS.value or run.characters))
+    characters = run.train.steps * run.data.batch_size * run.data.block_size
+    print(report.describe(run, target, compiled, CHARACTERS.value or characters))
     if compiled.fits(target):
         return
 
@@ -74,7 +74,7 @@ def main(_: list[str]) -> None:
         return compile_step(changed, target, devices)
 
     if compiled.peak is not None and ADVICE.value:
-        print(f"\n{report.describe_changes(cheapest_changes(run, target, attempt))}")
+        print(f"\n{report.describe_changes(report.cheapest_changes(run, target, attempt))}")
     sys.exit(1)
 
 

@@ -8,7 +8,8 @@ python experiments/convert.py --to=stablehlo runs/original programs
 python experiments/convert.py --to=package --about=books.md --evaluations=test.json runs/books weights/books
     # --base=books: stores only the parameters that differ from weights/books
 
-The paths can be given as --model, --vocab and --out instead. --from writes a run directory, like pretrain.py.
+--from writes a run directory, like pretrain.py. vocab.json maps tokens to ids; pypi requires it unless the model reads
+bytes.
 """
 
 from __future__ import annotations
@@ -55,11 +56,6 @@ ABOUT = launcher.define_path(
     "about", None, "package: Markdown about data, license, training and limits, for the model card."
 )
 EVALUATIONS = flags.DEFINE_list("evaluations", [], "package: records of evaluate.py --report, for the model card.")
-MODEL = launcher.define_path("model", None, "Input: a .pth file, a safetensors directory or a run directory.")
-VOCAB = launcher.define_path(
-    "vocab", None, "JSON from token to id; required for original, and for pypi unless the model reads bytes."
-)
-OUT = launcher.define_path("out", None, "Directory to write, empty or absent.")
 N_HEADS = flags.DEFINE_integer(
     "n_heads", None, "Number of heads, for original (default 6) and pypi (default 8).", lower_bound=1
 )
@@ -79,7 +75,6 @@ DATASET = flags.DEFINE_enum(
 
 PYTORCH, PACKAGE = ("--from=original", "--from=pypi"), ("--to=package",)
 TAKEN_BY = {
-    "vocab": PYTORCH,
     "n_heads": PYTORCH,
     "shorten_factor": ("--from=pypi",),
     "causal": ("--from=pypi",),
@@ -92,11 +87,15 @@ TAKEN_BY = {
 
 
 def main(arguments: list[str]) -> None:
-    model_path, vocab_path, out = read_paths(arguments[1:])
     if (FROM.value is None) == (TO.value is None):
         raise UsageError("give either --from=original|pypi|safetensors or --to=safetensors|stablehlo|package")
+    if len(arguments) not in (3, 4):
+        raise UsageError("give the input, the vocabulary of a .pth file, and the output directory, in this order")
+    model_path, *vocab, out = map(os.path.expanduser, arguments[1:])
     mode = f"--from={FROM.value}" if FROM.value else f"--to={TO.value}"
-    launcher.check_taken(TAKEN_BY, mode, given=["vocab"] if vocab_path else [])
+    launcher.check_taken(TAKEN_BY, mode)
+    if vocab and mode not in PYTORCH:
+        raise UsageError(f"{mode} takes no vocabulary, but {vocab[0]} is given; leave it out")
     if TO.value:
         model, tokenizer, _ = launcher.load_run(model_path)
         if TO.value == "package":
@@ -108,23 +107,11 @@ def main(arguments: list[str]) -> None:
         print(f"{describe(model)} -> {out}")
         return
     with whole_directory(Path(out)) as directory:
-        model, tokenizer = read_model(model_path, vocab_path)
+        model, tokenizer = read_model(model_path, vocab[0] if vocab else None)
         write_model(model, tokenizer, directory)
     print(f"{describe(model)} -> {out}")
     script = "generate" if model.config.decodes else "evaluate"
     print(f"\n{launcher.next_command(script, f'--load_model_path={out}')}")
-
-
-def read_paths(arguments: list[str]) -> tuple[str, str | None, str]:
-    """Return the paths of input, vocabulary (may be None) and output."""
-    if arguments and (MODEL.value or VOCAB.value or OUT.value):
-        raise UsageError("give the paths either as --model, --vocab and --out, or as arguments in this order")
-    if not arguments and MODEL.value and OUT.value:
-        return MODEL.value, VOCAB.value, OUT.value
-    arguments = [os.path.expanduser(argument) for argument in arguments]
-    if len(arguments) not in (2, 3):
-        raise UsageError("give the input, the vocabulary of a .pth file, and the output directory, in this order")
-    return arguments[0], arguments[1] if len(arguments) == 3 else None, arguments[-1]
 
 
 def read_model(path: str, vocab_path: str | None) -> tuple[HourglassLM, Tokenizer]:
@@ -132,7 +119,7 @@ def read_model(path: str, vocab_path: str | None) -> tuple[HourglassLM, Tokenize
         return import_safetensors(path)[:2]
     if FROM.value == "original":
         if not vocab_path:
-            raise UsageError("--from=original requires the model's vocabulary; give it as --vocab=vocab.json")
+            raise UsageError("--from=original requires the model's vocabulary; give its JSON after the model's path")
         return from_original(path, vocab_path, n_heads=N_HEADS.value)
     factors = launcher.parse_flag(
         "shorten_factor", ",".join(SHORTEN_FACTOR.value), lambda _: [int(factor) for factor in SHORTEN_FACTOR.value]

@@ -22,14 +22,14 @@ import numpy as np
 from absl import flags
 
 from experiments.common import launcher
-from experiments.common.characters import check_characters, write_surprise
+from experiments.common.characters import check_characters, score_documents, write_surprise
 from experiments.common.cuts import write_boundaries
 from experiments.common.recorded import recorded_data, recorded_haiku, recorded_images, recorded_text
 from experiments.common.reports import provenance, write_report
 from experiments.common.sources import UNITS
 from hourglass_jax import Evaluation, HourglassLM, ImageTokenizer, UsageError, at_shorten_factor
 from hourglass_jax.data.images import ImageSplits, image_validation
-from hourglass_jax.data.pipeline import Batch, all_examples, consecutive_windows, sliding_windows
+from hourglass_jax.data.pipeline import Batch, all_examples, consecutive_windows, sliding_windows, without_targets
 from hourglass_jax.evaluation import check_text, evaluate_batches
 from hourglass_jax.ranges import check_choice
 from hourglass_jax.tokenizers import TextTokenizer
@@ -37,13 +37,13 @@ from hourglass_jax.training.run import Run
 
 LOAD = launcher.ModelFlags("runs/pretrain", "Directory of the model.")
 DATA_PATH = launcher.define_path(
-    "data_path", "", "Text, as for pretrain.py, or directory of images; empty: the training data."
+    "data_path", "", "Text or token store, as for pretrain.py, or directory of images; empty: the training data."
 )
 SPLIT = flags.DEFINE_enum(
     "split",
     None,
     ["all", "train", "valid", "test"],
-    "Split as in training; default: valid for the training data and images, all for another text.",
+    "Split as in training; default: valid for the training data, images and token stores, all for another text.",
 )
 BLOCK_SIZE = flags.DEFINE_integer("block_size", None, "Window in tokens; default: as in training.", lower_bound=1)
 PROTOCOL = flags.DEFINE_enum(
@@ -119,7 +119,7 @@ def evaluate_haiku(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, d
 
 def evaluate_text(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, dict[str, Any]]:
     """Return a summary line and the figures on a text."""
-    tokens, text, name = recorded_text(LOAD.value, DATA_PATH.value, SPLIT.value)
+    tokens, text, name, ends = recorded_text(LOAD.value, DATA_PATH.value, SPLIT.value)
     check_text(tokens, model)
     n_unknown = check_characters(text, tokenizer, name, allow_unknown=flags.FLAGS.allow_unknown)
     if PROTOCOL.value == "sliding":
@@ -128,11 +128,24 @@ def evaluate_text(model: HourglassLM, tokenizer: TextTokenizer) -> tuple[str, di
     else:
         block_size = BLOCK_SIZE.value or recorded_data(Run(LOAD.value).read().settings).block_size
         batches, windows = consecutive_windows(tokens, block_size, BATCH_SIZE.value), str(block_size)
-    result = evaluate_predictions(model, batches, tokenizer)
-    summary, figures = text_figures(result, tokens[1:], tokenizer)
+    predicted, documents = tokens[1:], {}
+    if ends is None:
+        result = evaluate_predictions(model, batches, tokenizer)
+    else:
+        specials = (tokenizer.bos_id, tokenizer.eos_id)
+        predicted = predicted[~np.isin(predicted, specials)]
+        if model.config.causal and not (PER_TOKEN.value or BOUNDARIES.value):
+            result, bits = score_documents(model, batches, tokens, ends, specials)
+            documents = {"bits_by_document": bits, "n_documents": len(ends)}
+        else:
+            result = evaluate_predictions(model, without_targets(batches, specials), tokenizer)
+    summary, figures = text_figures(result, predicted, tokenizer)
     if not model.config.causal:
         summary, figures = masked_figures(result, UNITS[tokenizer.kind])
-    return f"{summary} in windows of {windows} | {name}", figures | {"n_unknown": n_unknown, "text": name}
+    if documents:
+        summary += f" | mean over {len(ends):,} documents {documents['bits_by_document']:.4f}"
+    figures |= documents | {"n_unknown": n_unknown, "text": name}
+    return f"{summary} in windows of {windows} | {name}", figures
 
 
 def evaluate_predictions(model: HourglassLM, batches: Sequence[Batch], tokenizer: TextTokenizer) -> Evaluation:

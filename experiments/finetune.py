@@ -19,7 +19,7 @@ from flax import nnx
 
 from experiments.common import launcher
 from experiments.common.recorded import recorded_data
-from experiments.common.sources import HaikuSource, TextSource, unit_of
+from experiments.common.sources import HaikuSource, TextSource, open_text, unit_of
 from hourglass_jax import DataConfig, HourglassConfig, OptimizerConfig, TrainConfig, UsageError
 from hourglass_jax.checks import check_causal
 from hourglass_jax.data.corpora import load_text
@@ -142,7 +142,7 @@ def read_text(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[TextSo
         train_fraction=1 - VALIDATION.value,
         valid_path=VALID_PATH.value,
     )
-    return TextSource(data, tokenizer, allow_unknown=flags.FLAGS.allow_unknown), {"data": dataclasses.asdict(data)}
+    return open_text(data, tokenizer, allow_unknown=flags.FLAGS.allow_unknown), {"data": dataclasses.asdict(data)}
 
 
 def read_haiku(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[HaikuSource, dict]:

@@ -85,7 +85,8 @@ def main(_: list[str]) -> None:
     misplaced = sorted(given & (FOR_TEXT if images else FOR_IMAGES))
     if misplaced:
         raise UsageError(f"{misplaced[0]} does not apply to {LOAD.value}, a model of {'images' if images else 'text'}")
-    launcher.check_directory_of(OUT.value if images else RAW_OUT.value)
+    if not (directory := Path(OUT.value if images else RAW_OUT.value).parent).is_dir():
+        raise UsageError(f"the directory {directory} does not exist; create it or give another path")
     with launcher.stopping() as signals:
         (draw if images else write)(model, tokenizer, signals)
 
@@ -119,7 +120,6 @@ def write(model: HourglassLM, tokenizer: TextTokenizer, signals: Signals) -> Non
     prompts = read_prompts(tokenizer)
     if form == "prompt":  # trained to complete a first line
         prompts = [text.removesuffix(b"\n") + b"\n" if text else text for text in prompts]
-    banned = [token for token in (tokenizer.unk_id, tokenizer.bos_id) if token is not None]
     raw: BinaryIO | None = None
     with contextlib.ExitStack() as files:
         for number, (text, _) in enumerate(itertools.product(prompts, range(NUM_SAMPLES.value))):
@@ -137,7 +137,7 @@ def write(model: HourglassLM, tokenizer: TextTokenizer, signals: Signals) -> Non
                     top_k=TOP_K.value,
                     top_p=TOP_P.value,
                     stop_token=tokenizer.eos_id,
-                    banned_tokens=banned,
+                    banned_tokens=launcher.banned_tokens(tokenizer),
                     stream=sample.take,
                 )
             new = sample.finish()

@@ -1,10 +1,12 @@
-"""Atomic writes of files and directories: an interrupted write leaves the old content."""
+"""Atomic writes of files and directories: an interrupted write leaves the old content. Locks between processes."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
+import sys
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,9 @@ from typing import IO
 from absl import logging
 
 from hourglass_jax.errors import UsageError
+
+HELD = (errno.EAGAIN, errno.EACCES)  # errors of flock and msvcrt if another process holds the lock
+LOCKED_BYTE = 1 << 30  # beyond the text: on Windows other processes cannot read locked bytes
 
 _unwritten: set[str] = set()  # the files that `optional_output` has warned about
 
@@ -95,3 +100,34 @@ def whole_directory(path: Path) -> Iterator[Path]:
             return
         for part in whole.iterdir():
             part.replace(path / part.name)
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Lock `file`; return False if another process holds the lock.
+
+    Warn, and return True, if the platform or the file system has no locks.
+    """
+    try:
+        _lock(file.fileno())
+    except (OSError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno in HELD:
+            return False
+        reason = getattr(error, "strerror", None) or error
+        logging.warning(
+            "%s: exclusive use is not guaranteed, since no lock is available (%s); run one process per directory",
+            file.name,
+            reason,
+        )
+    return True
+
+
+def _lock(descriptor: int) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

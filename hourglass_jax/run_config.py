@@ -31,8 +31,8 @@ class DataConfig:
     """Data set and batches. `order` and `split` apply only to text.
 
     path: a UTF-8 text file, a directory of .txt files, a pattern such as "books/*.txt", or several of these separated
-        by commas; texts are joined in the order of their names. tokenizer="byte" reads any files. For images, their
-        directory. Empty: the built-in corpus.
+        by commas; texts are joined in the order of their names. tokenizer="byte" reads any files. Or a token store,
+        which has its own tokenizer and splits. For images, their directory. Empty: the built-in corpus.
     dataset: text | cifar10 | imagenet32 | imagenet64 | folder (of image files).
     image_size: side in pixels to which images are averaged down; must divide the stored side. 0: as stored. Images of a
         folder are cropped to squares, and may be resized to any side.
@@ -40,7 +40,8 @@ class DataConfig:
     clean: lower-case, strip accents, keep only "\\n !&'$,-.:;?" and a-z. Ignored by tokenizer="byte".
     block_size: tokens per training window; for cifar10, imagenet32 and imagenet64, tokens per image.
     batch_size: windows or images per step.
-    order: random (windows start anywhere) | epochs (consecutive windows, each once per epoch).
+    order: random (windows start anywhere) | epochs (consecutive windows, each once per epoch) | documents (windows
+        begin with a document of a token store; see `data.pipeline.plan_documents`).
     split: fraction (at train_fraction, no test split) | enwik8 (90M train, 5M validation, 5M test).
     train_fraction: share of training tokens, or of images in a folder; the rest is for validation.
     valid_path: validation text, in the same form as `path`. Its files, and copies of them, are excluded from training.
@@ -54,7 +55,7 @@ class DataConfig:
     clean: bool = False
     block_size: int = 128
     batch_size: int = 16
-    order: Literal["random", "epochs"] = "random"
+    order: Literal["random", "epochs", "documents"] = "random"
     split: Literal["fraction", "enwik8"] = "fraction"
     train_fraction: float = 0.9
     valid_path: str = ""

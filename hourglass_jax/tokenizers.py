@@ -91,7 +91,12 @@ class CharTokenizer:
         """Encode text as int32 [L]; unknown characters become <UNK>. Raises UsageError unless it is a str."""
         check_text(text)
         text = _clean(text) if self.clean else text
-        return np.fromiter((self._ids.get(c, self.unk_id) for c in text), np.int32)
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        token_of = np.full(int(codes.max(initial=0)) + 1, self.unk_id, np.int32)
+        for character, token in self._ids.items():
+            if ord(character) < len(token_of):
+                token_of[ord(character)] = token
+        return token_of[codes]
 
     def unknown(self, text: str) -> list[str]:
         """Return the sorted characters that `encode` maps to <UNK>."""

@@ -86,7 +86,17 @@ COMMANDS = sorted({(launcher, *arguments) for page in PAGES for launcher, argume
 
 def test_the_pages_show_the_launchers():
     shown = {launcher for launcher, *_ in COMMANDS}
-    assert {"pretrain", "finetune", "generate", "evaluate", "convert", "ablate", "benchmark", "compile"} <= shown
+    assert {
+        "pretrain",
+        "finetune",
+        "generate",
+        "evaluate",
+        "convert",
+        "ablate",
+        "benchmark",
+        "compile",
+        "prepare",
+    } <= shown
 
 
 @pytest.mark.parametrize("launcher", sorted({command[0] for command in COMMANDS}))

@@ -116,7 +116,8 @@ def render(record: Record) -> str:
         lines.append((name, *(at.get(context, "-") for context in found), gain))
     return page(
         f"What more context gives, {record['data']}",
-        f"bits against characters of context](contexts-{record['data']}.png",
+        "bits against characters of context",
+        f"contexts-{record['data']}.png",
         markdown_table(("model", *(f"{context:,}" for context in found), "gain"), lines),
         record.get("comment", ""),
         f"Bits per character of the same {N_SCORED} characters at each of {record['places']:,} places, evenly spaced "

@@ -164,7 +164,8 @@ def render(record: Record) -> str:
         parts += [trend_line(record, pair["plain"], rival) for rival in pair["rivals"]]
     return page(
         f"Learning curves at equal FLOPs, {record['data']}",
-        f"bits against characters and FLOPs](curves-{record['data']}.png",
+        "bits against characters and FLOPs",
+        f"curves-{record['data']}.png",
         *parts,
         record["comment"],
         missing_line(record),

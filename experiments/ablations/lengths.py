@@ -105,7 +105,8 @@ def render(record: Record) -> str:
     speed = f"{rate(record) / 1e9:,.1f} GFLOP/s, the median of all that was measured"
     return page(
         "What a training step costs at every length",
-        f"FLOPs, time and memory of a character](lengths-{record['scale']}.png",
+        "FLOPs, time and memory of a character",
+        f"lengths-{record['scale']}.png",
         points_table(record),
         "What the Hourglass costs as a share of the plain models:",
         ratios_table(record),

@@ -124,7 +124,8 @@ def render(record: Record) -> str:
     others = record.get("published", {})  # older records have none
     return page(
         f"Table {record['table']}: {record['title']}, {record['data']}",
-        f"the table as a picture](table{record['table']}-{record['data']}.png",
+        "the table as a picture",
+        f"table{record['table']}-{record['data']}.png",
         results_table(record),
         f"Not trained yet: {'; '.join(waiting)}." if waiting else "",
         *(agreement(record, name) for name in in_paper),

@@ -1,11 +1,13 @@
-"""Setups of the ablations: the paper's (section 3), and smaller ones."""
+"""Setups of the ablations, from scales.toml: the paper's (section 3), and smaller ones."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from experiments.ablations.table import Table
@@ -46,74 +48,23 @@ class Setup:
         return json.loads(json.dumps(facts | {"steps": self.train.steps, "n_valid": self.n_valid}))
 
 
-def widths(d_model: int, n_heads: int) -> dict[str, int]:
-    return {"d_model": d_model, "n_heads": n_heads, "d_ff": 4 * d_model}
-
-
 BYTES = ByteTokenizer(256)  # the paper's vocabulary: no BOS and EOS
-TEXT = DataConfig(path="enwik8", tokenizer="byte", split="enwik8", block_size=2048, batch_size=8)
-IMAGES = DataConfig(dataset="cifar10", batch_size=8)
-NARROW = widths(64, 2) | {"initialization": "xavier", "max_unrolled_layers": 16}  # 60 characters per parameter
-SHALLOW = {"2@1 24@4 2@1": "2@1 8@4 2@1"}
+TEXT = DataConfig(path="enwik8", tokenizer="byte", split="enwik8")
+IMAGES = DataConfig(dataset="cifar10")
 
-SETUPS = {
-    ("text", "paper"): Setup(
-        widths(512, 8) | {"dropout": 0.15, "max_length": 2048},
-        TEXT,
-        OptimizerConfig(learning_rate=4e-4, warmup_steps=4000),
-        TrainConfig(steps=200_000, eval_interval=5000, eval_batches=100),
-    ),
-    ("text", "small"): Setup(
-        widths(256, 8) | {"dtype": "bfloat16", "max_length": 1024},
-        replace(TEXT, block_size=1024, batch_size=16),
-        OptimizerConfig(learning_rate=1e-3, warmup_steps=300),
-        TrainConfig(steps=3000, eval_interval=1000, eval_batches=8),
-        n_valid=1024,
-    ),
-    ("text", "tiny"): Setup(
-        widths(128, 4) | {"initialization": "xavier", "max_length": 256},
-        replace(TEXT, block_size=256, batch_size=4),
-        OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
-        TrainConfig(steps=2000, eval_interval=1000, eval_batches=8),
-        SHALLOW,
-        n_valid=512,
-    ),
-    ("text", "micro"): Setup(
-        NARROW | {"max_length": 256},
-        replace(TEXT, block_size=256),
-        OptimizerConfig(learning_rate=3e-3, warmup_steps=200),
-        TrainConfig(steps=10_000, eval_interval=2500, eval_batches=16),
-        SHALLOW,
-        n_valid=1024,
-    ),
-    ("images", "paper"): Setup(
-        widths(512, 8) | {"max_length": 3072},
-        IMAGES,
-        OptimizerConfig(learning_rate=1e-3, warmup_steps=5000),
-        TrainConfig(steps=100_000, eval_interval=5000, eval_batches=50),
-    ),
-    ("images", "small"): Setup(
-        widths(256, 8) | {"dtype": "bfloat16", "max_length": 3072},
-        replace(IMAGES, batch_size=4),
-        OptimizerConfig(learning_rate=1e-3, warmup_steps=300),
-        TrainConfig(steps=3000, eval_interval=1000, eval_batches=16),
-        n_valid=256,
-    ),
-    ("images", "tiny"): Setup(
-        widths(128, 4) | {"initialization": "xavier", "max_length": 768},
-        replace(IMAGES, image_size=16, batch_size=1),
-        OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
-        TrainConfig(steps=2000, eval_interval=1000, eval_batches=32),
-        n_valid=128,
-    ),
-    ("images", "micro"): Setup(
-        NARROW | {"max_length": 768},
-        replace(IMAGES, image_size=16, batch_size=4),
-        OptimizerConfig(learning_rate=3e-3, warmup_steps=200),
-        TrainConfig(steps=5000, eval_interval=1250, eval_batches=16),
-        n_valid=512,
-    ),
-}
+
+def read_setups() -> dict[tuple[str, str], Setup]:
+    """Return the setups of scales.toml by kind of data and scale."""
+    kinds, setups = {"text": TEXT, "images": IMAGES}, {}
+    for kind, scales in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")).items():
+        for scale, fields in scales.items():
+            data = replace(kinds[kind], **fields.pop("data"))
+            optimizer, train = OptimizerConfig(**fields.pop("optimizer")), TrainConfig(**fields.pop("train"))
+            setups[kind, scale] = Setup(data=data, optimizer=optimizer, train=train, **fields)
+    return setups
+
+
+SETUPS = read_setups()
 IMAGENET = {"imagenet32": (64, 470_000), "imagenet64": (8, 300_000)}  # batch size (for 64 our choice) and steps
 LETTERS = Setup(
     {"vocab_size": letters.TOKENIZER.vocab_size, "d_model": 64, "n_heads": 2, "d_ff": 128, "initialization": "xavier"},

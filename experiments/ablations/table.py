@@ -58,4 +58,3 @@ def resampling(shortening: str = "attention_average", upsampling: str = "attenti
 
 
 TEXT = resampling()  # Table 1's parameter counts fit these two
-IMAGE = resampling(upsampling="attention_linear")  # the row shared by Tables 6, 7 and 8 on CIFAR-10 (3.012)

@@ -35,11 +35,6 @@ class Pretraining:
     train: TrainConfig
     runtime: RuntimeConfig
 
-    @property
-    def characters(self) -> int:
-        """Characters of the whole training."""
-        return self.train.steps * self.data.batch_size * self.data.block_size
-
     def changed(self, **options: Any) -> Pretraining:
         """Return the run with other options of its model or of its runtime."""
         of_model = {name: value for name, value in options.items() if hasattr(self.model, name)}
@@ -49,33 +44,20 @@ class Pretraining:
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """Peak memory of a step in bytes per chip, by what takes it."""
-
-    parameters: float
-    optimizer: float
-    batch: float
-    activations_and_temporaries: float
-
-    @property
-    def peak(self) -> float:
-        return sum(dataclasses.astuple(self))
-
-
-@dataclasses.dataclass(frozen=True)
 class Compiled:
     """A compiled step.
 
     text: the compiled program; empty if compilation failed.
     failure: the compiler's error message.
     seconds: compile time.
+    memory: bytes per chip by what takes them, at the peak; empty if compilation failed.
     peak: bytes per chip; known of some failures too.
     """
 
     text: str
     failure: str
     seconds: float
-    memory: Memory | None
+    memory: dict[str, float]
     peak: float | None
 
     def fits(self, target: Target) -> bool:
@@ -96,17 +78,18 @@ def compile_step(run: Pretraining, target: Target, devices: Sequence[jax.Device]
     step: Any = make_train_step(
         graph, optimizer, run.train.seed, accumulate=run.runtime.accumulate, shardings=shardings, trained=trained
     )
-    batch = abstract(batch_shapes(run.data), (batch_sharding(mesh),) * 2)
+    size, length = run.data.batch_size, run.data.block_size
+    tokens = jax.ShapeDtypeStruct((size, length + 1), jnp.int32)
+    batch = abstract((tokens, jax.ShapeDtypeStruct((size, length), jnp.float32)), (batch_sharding(mesh),) * 2)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # traced code reads the platform from it
         lowered = step.lower(state, *batch)
     started = time.perf_counter()
     try:
         compiled = compile_lowered(lowered)
     except jax.errors.JaxRuntimeError as error:
-        failure = str(error)
-        return Compiled("", failure, time.perf_counter() - started, None, required_bytes(failure))
-    memory = divide(compiled.memory_analysis(), state, batch)
-    return Compiled(compiled.as_text(), "", time.perf_counter() - started, memory, memory.peak)
+        return Compiled("", str(error), time.perf_counter() - started, {}, required_bytes(str(error)))
+    seconds, memory = time.perf_counter() - started, divide(compiled.memory_analysis(), state, batch)
+    return Compiled(compiled.as_text(), "", seconds, memory, sum(memory.values()))
 
 
 def compile_lowered(lowered: Any) -> Any:
@@ -119,28 +102,19 @@ def compile_lowered(lowered: Any) -> Any:
     return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
 
 
-def batch_shapes(data: DataConfig) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Return tokens [B, L + 1] and weights [B, L]."""
-    size = (data.batch_size, data.block_size)
-    return jax.ShapeDtypeStruct((size[0], size[1] + 1), jnp.int32), jax.ShapeDtypeStruct(size, jnp.float32)
-
-
-def divide(analysis: Any, state: TrainState, batch: Any) -> Memory:
+def divide(analysis: Any, state: TrainState, batch: Any) -> dict[str, float]:
     """Divide XLA's memory analysis of the step among its inputs and the rest."""
-    peak = (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + analysis.temp_size_in_bytes
-    )
-    parameters, optimizer, tokens = (
-        sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        for tree in (state.params, state.opt_state, batch)
-    )
-    return Memory(parameters, optimizer, tokens, max(peak - parameters - optimizer - tokens, 0))
+    peak = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    rest = peak + analysis.temp_size_in_bytes
+    memory = {}
+    for name, tree in {"parameters": state.params, "optimizer": state.opt_state, "batch": batch}.items():
+        leaves = jax.tree.leaves(tree)
+        memory[name] = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+        rest -= memory[name]
+    return memory | {"activations and temporaries": max(rest, 0)}
 
 
 def required_bytes(failure: str) -> float | None:
     """Return the memory that a TPU's compiler required, from its out-of-memory error; None for other errors."""
     found = REQUIRED.search(failure)
-    return float(found.group(1)) * UNITS[found.group(2)] if found else None
+    return float(found[1]) * UNITS[found[2]] if found else None

@@ -101,10 +101,10 @@ def read_fields(path: Path) -> dict[str, Any]:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path}: not TOML ({error}); see the other files beside it") from error
-    if lacking := sorted(FIELDS - fields.keys()):
-        raise UsageError(f"{path}: lacks the fields {', '.join(lacking)}; see the other files beside it")
-    if unknown := sorted(fields.keys() - FIELDS - {"compiler"}):
-        raise UsageError(f"{path}: has unknown fields {', '.join(unknown)}; see the other files beside it")
+    faults = {"lacks": FIELDS - fields.keys(), "has unknown": fields.keys() - FIELDS - {"compiler"}}
+    for words, names in faults.items():
+        if names:
+            raise UsageError(f"{path}: {words} fields {', '.join(sorted(names))}; see the other files beside it")
     check_choice(f"{path}: platform", fields["platform"], tuple(COMPILERS))
     return fields
 

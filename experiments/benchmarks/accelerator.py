@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,9 +16,9 @@ import numpy as np
 from flax import nnx
 
 from experiments.benchmarks import models
-from experiments.benchmarks.training import Step, synthetic
 from experiments.common.reports import markdown_table
-from hourglass_jax import HourglassConfig, HourglassLM, UsageError, generate
+from experiments.common.timing import Step, in_turn, synthetic, timed
+from hourglass_jax import HourglassConfig, HourglassLM, UsageError
 from hourglass_jax.costs import training_flops
 from hourglass_jax.evaluation import score
 from hourglass_jax.nn.attention.choice import IMPLEMENTATIONS
@@ -27,6 +26,7 @@ from hourglass_jax.training.metrics import matmul_ceiling
 
 Row = dict[str, Any]
 Part = Callable[[], Row]
+Tables = dict[str, tuple[str, list[str], Callable[[str, Row], list[list[Any]]]]]  # heading, header, cells by kind
 ORACLE = "plain"
 POSITIONS = ("relative", "rotary", "learned")
 WINDOWS = (0, 64)
@@ -74,8 +74,8 @@ class Accelerator:
         return configs
 
 
-def parts(sizes: Accelerator, repeats: int) -> dict[str, Part]:
-    """Return the parts by name, in the order in which they run."""
+def parts(sizes: Accelerator, repeats: int, done: Collection[str] = ()) -> dict[str, Part]:
+    """Return the parts by name, in the order in which they run, also those of `done`."""
     checked = [(a, p) for a in IMPLEMENTATIONS if a != ORACLE for p in POSITIONS]
     found: dict[str, Part] = {f"check {a} {p}": partial(check, sizes, a, p) for a, p in checked}
     found |= {f"train {name}": partial(train, sizes, config, repeats) for name, config in sizes.trained().items()}
@@ -147,78 +147,57 @@ def distance(found: Any, expected: Any) -> float:
 
 def train(sizes: Accelerator, config: HourglassConfig, repeats: int) -> Row:
     """Time a training step."""
-    batches = synthetic(sizes.batch, sizes.length)
-    started = time.perf_counter()
-    step = Step(config, batches)
-    compile_seconds = time.perf_counter() - started
-    memory = step.step.memory_analysis()
-    [seconds] = models.in_turn({"step": step}, repeats).values()
-    median, flops = statistics.median(seconds), sizes.batch * training_flops(config, sizes.length)
-    return {
-        "kind": "train",
-        "seconds": seconds,
-        "compile_seconds": compile_seconds,
-        "characters_per_second": sizes.batch * sizes.length / median,
-        "ceiling_share": flops / median / matmul_ceiling(sizes.dtype),
-        "memory_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
-    }
+    return time_step(sizes, Step(config, synthetic(sizes.batch, sizes.length)), repeats) | {"kind": "train"}
+
+
+def time_step(sizes: Accelerator, step: Step, repeats: int) -> Row:
+    """Time a compiled step."""
+    [seconds] = in_turn({"step": step}, repeats).values()
+    flops = sizes.batch * training_flops(step.config, sizes.length) / statistics.median(seconds)
+    measured = {"compile_seconds": step.compile_seconds, "memory_bytes": step.memory_bytes}
+    share = flops / matmul_ceiling(sizes.dtype)
+    return timed(seconds, sizes.batch * sizes.length, ceiling_share=share, **measured)
 
 
 def decode(sizes: Accelerator, positions: str, batch: int, repeats: int) -> Row:
     """Time generation from prompts of one character."""
     model = HourglassLM(sizes.config(positions=positions), rngs=nnx.Rngs(0))
-    prompts = [[i % 256] for i in range(batch)]
-    run = partial(generate, model, prompts, max_tokens=sizes.decode_length, key=jax.random.key(0))
-    [seconds] = models.in_turn({"decode": run}, repeats).values()
-    rate = batch * sizes.decode_length / statistics.median(seconds)
-    return {"kind": "decode", "seconds": seconds, "characters_per_second": rate}
+    [seconds] = in_turn({"decode": models.generation(model, batch, sizes.decode_length)}, repeats).values()
+    return timed(seconds, batch * sizes.decode_length, kind="decode")
 
 
 def describe(record: Mapping[str, Any], sizes: Accelerator, n_parts: int) -> str:
     """Return the finished parts as Markdown."""
+    about = (
+        f"Training: d_model {sizes.d_model}, {sizes.n_heads} heads, length {sizes.length:,}, batch {sizes.batch}, "
+        f"{sizes.dtype}, AdamW, without dropout. Times are medians without compilation."
+    )
+    return render("# On an accelerator", about, record, n_parts, TABLES)
+
+
+def render(title: str, about: str, record: Mapping[str, Any], n_parts: int, tables: Tables) -> str:
+    """Return the finished parts as Markdown: a table for each kind of row, and the failed parts."""
     rows = record["rows"]
-    text = [
-        "# On an accelerator",
-        f"{len(rows)} of {n_parts} parts are done. Training: d_model {sizes.d_model}, {sizes.n_heads} heads, length "
-        f"{sizes.length:,}, batch {sizes.batch}, {sizes.dtype}, AdamW, without dropout. Times are medians without "
-        "compilation.",
-    ]
-    of_kind = {kind: {n: row for n, row in rows.items() if row["kind"] == kind} for kind in (*TABLES, "failed")}
-    for kind, (heading, header, cells) in TABLES.items():
-        if of_kind[kind]:
-            text += [
-                heading,
-                markdown_table(header, [line for n, row in of_kind[kind].items() for line in cells(n, row)]),
-            ]
-    text += [f"- {name}: failed, {row['reason']}" for name, row in of_kind["failed"].items()]
+    text = [title, f"{len(rows)} of {n_parts} parts are done. {about}"]
+    for kind, (heading, header, cells) in tables.items():
+        lines = [line for name, row in rows.items() if row["kind"] == kind for line in cells(name, row)]
+        text += [heading, markdown_table(header, lines)] if lines else []
+    text += [f"- {name}: failed, {row['reason']}" for name, row in rows.items() if row["kind"] == "failed"]
     return "\n\n".join(text) + "\n"
 
 
 def check_cells(name: str, row: Row) -> list[list[str]]:
-    return [
-        [
-            name.partition(" ")[2],
-            each["window"],
-            each["dtype"],
-            f"{each['error']:.1e}",
-            f"{each['of_plain']:.1e}",
-            "yes" if is_near(each) else "NO",
-        ]
-        for each in row["comparisons"]
-    ]
+    lines = []
+    for each in row["comparisons"]:
+        errors = [f"{each['error']:.1e}", f"{each['of_plain']:.1e}", "yes" if is_near(each) else "NO"]
+        lines.append([name.partition(" ")[2], each["window"], each["dtype"], *errors])
+    return lines
 
 
 def train_cells(name: str, row: Row) -> list[list[str]]:
-    return [
-        [
-            name.partition(" ")[2],
-            f"{statistics.median(row['seconds']) * 1e3:,.1f}",
-            f"{row['characters_per_second']:,.0f}",
-            f"{row['ceiling_share']:.0%}",
-            f"{row['memory_bytes'] / 2**30:.2f}",
-            f"{row['compile_seconds']:.0f}",
-        ]
-    ]
+    milliseconds, speed = statistics.median(row["seconds"]) * 1e3, row["characters_per_second"]
+    costs = [f"{row['ceiling_share']:.0%}", f"{row['memory_bytes'] / 2**30:.2f}", f"{row['compile_seconds']:.0f}"]
+    return [[name.partition(" ")[2], f"{milliseconds:,.1f}", f"{speed:,.0f}", *costs]]
 
 
 def decode_cells(name: str, row: Row) -> list[list[str]]:
@@ -226,7 +205,7 @@ def decode_cells(name: str, row: Row) -> list[list[str]]:
     return [[positions, batch, f"{row['characters_per_second']:,.0f}"]]
 
 
-TABLES: dict[str, tuple[str, list[str], Callable[[str, Row], list[list[str]]]]] = {
+TABLES: Tables = {
     "check": (
         "## Kernels against plain attention in float32",
         ["kernel, positions", "window", "dtype", "error", "plain's own", "passes"],

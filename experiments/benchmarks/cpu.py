@@ -13,14 +13,15 @@ import jax
 from flax import nnx
 
 from experiments.benchmarks import models
-from experiments.benchmarks.training import Step, synthetic
 from experiments.common.reports import markdown_table
+from experiments.common.timing import Step, in_turn, ratio, synthetic
 from hourglass_jax import HourglassConfig, HourglassLM
 from hourglass_jax.nn import cpu
 from hourglass_jax.nn.cache import Cache
 from hourglass_jax.nn.transformer import Stack
 
 HIERARCHY = "1@1 1@4 1@1"
+FACTS = {"sizes": models.SIZES | {"hierarchy": HIERARCHY}}
 BATCH, LENGTH = 8, 512  # of the training step
 NEW, CONTEXT = 64, 2048  # decoding: tokens per run, tokens in the cache
 ON = "on"
@@ -62,17 +63,12 @@ class Decode:
         jax.block_until_ready(self.decode(*self.inputs))
 
 
-def training_step() -> Callable[[], None]:
-    return Step(config(max_length=LENGTH), synthetic(BATCH, LENGTH))
-
-
-def decode() -> Callable[[], None]:
-    return Decode(config())
-
-
 TASKS = {
-    "training step": (training_step, ("on_matrix", "batch_parts")),
-    "decoding": (decode, ("in_own_branch",)),
+    "training step": (
+        lambda: Step(config(max_length=LENGTH), synthetic(BATCH, LENGTH)),
+        ("on_matrix", "batch_parts"),
+    ),
+    "decoding": (lambda: Decode(config()), ("in_own_branch",)),
 }
 
 
@@ -91,35 +87,25 @@ def measure(repeats: int) -> list[dict[str, Any]]:
     rows = []
     for task, (make, tricks) in TASKS.items():
         runs = {trick: compiled(make, trick) for trick in (ON, *tricks)}
-        seconds = models.in_turn(runs, repeats, clock=time.process_time)
+        seconds = in_turn(runs, repeats, clock=time.process_time)
         rows += [{"task": task, "without": trick, "seconds": taken} for trick, taken in seconds.items()]
     return rows
 
 
-def gain(rows: list[dict[str, Any]], row: dict[str, Any]) -> float:
-    """Return how many times as fast the task is with the trick: the median of the ratio over rounds."""
-    [on] = (r for r in rows if (r["task"], r["without"]) == (row["task"], ON))
-    return statistics.median(b / a for a, b in zip(on["seconds"], row["seconds"], strict=True))
-
-
 def describe(rows: list[dict[str, Any]], repeats: int) -> str:
-    def milliseconds(row: dict[str, Any]) -> str:
-        return f"{statistics.median(row['seconds']) * 1e3:,.0f}"
-
-    on = {row["task"]: milliseconds(row) for row in rows if row["without"] == ON}
-    cells = [
-        [row["task"], f"`{row['without']}`", on[row["task"]], milliseconds(row), f"{gain(rows, row):.2f}"]
-        for row in rows
-        if row["without"] != ON
-    ]
+    on = {row["task"]: row["seconds"] for row in rows if row["without"] == ON}
+    cells = []
+    for task, trick, seconds in ((row["task"], row["without"], row["seconds"]) for row in rows):
+        if trick != ON:
+            times = [f"{statistics.median(each) * 1e3:,.0f}" for each in (on[task], seconds)]
+            cells.append([task, f"`{trick}`", *times, f"{ratio(on[task], seconds):.2f}"])
     header = ["task", "trick", "CPU ms with all tricks", "CPU ms without this one", "times as fast"]
-    sizes = models.SIZES
     return f"""# Tricks for XLA:CPU, on and off
 
 Each row compares a task with all tricks of `hourglass_jax/nn/cpu.py` and without one of them, in one process:
 {repeats} runs of each in turn, without compilation. Times are medians of processor time, summed over threads, which
-other processes affect little. `times as fast` is the median of the ratio over rounds. Model: {HIERARCHY}, d_model
-{sizes["d_model"]}, {sizes["n_heads"]} heads, relative positions, float32. Training: one AdamW step on {BATCH} rows of
+other processes affect little. `times as fast` is the median of the ratio over rounds. Model: {HIERARCHY},
+{models.WIDTH}, relative positions, float32. Training: one AdamW step on {BATCH} rows of
 {LENGTH} tokens. Decoding: {NEW} tokens per row, with a cache for {CONTEXT}.
 
 {markdown_table(header, cells)}

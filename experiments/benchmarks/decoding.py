@@ -7,14 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
+from matplotlib.figure import Figure
 
 from experiments.benchmarks import models
 from experiments.common.reports import markdown_table
-from hourglass_jax import HourglassLM, generate
+from experiments.common.timing import in_turn, timed
+from hourglass_jax import HourglassLM
 
+FACTS = {"sizes": models.SIZES, "models": models.METHODS}
 PEER_LENGTHS = (1, 64, 256, 512, 1024, 2048, 4096)  # at which the peer is timed; others are interpolated
 
 
@@ -26,56 +28,44 @@ def peer_step(model: Any, n: int) -> None:
         model(torch.zeros((1, n), dtype=torch.long))[:, -1]
 
 
-def measure(lengths: list[int], batches: list[int], repeats: int, *, peer: bool) -> list[dict[str, Any]]:
+def measure(repeats: int, peer: bool, lengths: list[int], batches: list[int]) -> list[dict[str, Any]]:
     """Return a row for each model, batch and length; the peer only with batch 1."""
     runs: dict[tuple[str, int, int], Any] = {}
     for name in models.METHODS:
         model = HourglassLM(models.config(name, max_length=max(lengths) + 1), rngs=nnx.Rngs(0))
         for batch in batches:
-            prompts = [[i % 256] for i in range(batch)]
             for length in lengths if batch == batches[0] else [n for n in lengths if n <= 512]:
-                runs[name, batch, length] = partial(
-                    generate, model, prompts, max_tokens=length, key=jax.random.key(length)
-                )
+                runs[name, batch, length] = models.generation(model, batch, length)
     peer_lengths = sorted({n for n in PEER_LENGTHS if n < max(lengths)} | {max(lengths)}) if peer else []
     if peer:
         peer_model = models.make_peer(max(lengths)).eval()
         runs |= {("peer", 0, n): partial(peer_step, peer_model, n) for n in peer_lengths}
-    seconds = models.in_turn(runs, repeats)
+    seconds = in_turn(runs, repeats)
     rows = [
-        {"model": name, "batch": batch, "length": length, "seconds": taken}
+        timed(taken, batch * length, model=name, batch=batch, length=length)
         for (name, batch, length), taken in seconds.items()
         if batch
     ]
-    if peer:
-        steps = [statistics.median(seconds["peer", 0, n]) for n in peer_lengths]
-        for length in lengths:
-            total = float(np.interp(np.arange(1, length + 1), peer_lengths, steps).sum())
-            rows.append({"model": "peer", "batch": 1, "length": length, "seconds": [total], "timed_at": peer_lengths})
-    for row in rows:
-        row["characters_per_second"] = row["batch"] * row["length"] / statistics.median(row["seconds"])
+    steps = [statistics.median(seconds["peer", 0, n]) for n in peer_lengths]
+    for length in lengths if peer else ():
+        total = float(np.interp(np.arange(1, length + 1), peer_lengths, steps).sum())
+        rows.append(timed([total], length, model="peer", batch=1, length=length, timed_at=peer_lengths))
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as Markdown, with the ratios to the peer and to batch 1 at the same length."""
     speeds = {(row["model"], row["batch"], row["length"]): row["characters_per_second"] for row in rows}
-
-    def ratio(row: dict[str, Any], other: tuple[str, int, int]) -> str:
-        return f"{row['characters_per_second'] / speeds[other]:.1f}" if other in speeds else ""
-
     header = ["model", "batch", "characters generated", "characters/s", "times the peer", "times batch 1"]
     cells = []
-    for row in rows:
-        model, batch, length = row["model"], row["batch"], row["length"]
-        speed = f"{row['characters_per_second']:,.1f}"
-        beside_peer = ratio(row, ("peer", batch, length))
-        cells.append([model, batch, length, speed, beside_peer, ratio(row, (model, 1, length)) if batch > 1 else ""])
+    for (model, batch, length), speed in speeds.items():
+        others = [("peer", batch, length), *([(model, 1, length)] if batch > 1 else [])]
+        ratios = [f"{speed / speeds[other]:.1f}" if other in speeds else "" for other in others]
+        cells.append([model, batch, length, f"{speed:,.1f}", *ratios, *[""] * (2 - len(ratios))])
     return markdown_table(header, cells)
 
 
 def describe(rows: list[dict[str, Any]], repeats: int) -> str:
-    sizes = models.SIZES
     timed_at = next((row["timed_at"] for row in rows if row["model"] == "peer"), ())
     peer = (
         f"""The peer
@@ -86,7 +76,7 @@ def describe(rows: list[dict[str, Any]], repeats: int) -> str:
     )
     return f"""# Characters per second of generation
 
-{sizes["hierarchy"]}, d_model {sizes["d_model"]}, {sizes["n_heads"]} heads, vocabulary {sizes["vocab_size"]}, float32,
+{models.SIZES["hierarchy"]}, {models.WIDTH}, vocabulary {models.SIZES["vocab_size"]}, float32,
 from a prompt of one character; medians of {repeats} runs in turn, without compilation. {peer}
 `relative` is this library's default.
 
@@ -94,9 +84,8 @@ from a prompt of one character; medians of {repeats} runs in turn, without compi
 """
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw characters per second against the length."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(row["model"] for row in rows):

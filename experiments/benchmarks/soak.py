@@ -13,8 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before any other
 import jax
 import numpy as np
 from absl import flags
-from flax import nnx
+from orbax.checkpoint import StandardCheckpointer
 
 from experiments.common import launcher
-from experiments.common.reports import markdown_table, provenance, write_report
-from hourglass_jax import HourglassLM, OptimizerConfig, UsageError
+from experiments.common.reports import EXPERIMENTS, markdown_table, provenance, write_report
+from hourglass_jax import UsageError
 from hourglass_jax.training.checkpoints import CHECKPOINTS, MANIFEST, CheckpointStore
 from hourglass_jax.training.metrics import read_curves
-from hourglass_jax.training.optimizer import make_optimizer
-from hourglass_jax.training.run import Run
-from hourglass_jax.training.sharding import on_one_device
 
 KILLS = flags.DEFINE_integer("kills", 50, "Number of kills.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 1000, "Steps of the run; all kills must come before its end.")
@@ -49,6 +44,12 @@ WORDS = "the quick brown fox jumps over a lazy dog while five wizards mix jugs o
 WORDS_DRAWN = 4000
 # Curves that do not depend on time.
 LEARNED = ("train_loss", "gradient_norm", "parameter_norm", "learning_rate", "valid_loss")
+MOMENTS = {
+    "starting": "imports, compilation, restoring, the first steps",
+    "training": "training between two saves",
+    "writing": "a checkpoint being written",
+    "sealing or removing": "a checkpoint being sealed, or an old one being removed",
+}
 PATIENCE = 1200  # seconds after which a process counts as hanging
 
 
@@ -59,15 +60,19 @@ class Watched:
         self.checkpoints = workdir / out / CHECKPOINTS
         self.log = workdir / f"{out}.stderr"
         self.present, self.changes, self.started = self.unwritten(), 0, time.monotonic()
-        command = [sys.executable, Path(__file__).parents[1] / "pretrain.py", *RUN, f"--out={out}", *options]
-        environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str((workdir / "compiled").absolute()),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        command = [sys.executable, EXPERIMENTS / "pretrain.py", *RUN, f"--out={out}", *options]
+        cache = {"JAX_COMPILATION_CACHE_DIR": str((workdir / "compiled").absolute())}
+        environment = os.environ | cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, cwd=workdir, env=environment, stdout=subprocess.DEVNULL, stderr=log
-            )
+            pipes = {"stdout": subprocess.DEVNULL, "stderr": log}
+            self.process = subprocess.Popen(command, cwd=workdir, env=environment, **pipes)
+
+    def __enter__(self) -> Watched:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
 
     def unwritten(self) -> set[str]:
         """Return the checkpoints that orbax is still writing."""
@@ -109,30 +114,15 @@ class Watched:
             raise UsageError(f"pretrain.py ended with exit code {failed}: {lines[-1]}")
 
 
-@contextmanager
-def start(workdir: Path, out: str, *options: str) -> Iterator[Watched]:
-    run = Watched(workdir, out, *options)
-    try:
-        yield run
-    finally:
-        run.process.kill()
-        run.process.wait()
-
-
-def final_state(directory: Path) -> tuple[int | None, dict[str, Any]]:
+def final_state(directory: Path) -> tuple[int, dict[str, Any]]:
     """Return the newest intact step, its parameters and optimizer state."""
-    config, _, settings, _ = Run(directory).read()
-    optimizer = make_optimizer(OptimizerConfig(**settings["optimizer"]), settings["train"]["steps"])
-
-    def first() -> dict[str, Any]:
-        params = nnx.split(HourglassLM(config, rngs=nnx.Rngs(0)))[1]
-        return {"params": params, "opt_state": optimizer.init(params)}
-
     store = CheckpointStore(directory)
     step = store.sound_step()
-    state = store.restore(step, **on_one_device(nnx.eval_shape(first)))
     store.close()
-    return step, state
+    if step is None:
+        raise UsageError(f"{directory}: has no intact checkpoint")
+    checkpoint = (directory / CHECKPOINTS / str(step)).absolute()
+    return step, {name: StandardCheckpointer().restore(checkpoint / name) for name in ("opt_state", "params")}
 
 
 def compare(first: Path, second: Path) -> dict[str, bool]:
@@ -142,10 +132,8 @@ def compare(first: Path, second: Path) -> dict[str, bool]:
     for name, tree in state.items():
         pairs = zip(*map(jax.tree.leaves, (tree, other_state[name])), strict=True)
         same[name] = all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
-    curves = [
-        [{name: record.get(name) for name in ("step", *LEARNED)} for record in read_curves(directory)]
-        for directory in (first, second)
-    ]
+    names = ("step", *LEARNED)
+    curves = [[[each.get(name) for name in names] for each in read_curves(path)] for path in (first, second)]
     return same | {"curves": curves[0] == curves[1] != []}
 
 
@@ -158,13 +146,13 @@ def soak(workdir: Path, *, kills: int, steps: int, seed: int = 0) -> dict[str, A
     rng, started = random.Random(seed), time.perf_counter()
     record: dict[str, Any] = {"kills": [], "starts": 0, "passed_over": 0, "failure": "", "same": {}}
     (workdir / "text.txt").write_text(" ".join(rng.choices(WORDS.split(), k=WORDS_DRAWN)))
-    with start(workdir, "whole", f"--steps={steps}") as run:
+    with Watched(workdir, "whole", f"--steps={steps}") as run:
         run.finish()
     record["seconds_whole"] = time.perf_counter() - started
     life = 0.0  # seconds until the last process that was killed in a write got there
     try:
         for number in range(kills + 1):
-            with start(workdir, "killed", f"--steps={steps}", f"--checkpoint_interval={INTERVAL}") as run:
+            with Watched(workdir, "killed", f"--steps={steps}", f"--checkpoint_interval={INTERVAL}") as run:
                 record["starts"] += 1
                 if number == kills:
                     run.finish()
@@ -196,18 +184,7 @@ def soak(workdir: Path, *, kills: int, steps: int, seed: int = 0) -> dict[str, A
 def describe(record: dict[str, Any]) -> str:
     """Return the record as Markdown."""
     moments = [kill["moment"] for kill in record["kills"]]
-    table = markdown_table(
-        ["what the kill interrupted", "kills"],
-        [
-            [words, moments.count(moment)]
-            for moment, words in (
-                ("starting", "imports, compilation, restoring, the first steps"),
-                ("training", "training between two saves"),
-                ("writing", "a checkpoint being written"),
-                ("sealing or removing", "a checkpoint being sealed, or an old one being removed"),
-            )
-        ],
-    )
+    table = [(words, moments.count(moment)) for moment, words in MOMENTS.items()]
     same = "\n".join(f"- {name}: {'identical' if value else 'DIFFERENT'}" for name, value in record["same"].items())
     return f"""# {record["summary"]}
 
@@ -216,7 +193,7 @@ def describe(record: dict[str, Any]) -> str:
 - Starts skipped incomplete checkpoints {record["passed_over"]} times.
 - A checkpoint was written every {INTERVAL} steps.
 
-{table}
+{markdown_table(("what the kill interrupted", "kills"), table)}
 
 Compared bit for bit, at step {record["steps"]}, with an uninterrupted run that saved only at evaluations:
 

@@ -63,6 +63,23 @@ def write_surprise(path: Path, model: HourglassLM, batches: Sequence[Batch], tok
     return Evaluation(loss / position, position)
 
 
+def score_documents(
+    model: HourglassLM, batches: Sequence[Batch], tokens: np.ndarray, ends: np.ndarray, excluded: Sequence[int]
+) -> tuple[Evaluation, float]:
+    """Return the mean loss of all predictions, and the mean over documents of their bits per prediction.
+
+    batches: each of tokens[1:] predicted once, in order. ends: int [D], as of a `StoredTokens`. Predictions of the
+    excluded tokens do not count.
+    """
+    compiled = nnx.jit(score)
+    nats = np.concatenate([-np.asarray(compiled(model, windows))[weights > 0] for windows, weights in batches])
+    counted = np.flatnonzero(~np.isin(tokens[1:], excluded))
+    document = np.searchsorted(ends, counted + 1, "right")
+    totals, counts = np.bincount(document, nats[counted]), np.bincount(document)
+    means = totals[counts > 0] / counts[counts > 0]
+    return Evaluation(float(totals.sum() / counts.sum()), len(counted)), float(means.mean()) / math.log(2)
+
+
 def token_names(tokenizer: TextTokenizer) -> list[str]:
     """Return the name of each token, escaped as in Python."""
     if isinstance(tokenizer, CharTokenizer):

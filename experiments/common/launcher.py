@@ -17,7 +17,6 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
@@ -30,11 +29,9 @@ from hourglass_jax import (
     RuntimeConfig,
     UsageError,
     check_causality,
-    generate,
     load,
 )
 from hourglass_jax.causality import NotStrictlyCausal
-from hourglass_jax.checks import check_decodes
 from hourglass_jax.config import BY_LEVEL
 from hourglass_jax.data.pipeline import Batch
 from hourglass_jax.interop.hub import local_path
@@ -129,13 +126,13 @@ def parse_flag(flag: str, text: str, parse: Callable[[str], Any]) -> Any:
         raise UsageError(f"--{flag}={text}: cannot be read as a value of this flag ({error})") from error
 
 
-def check_taken(taken_by: dict[str, tuple[str, ...]], mode: str, given: Collection[str] = ()) -> None:
-    """Raise UsageError for a flag, or an option in `given`, that does not apply to `mode`.
+def check_taken(taken_by: Mapping[str, Collection[str]], mode: str) -> None:
+    """Raise UsageError for a flag that does not apply to `mode`.
 
-    taken_by: the modes of each option that only some modes support, as written, e.g. '--suite=decoding'.
+    taken_by: the modes of each flag that only some modes support, as written, e.g. '--suite=decoding'.
     """
     for option, modes in sorted(taken_by.items()):
-        if (option in given or (option in FLAGS and FLAGS[option].present)) and mode not in modes:
+        if option in FLAGS and FLAGS[option].present and mode not in modes:
             raise UsageError(f"--{option} is for {' and '.join(modes)}, not for {mode}; leave it out")
 
 
@@ -178,12 +175,6 @@ class PathParser(flags.ArgumentParser):
 def define_path(name: str, default: str | None, help_text: str) -> flags.FlagHolder:
     """Define a flag for a path; expands `~/x`, which a shell does not do after `=`."""
     return flags.DEFINE(PathParser(), name, default, help_text, serializer=flags.ArgumentSerializer())
-
-
-def check_directory_of(path: str) -> None:
-    """Raise UsageError if the directory of `path` does not exist."""
-    if not (directory := Path(path).parent).is_dir():
-        raise UsageError(f"{path}: the directory {directory} does not exist; create it or give another path")
 
 
 class ModelFlags:
@@ -311,39 +302,10 @@ def start_run(
         multihost_utils.sync_global_devices("the run directory is ready")
 
 
-def make_sampler(
-    tokenizer: Tokenizer, prompt: np.ndarray, max_tokens: int, seed: int, signals: Signals, *, ends: bool = False
-) -> Callable[[HourglassLM], str]:
-    """Return a function that samples text after `prompt`, up to <EOS> if `ends`; a signal interrupts it."""
+def banned_tokens(tokenizer: Tokenizer, *, ends: bool = True) -> list[int]:
+    """Return the tokens that a sample never contains: <UNK>, <BOS> and, unless it `ends` there, <EOS>."""
     special = (tokenizer.unk_id, tokenizer.bos_id, None if ends else tokenizer.eos_id)
-
-    def sample(model: HourglassLM) -> str:
-        [tokens] = generate(
-            model,
-            [prompt],
-            max_tokens=int(min(max_tokens, model.config.position_limit - len(prompt))),
-            key=jax.random.key(seed),
-            temperature=0.8,
-            stop_token=tokenizer.eos_id if ends else None,
-            banned_tokens=[token for token in special if token is not None],
-            stream=lambda _: signals.check(),
-        )
-        return tokenizer.decode(tokens)
-
-    return where_it_decodes(sample)
-
-
-def where_it_decodes(sample: Callable[[HourglassLM], str]) -> Callable[[HourglassLM], str]:
-    """Return a function like `sample` that, for a model without decoding, returns the reason."""
-
-    def sample_or_reason(model: HourglassLM) -> str:
-        try:
-            check_decodes(model.config)
-        except UsageError as reason:
-            return f"(none: {reason})"
-        return sample(model)
-
-    return sample_or_reason
+    return [token for token in special if token is not None]
 
 
 def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:

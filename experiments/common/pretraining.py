@@ -29,9 +29,9 @@ MODEL = HourglassConfig(
     max_length=1024,
     initialization="xavier",
 )
-DATA = DataConfig(block_size=128, batch_size=8)
-OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
-TRAIN = TrainConfig(steps=600, eval_interval=100)
+DATA = DataConfig(block_size=128, batch_size=16)
+OPTIMIZER = OptimizerConfig(learning_rate=4e-3)
+TRAIN = TrainConfig(steps=300, eval_interval=50)
 
 OUT = launcher.define_path("out", "runs/pretrain", "Directory of checkpoints, curves and plots.")
 INIT_FROM = launcher.define_path(

@@ -10,22 +10,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from experiments.common.sources import HaikuSource, read_images, text_name
+from experiments.common.sources import HaikuSource, open_store, read_images, text_name
 from hourglass_jax import DataConfig, UsageError
-from hourglass_jax.data.corpora import load_text, load_tokens, split_tokens
+from hourglass_jax.data.corpora import MIN_VALID, load_text, load_tokens, split_tokens
 from hourglass_jax.data.haiku import load_haiku, usable_haiku, without_held_out
 from hourglass_jax.data.images import ImageSplits
+from hourglass_jax.data.store import is_store
 from hourglass_jax.tokenizers import TextTokenizer, clean
 from hourglass_jax.training.identity import fingerprint
 from hourglass_jax.training.run import Run
 
 
 class Part(NamedTuple):
-    """A split of a text: its tokens [N], its characters ("" for bytes), and its name."""
+    """A split of a text: its tokens [N], its characters ("" for bytes), its name, and the `ends` of documents."""
 
     tokens: np.ndarray
     text: str
     name: str
+    ends: np.ndarray | None = None
 
 
 def recorded_data(settings: Mapping[str, Any]) -> DataConfig:
@@ -47,6 +49,8 @@ def recorded_text(run: str | Path, path: str, split: str | None) -> Part:
     if not path and "text_fingerprint" not in settings:
         raise UsageError(f"{run}: has no record of its training text; give a text as --data_path")
     given = dataclasses.replace(data, path=path or data.path, valid_path="" if path else data.valid_path)
+    if is_store(given.path):
+        return stored_part(given.path, tokenizer, split or "valid", settings)
     try:
         tokens, _ = load_tokens(given, tokenizer)
     except UsageError as error:
@@ -70,6 +74,18 @@ def recorded_text(run: str | Path, path: str, split: str | None) -> Part:
     if not len(tokens):
         raise UsageError(f"split={split!r} is empty: the model's text was split by {data.split!r}; use split='valid'")
     return Part(tokens, text, name)
+
+
+def stored_part(path: str, tokenizer: TextTokenizer, split: str, settings: Mapping[str, Any]) -> Part:
+    """Return a split of a token store. Raises UsageError for split='all', an empty split, and another tokenizer."""
+    store = open_store(path, tokenizer)
+    if split == "all":
+        raise UsageError(f"{path}: a token store has the splits train, valid and test; give one as --split")
+    tokens = getattr(store, split)
+    if len(tokens) < MIN_VALID:
+        raise UsageError(f"{path}: split={split!r} has no documents; choose another split")
+    own = " (the training text)" * (store.fingerprint == settings.get("text_fingerprint"))
+    return Part(tokens[:], "", f"{split} of {path}{own}", tokens.ends)
 
 
 def haiku_parts(settings: Mapping[str, Any], tokenizer: TextTokenizer) -> tuple[list[str], list[str]]:

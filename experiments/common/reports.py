@@ -56,9 +56,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def page(title: str, picture: str, *parts: str) -> str:
-    """Return Markdown: a heading, a picture, given as `text](file`, and the parts that are not empty."""
-    return "\n\n".join([f"# {title}", f"![{picture})", *filter(None, parts)])
+def page(title: str, caption: str, picture: str, *parts: str) -> str:
+    """Return Markdown: a heading, a picture (the name of a file beside the page), and the parts that are not empty."""
+    return "\n\n".join([f"# {title}", f"![{caption}]({picture})", *filter(None, parts)])
 
 
 def report_file(path: Path, ending: str) -> Path:

@@ -9,21 +9,26 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.common import launcher
 from experiments.common.characters import check_characters
+from experiments.common.launcher import banned_tokens
 from experiments.common.pictures import COLUMNS, draw_images, nothing, save_grid, top_halves
-from hourglass_jax import CharTokenizer, DataConfig, HourglassConfig, HourglassLM, ImageTokenizer, UsageError
-from hourglass_jax.data.corpora import load_splits, load_text, load_tokens
+from hourglass_jax import CharTokenizer, DataConfig, HourglassConfig, HourglassLM, ImageTokenizer, UsageError, generate
+from hourglass_jax.checks import check_decodes
+from hourglass_jax.data.corpora import Splits, load_splits, load_text, load_tokens, shortage
 from hourglass_jax.data.haiku import make_examples
 from hourglass_jax.data.images import ImageSplits, image_batches, image_validation, load_folder, load_images
+from hourglass_jax.data.overlap import warn_of_repeats
 from hourglass_jax.data.pipeline import (
     BatchAt,
     LazyBatches,
     all_examples,
     consecutive_windows,
+    plan_documents,
     shuffled_examples,
     training_batches,
+    without_targets,
 )
+from hourglass_jax.data.store import Store, is_store
 from hourglass_jax.files import optional_output
 from hourglass_jax.objective import corrupt
 from hourglass_jax.run_config import FOLDER, IMAGE_SIZES
@@ -73,8 +78,63 @@ class TextSource:
         if not config.causal:
             return make_filler(self.tokenizer, np.array(self.valid[: self.n_positions]), seed)
         prompt = np.array(self.valid[: int(min(32, config.position_limit / 2))])
-        sample = launcher.make_sampler(self.tokenizer, prompt, 200, seed, signals)
+        sample = make_sampler(self.tokenizer, prompt, 200, seed, signals)
         return f"{self.tokenizer.decode(prompt)!r} continues:\n", sample
+
+
+class StoreSource(TextSource):
+    """Windows of a token store, in the store's own tokens. Validation does not count BOS and EOS."""
+
+    def __init__(self, config: DataConfig, tokenizer: TextTokenizer | None = None):
+        store = open_store(config.path, tokenizer)
+        if config.valid_path or config.split != "fraction":
+            raise UsageError(
+                f"{config.path}: a token store has its own validation split; leave out --valid_path and --data.split"
+            )
+        self.train, self.valid, self.tokenizer = store.train, store.valid, store.tokenizer
+        if problem := shortage(Splits(store.train, store.valid, store.test), config):
+            raise UsageError(
+                f"{config.path}: {problem}; prepare it with more documents or another --valid_fraction, or give a "
+                "smaller block_size"
+            )
+        warn_of_repeats(self.train, self.valid, config.path)
+        self.unit = UNITS[self.tokenizer.kind]
+        self.config = config
+        self.n_positions = config.block_size
+        self.n_examples = (len(self.train) - 1) // config.block_size
+        self.fingerprint = {"text_fingerprint": store.fingerprint}
+        documents = [len(part.ends) for part in (self.train, self.valid)]
+        self.size = (
+            f"{len(self.train):,} tokens in {documents[0]:,} documents to train on, {len(self.valid):,} in "
+            f"{documents[1]:,} for validation"
+        )
+        if config.order == "documents":
+            starts, n_lost, n_repeated = plan_documents(self.train, config.block_size)
+            self.n_examples = len(starts)
+            lost, repeated = (f"{n:,} ({n / len(self.train):.1%})" for n in (n_lost, n_repeated))
+            self.size += f"; {len(starts):,} windows an epoch: {lost} tokens lost, {repeated} in two windows"
+
+    def validation(self) -> LazyBatches:
+        return without_targets(super().validation(), (self.tokenizer.bos_id, self.tokenizer.eos_id))
+
+
+def open_store(path: str, tokenizer: TextTokenizer | None) -> Store:
+    """Open a token store. Raises UsageError if it has another tokenizer."""
+    store = Store(path)
+    if tokenizer is not None and vars(tokenizer) != vars(store.tokenizer):
+        raise UsageError(
+            f"{path}: the token store has another tokenizer ({store.tokenizer.kind}, {store.tokenizer.vocab_size} "
+            f"tokens) than the model ({tokenizer.kind}, {tokenizer.vocab_size} tokens); prepare it with the model's "
+            f"--tokenizer={tokenizer.kind}{' and --vocab_path' * (tokenizer.kind == 'char')}"
+        )
+    return store
+
+
+def open_text(config: DataConfig, tokenizer: TextTokenizer | None = None, *, allow_unknown: bool = False) -> TextSource:
+    """Return the source of a text or a token store."""
+    if is_store(config.path):
+        return StoreSource(config, tokenizer)
+    return TextSource(config, tokenizer, allow_unknown=allow_unknown)
 
 
 class HaikuSource:
@@ -119,7 +179,7 @@ class HaikuSource:
         """Return a heading and a function that samples a haiku, up to <EOS>."""
         given = f"{self.first_line}\n" if self.first_line else ""
         prompt = np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(given)])
-        sample = launcher.make_sampler(self.tokenizer, prompt, 250, seed, signals, ends=True)
+        sample = make_sampler(self.tokenizer, prompt, 250, seed, signals, ends=True)
         return "\n", lambda model: given + sample(model)
 
 
@@ -156,7 +216,7 @@ class ImageSource:
                 save_grid(path, images, completed, new)
             return f"{path} (images, the same completed from their top halves, new ones)"
 
-        return "", launcher.where_it_decodes(sample)
+        return "", where_it_decodes(sample)
 
 
 def open_source(
@@ -179,7 +239,7 @@ def open_source(
                 f"--vocab_path={vocab_path}: the initial parameters are for another vocabulary; leave it out"
             )
         tokenizer = chosen
-    return TextSource(config, tokenizer, allow_unknown=allow_unknown)
+    return open_text(config, tokenizer, allow_unknown=allow_unknown)
 
 
 def read_tokenizer(data: DataConfig, vocab_path: str) -> Tokenizer:
@@ -189,6 +249,8 @@ def read_tokenizer(data: DataConfig, vocab_path: str) -> Tokenizer:
     if data.dataset != "text":
         side = data.image_size or IMAGE_SIZES[data.dataset]
         return ImageTokenizer((side, side, 3))
+    if is_store(data.path):
+        return Store(data.path).tokenizer
     if data.tokenizer == "byte":
         return ByteTokenizer()
     return CharTokenizer.load(Path(vocab_path)) if vocab_path else load_tokens(data)[1]
@@ -218,3 +280,37 @@ def make_filler(tokenizer: TextTokenizer, text: np.ndarray, seed: int) -> tuple[
     first, *others = np.split(text, np.flatnonzero(chosen))  # each of the others starts with a gap
     gapped = GAP.join([tokenizer.decode(first), *(tokenizer.decode(piece[1:]) for piece in others)])
     return f"{gapped!r} is filled in:\n", fill
+
+
+def make_sampler(
+    tokenizer: Tokenizer, prompt: np.ndarray, max_tokens: int, seed: int, signals: Signals, *, ends: bool = False
+) -> Callable[[HourglassLM], str]:
+    """Return a function that samples text after `prompt`, up to <EOS> if `ends`; a signal interrupts it."""
+
+    def sample(model: HourglassLM) -> str:
+        [tokens] = generate(
+            model,
+            [prompt],
+            max_tokens=int(min(max_tokens, model.config.position_limit - len(prompt))),
+            key=jax.random.key(seed),
+            temperature=0.8,
+            stop_token=tokenizer.eos_id if ends else None,
+            banned_tokens=banned_tokens(tokenizer, ends=ends),
+            stream=lambda _: signals.check(),
+        )
+        return tokenizer.decode(tokens)
+
+    return where_it_decodes(sample)
+
+
+def where_it_decodes(sample: Callable[[HourglassLM], str]) -> Callable[[HourglassLM], str]:
+    """Return a function like `sample` that, for a model without decoding, returns the reason."""
+
+    def sample_or_reason(model: HourglassLM) -> str:
+        try:
+            check_decodes(model.config)
+        except UsageError as reason:
+            return f"(none: {reason})"
+        return sample(model)
+
+    return sample_or_reason

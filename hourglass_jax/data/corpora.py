@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from hourglass_jax.data.files import MappedBytes, files_of_kind, unique_files
 from hourglass_jax.data.overlap import warn_of_repeats, without_copies
+from hourglass_jax.data.store import is_store
 from hourglass_jax.errors import UsageError
 from hourglass_jax.run_config import DataConfig
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, TextTokenizer
@@ -70,27 +72,37 @@ def text_files(path: str | Path, held_out: str = "") -> list[Path]:
     return without_copies(files, matching_files(held_out), path) if held_out else files
 
 
-def matching_files(path: str | Path) -> list[Path]:
+def matching_files(path: str | Path, suffixes: Collection[str] = (".txt",)) -> list[Path]:
+    """Return the sorted files that match a path; of a directory, those with one of the suffixes.
+
+    Raises UsageError if a part of the path matches no file.
+    """
     path = os.path.expanduser(path)
     if os.path.isfile(path):  # its name may contain a comma or a star
         return [Path(path)]
     files: list[Path] = []
     parts = [path] if os.path.isdir(path) else [part.strip() for part in path.split(",")]
     for part in map(os.path.expanduser, parts):
-        found = [file for file in match_part(part) if file.is_file()]
-        if not found:
-            problem = "the directory has no .txt file" if os.path.isdir(part) else "no such file"
+        if is_store(part):
             raise UsageError(
-                f"{part or path}: {problem}; give a file, a directory of .txt files, a pattern, or several of these "
+                f"{part}: is a token store, which only --data_path of pretrain.py, evaluate.py and finetune.py "
+                "--format=text reads, without --extend_vocabulary; give text files"
+            )
+        found = [file for file in match_part(part, suffixes) if file.is_file()]
+        if not found:
+            kinds = ", ".join(suffixes)
+            problem = f"the directory has no {kinds} file" if os.path.isdir(part) else "no such file"
+            raise UsageError(
+                f"{part or path}: {problem}; give a file, a directory of {kinds} files, a pattern, or several of these "
                 "separated by commas"
             )
         files += found
     return unique_files(files)
 
 
-def match_part(part: str) -> list[Path]:
+def match_part(part: str, suffixes: Collection[str]) -> list[Path]:
     if os.path.isdir(part):
-        return files_of_kind(part, (".txt",))
+        return files_of_kind(part, suffixes)
     return [Path(name) for name in ([part] if os.path.isfile(part) else glob.glob(part, recursive=True))]
 
 

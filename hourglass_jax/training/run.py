@@ -11,12 +11,10 @@ Also curves (metrics.jsonl, tensorboard/, loss.png), profile/, samples.png and a
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import os
 import shutil
 import socket
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +25,7 @@ from flax import nnx
 
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
-from hourglass_jax.files import is_temporary, optional_output, write_whole
+from hourglass_jax.files import is_temporary, optional_output, try_lock, write_whole
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.run_config import OptimizerConfig
 from hourglass_jax.tokenizers import ByteTokenizer, CharTokenizer, ImageTokenizer, Tokenizer
@@ -42,8 +40,6 @@ CONFIG, VOCABULARY, LOCK = "config.json", "vocab.json", "lock"
 DIRECTORIES = (CHECKPOINTS, "tensorboard", "profile")
 FILES = (VOCABULARY, CURVES, "loss.png", "samples.png", "result.json", LOCK, CONFIG)
 STEPS = "train.steps"  # the only setting that may grow
-HELD = (errno.EAGAIN, errno.EACCES)  # errors of flock and msvcrt if another process holds the lock
-LOCKED_BYTE = 1 << 30  # beyond the text: on Windows other processes cannot read locked bytes
 
 # By directory, not in `Run`: a traceback, as in a notebook, keeps a Run alive and must not keep its lock.
 _locks: dict[Path, IO[str]] = {}
@@ -294,37 +290,6 @@ class Run:
     def curves(self) -> list[dict[str, Any]]:
         """Return the records of metrics.jsonl, oldest first."""
         return read_curves(self.directory)
-
-
-def try_lock(file: IO[str]) -> bool:
-    """Lock `file`; return False if another process holds the lock.
-
-    Warn, and return True, if the platform or the file system has no locks.
-    """
-    try:
-        _lock(file.fileno())
-    except (OSError, ImportError) as error:
-        if isinstance(error, OSError) and error.errno in HELD:
-            return False
-        reason = getattr(error, "strerror", None) or error
-        logging.warning(
-            "%s: exclusive use is not guaranteed, since no lock is available (%s); run one process per directory",
-            file.name,
-            reason,
-        )
-    return True
-
-
-def _lock(descriptor: int) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_ours(path: Path) -> bool:

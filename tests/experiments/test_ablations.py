@@ -60,7 +60,7 @@ def test_every_row_is_a_model_and_differs_from_the_others(number, dataset, scale
     rows = [row for row in table.rows if row.options is not None]
     assert len({row.name for row in table.rows}) == len(table.rows)
     assert table.baseline in [row.name for row in rows]
-    assert len({(row_config(row, setup), row.factors) for row in rows}) == len(rows)
+    assert len({(row_config(row, setup), row.factors, str(row.optimizer)) for row in rows}) == len(rows)
     assert all(f"{table.metric} at k={k}" in row.paper for row in rows for k in row.factors)
 
 

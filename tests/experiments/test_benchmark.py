@@ -137,7 +137,9 @@ def test_tricks_for_xla_cpu_are_measured_and_shown(monkeypatch):
     monkeypatch.setattr(models, "SIZES", {"vocab_size": 256, "d_model": 16, "n_heads": 2, "d_ff": 16})
     monkeypatch.setattr(cpu_suite, "CONTEXT", 16)
     monkeypatch.setattr(cpu_suite, "NEW", 4)
-    monkeypatch.setattr(cpu_suite, "TASKS", {"decoding": (cpu_suite.decode, ("in_own_branch",))})
+    monkeypatch.setattr(
+        cpu_suite, "TASKS", {"decoding": (lambda: cpu_suite.Decode(cpu_suite.config()), ("in_own_branch",))}
+    )
     rows = cpu_suite.measure(repeats=1)
     assert [row["without"] for row in rows] == [cpu_suite.ON, "in_own_branch"]
     rows[0]["seconds"], rows[1]["seconds"] = [1.0, 2.0, 4.0], [2.0, 6.0, 4.0]

@@ -103,6 +103,7 @@ def test_agreement_counts_pairs_in_the_other_order():
 
 def test_what_others_report_has_columns_of_its_own(tmp_path):
     record = whole_record()
+    record["varied"] = "boundaries"
     record["published"] = {"they, text8": {"2@1": 3.0, "4@1": 2.0, "1@1 1@2 1@1": 1.0, "theirs": 1.5}}
     for row in record["rows"]:
         row["paper"] = {}

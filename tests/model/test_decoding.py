@@ -95,7 +95,7 @@ def test_streamed_parts_concatenate_to_the_result(model):
     "positions", ["relative", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rotary", "learned"))]
 )
 def test_cache_growth_leaves_generated_tokens_unchanged(positions, monkeypatch):
-    model = make_model(small_config(positions=positions, max_length=200))
+    model = make_model(small_config(hierarchy="0@1 1@3 1@1", positions=positions, max_length=200))
     options = {"max_tokens": 150, "key": KEY, "stream": lambda new: None}
     whole = hg.generate(model, PROMPTS, **options)
     monkeypatch.setattr(generation, "MIN_CACHE", 48)
@@ -106,7 +106,7 @@ def test_cache_growth_leaves_generated_tokens_unchanged(positions, monkeypatch):
 @pytest.mark.core
 @pytest.mark.parametrize("positions", ["relative", pytest.param("rotary", marks=pytest.mark.slow)])
 def test_rows_in_a_batch_equal_rows_alone_beyond_the_context(positions):
-    model = make_model(small_config(positions=positions))
+    model = make_model(small_config(hierarchy="0@1 1@3 1@1", positions=positions))
     prompts = [*PROMPTS, np.arange(100) % 11]  # the last one is longer than the context
     options = {"max_tokens": 300, "key": KEY, "max_context": 30}
     together = hg.generate(model, prompts, **options, stream=lambda new: None)

@@ -76,7 +76,7 @@ def test_a_ring_that_is_too_small_gives_other_logits(monkeypatch):
 
 @pytest.mark.parametrize("positions", ["relative", pytest.param("rotary", marks=pytest.mark.slow)])
 def test_rows_in_a_batch_equal_rows_alone_beyond_the_context(positions):
-    model = make_model(small_config(window=7, positions=positions))
+    model = make_model(small_config(hierarchy=HIERARCHY, window=7, positions=positions))
     prompts = [[1, 2, 3], [4], np.arange(100) % 11]  # the last one is longer than the context
     options = {"max_tokens": 120, "key": jax.random.key(0), "max_context": 30}
     together = hg.generate(model, prompts, **options)

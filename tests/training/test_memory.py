@@ -45,7 +45,7 @@ def test_freed_blocks_between_used_ones_go_back_to_the_system():
 @pytest.mark.usefixtures("optimized")
 def test_a_training_step_needs_little_more_memory_than_its_activations():
     config = small_config(
-        hierarchy="2@1 4@4 2@1", vocab_size=64, d_model=64, n_heads=8, d_ff=256, max_length=256, initialization="xavier"
+        hierarchy="2@1 1@4 2@1", vocab_size=64, d_model=64, n_heads=8, d_ff=256, max_length=256, initialization="xavier"
     )
     optimizer = make_optimizer(OptimizerConfig(), 10)
     graph, params = nnx.split(nnx.eval_shape(lambda: HourglassLM(config, rngs=nnx.Rngs(0))))

@@ -214,7 +214,7 @@ for length in (16, 48):
     results = re.findall(r" = (.*) (?:all-reduce|all-gather|reduce-scatter|all-to-all)\(", compiled.text)
     shapes = re.findall(r"f32\[([\d,]*)\]", " ".join(results))
     numbers = sum(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
-    print(4 * numbers, compiled.memory.parameters * 8)
+    print(4 * numbers, compiled.memory["parameters"] * 8)
 """
 
 

@@ -187,7 +187,7 @@ def test_weight_decay_applies_only_to_linear_kernels(positions):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_a_checkpoint_of_plain_adamw_restores_into_the_masked_optimizer(tmp_path, weight_decay, clip_norm):
     """Early versions saved the state of `optax.adamw`; without decay its updates are the same bit for bit."""
-    params = nnx.state(make_model(CONFIG), nnx.Param)
+    params = nnx.state(make_model(CONFIG).head, nnx.Param)
     config = hg.OptimizerConfig(weight_decay=weight_decay, clip_norm=clip_norm)
     schedule = learning_rate_schedule(config, 10)
     before = optax.adamw(schedule, config.beta1, config.beta2, config.eps, weight_decay=weight_decay)
