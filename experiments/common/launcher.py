@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -29,11 +30,11 @@ from hourglass_jax import (
     UsageError,
     check_causality,
     load,
-    load_pretrained,
 )
 from hourglass_jax.causality import NotStrictlyCausal
 from hourglass_jax.config import BY_LEVEL
 from hourglass_jax.data.pipeline import Batch
+from hourglass_jax.interop.hub import local_path
 from hourglass_jax.memory import keep_freed_memory
 from hourglass_jax.pretrained import pretrained_names, pretrained_path
 from hourglass_jax.recipes import RECIPES
@@ -177,17 +178,17 @@ def define_path(name: str, default: str | None, help_text: str) -> flags.FlagHol
 
 
 class ModelFlags:
-    """The flags --load_model_path (a run directory) and --pretrained (a shipped model)."""
+    """The flags --load_model_path (a directory, or hf:user/name on the Hub) and --pretrained (a shipped model)."""
 
     def __init__(self, default: str, help_text: str):
         self._path = define_path("load_model_path", default, help_text)
         self._name = flags.DEFINE_string("pretrained", None, "Name of a shipped model, instead of a directory.")
 
-    @property
+    @cached_property
     def value(self) -> str:
-        """The model's run directory. Raises UsageError for both flags or an unknown name."""
+        """The model's directory. Raises UsageError for both flags or an unknown name."""
         if self._name.value is None:
-            return self._path.value
+            return str(local_path(self._path.value))
         if self._path.present:
             raise UsageError("--load_model_path and --pretrained are both given; leave out one of them")
         return str(pretrained_path(self._name.value))
@@ -195,12 +196,11 @@ class ModelFlags:
     @property
     def given(self) -> str:
         """The directory or the name, for records."""
-        return self._name.value or self.value
+        return self._name.value or self._path.value
 
     def load(self) -> tuple[HourglassLM, Any, HourglassConfig]:
         """Return (model, tokenizer, config)."""
-        directory = self.value
-        return load_run(directory) if self._name.value is None else load_pretrained(self._name.value)
+        return load_run(self.value)
 
 
 def load_run(directory: str) -> tuple[HourglassLM, Any, HourglassConfig]:
@@ -212,10 +212,11 @@ def load_run(directory: str) -> tuple[HourglassLM, Any, HourglassConfig]:
 
 
 def load_origin(origin: str) -> tuple[HourglassLM, Any, dict[str, Any]]:
-    """Return (model, tokenizer, settings) of a run directory, or of a shipped model if no such directory exists."""
+    """Return (model, tokenizer, settings) of a directory, also on the Hub, or of a shipped model if there is none."""
     shipped = origin in pretrained_names() and not Path(origin).exists()
-    model, tokenizer, _ = load_pretrained(origin) if shipped else load_run(origin)
-    return model, tokenizer, Run(pretrained_path(origin) if shipped else origin).read().settings
+    directory = str(pretrained_path(origin) if shipped else local_path(origin))
+    model, tokenizer, _ = load_run(directory)
+    return model, tokenizer, Run(directory).read().settings
 
 
 def causality(model: HourglassLM) -> str:
