@@ -118,8 +118,10 @@ def _without_zeros(model: HourglassLM) -> HourglassLM:
     rng = np.random.default_rng(0)
 
     def filled(leaf: jax.Array) -> jax.Array:
-        zeros = leaf == 0
-        return jnp.where(zeros, jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype), leaf) if zeros.any() else leaf
+        values = np.array(leaf)
+        zeros = values == 0
+        values[zeros] = rng.normal(0, 0.1, zeros.sum())
+        return jnp.asarray(values)
 
     return nnx.merge(graph, jax.tree.map(filled, params))
 
