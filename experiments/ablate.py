@@ -178,6 +178,8 @@ def tables(setup: Setup, name: str) -> Study:
     chosen, directory = [find_table(number, DATASET.value) for number in TABLE.value], Path(OUT.value) / name
     if COMMENT.value is not None and len(chosen) > 1:
         raise UsageError(f"--comment applies to one table; --table={','.join(TABLE.value)} names {len(chosen)}")
+    if RECIPE.value != "paper" and {"M1", "M2"} & {table.number for table in chosen}:
+        raise UsageError(f"--recipe={RECIPE.value}: the rows of tables M1 and M2 have their own recipes; leave it out")
     if ROWS.value and SEEDS.present:
         chosen = [replace(table, seeds=max(table.seeds, SEEDS.value)) for table in chosen]
     jobs = [] if REPORT.value else rows.plan(chosen, setup, directory, SEEDS.value, ROWS.value, FIRST_SEED.value)

@@ -305,6 +305,7 @@ def test_reports_come_from_the_stored_record_alone(home, tmp_path):
         (["--curves", "--time"], ["--time is for --table, not for --curves"]),
         (["--lengths", "--first_seed=1"], ["--first_seed is for --table, not for --lengths"]),
         (["--costs", "--recipe=modern"], ["--recipe is for ", "not for --costs"]),
+        (["--table=M1", "--recipe=modern"], ["--recipe=modern: the rows of tables M1 and M2", "leave it out"]),
         ([], ["--table=1,5", "not none"]),
     ],
 )
