@@ -23,6 +23,8 @@ CORE = [
 ]
 
 DATA = ["pyarrow>=17.0", "fsspec[http]>=2024.6"]  # Parquet, Arrow and .zst files, and URLs
+HUB = ["huggingface_hub>=0.34"]
+STABLEHLO = ["flatbuffers>=24.3.25"]  # jax.export serializes with it
 NOTEBOOKS = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 
 
@@ -62,11 +64,15 @@ setup(
         "data": DATA,
         "tpu": ["jax[tpu]>=0.10.2"],
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0", "latex2mathml>=3.78"],
+        "hub": HUB,
         "notebooks": NOTEBOOKS,
+        "stablehlo": STABLEHLO,
         "torch": ["torch>=2.4"],  # to convert its checkpoints; 2.3 was the first for numpy 2
         "test": [
             *("pytest>=8.0", "pytest-xdist>=3.8", "ruff>=0.9", "mypy>=1.11", "setuptools>=68", "datasets>=3.2"),
             *DATA,
+            *HUB,
+            *STABLEHLO,
             *NOTEBOOKS,
         ],
     },

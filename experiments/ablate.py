@@ -30,7 +30,7 @@ import jax
 from absl import flags
 
 from experiments.ablations import contexts, costs, curve_report, curves, lengths, reporting, rows
-from experiments.ablations.scales import DATASETS, SCALES, TEXTS, Setup, find_setup
+from experiments.ablations.scales import DATASETS, GPU, SCALES, TEXTS, Setup, find_setup
 from experiments.ablations.table import Table
 from experiments.ablations.tables import find_table
 from experiments.ablations.workers import train_together
@@ -50,7 +50,8 @@ DATASET = flags.DEFINE_string("dataset", "enwik8", " | ".join(DATASETS))
 SCALE = flags.DEFINE_string(
     "scale",
     "tiny",
-    f"{' | '.join(SCALES)}: the paper's setup; for one GPU; for two CPU cores; narrower, for more data.",
+    f"{' | '.join((*SCALES, GPU))}: the paper's setup; for one GPU; for two CPU cores; narrower, for more data; for "
+    "curves of several models on one GPU.",
 )
 DATA_PATH = launcher.define_path(
     "data_path",
@@ -97,6 +98,7 @@ launcher.define_runtime()
 MODES = ("table", "curves", "lengths", "contexts", "costs")  # one of them
 FOR_TRAINING = ("--table", "--curves")
 OF_MODE = {
+    "recipe": (*FOR_TRAINING, "--lengths", "--contexts"),
     "first_seed": ("--table",),
     "time": ("--table",),
     "characters": ("--curves",),
@@ -132,7 +134,7 @@ def main(_: list[str]) -> None:
     )
     name = DATA_NAME.value or (Path(DATA_PATH.value).name if text else "") or DATASET.value
     studies = {"table": tables, "curves": learning_curves, "lengths": step_lengths, "contexts": context_lengths}
-    study = studies[mode](setup, f"{name}-{SCALE.value}" + f"-{RECIPE.value}" * (RECIPE.value != "paper"))
+    study = studies[mode](setup, f"{name}-{scale_name()}")
     if REPORT.value:
         for report in study.reports:
             print(report())
@@ -176,6 +178,8 @@ def tables(setup: Setup, name: str) -> Study:
     chosen, directory = [find_table(number, DATASET.value) for number in TABLE.value], Path(OUT.value) / name
     if COMMENT.value is not None and len(chosen) > 1:
         raise UsageError(f"--comment applies to one table; --table={','.join(TABLE.value)} names {len(chosen)}")
+    if RECIPE.value != "paper" and {"M1", "M2"} & {table.number for table in chosen}:
+        raise UsageError(f"--recipe={RECIPE.value}: the rows of tables M1 and M2 have their own recipes; leave it out")
     if ROWS.value and SEEDS.present:
         chosen = [replace(table, seeds=max(table.seeds, SEEDS.value)) for table in chosen]
     jobs = [] if REPORT.value else rows.plan(chosen, setup, directory, SEEDS.value, ROWS.value, FIRST_SEED.value)
@@ -203,10 +207,10 @@ def learning_curves(setup: Setup, name: str) -> Study:
 
 
 def step_lengths(setup: Setup, name: str) -> Study:
-    path = report_path(f"lengths-{SCALE.value}")
+    path = report_path(f"lengths-{scale_name()}")
     return Study(
         lambda: lengths.plan_table(setup),
-        lambda signals: lengths.measure(setup, SCALE.value, path, signals),
+        lambda signals: lengths.measure(setup, scale_name(), path, signals),
         [partial(rerender, path, lengths.render, lengths.draw, COMMENT.value)],
     )
 
@@ -225,6 +229,11 @@ def context_lengths(setup: Setup, name: str) -> Study:
         contexts.measure(models, setup, path, name, signals)
 
     return Study(lambda: "", run, [partial(rerender, path, contexts.render, contexts.draw, COMMENT.value)])
+
+
+def scale_name() -> str:
+    """Return the scale for names of files, with the recipe unless it is the paper's."""
+    return SCALE.value + f"-{RECIPE.value}" * (RECIPE.value != "paper")
 
 
 def report_path(name: str) -> Path:

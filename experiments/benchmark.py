@@ -5,10 +5,14 @@ python experiments/benchmark.py --suite=decoding --report=experiments/results/de
 python experiments/benchmark.py --suite=training --report=experiments/results/training/cpu
 python experiments/benchmark.py --suite=boundaries --report=experiments/results/training/boundaries
 python experiments/benchmark.py --suite=cpu --report=experiments/results/cpu/tricks
+python experiments/benchmark.py --suite=quality --minutes=10 --data_path=TEXT \
+    --report=experiments/results/training/quality
 python experiments/benchmark.py --suite=decoding --nopeer --batches=1,32,256 --report=experiments/results/decoding/gpu
 python experiments/benchmark.py --suite=accelerator --report=experiments/results/training/gpu
+python experiments/benchmark.py --suite=attention --report=experiments/results/training/attention
+python experiments/benchmark.py --suite=steps --report=experiments/results/decoding/steps
 
-The accelerator suite writes its report after each part; when it is interrupted, the same command resumes.
+The last three suites write their report after each part; when one is interrupted, the same command resumes.
 """
 
 from __future__ import annotations
@@ -21,28 +25,39 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other
 
 from absl import flags
 
-from experiments.benchmarks import accelerator, boundaries, cpu, decoding, models, training
+from experiments.benchmarks import accelerator, attention, boundaries, cpu, decoding, models, quality, steps, training
 from experiments.common import launcher
 from experiments.common.reports import PACKAGES, open_record, provenance, report_file, write_report
 from hourglass_jax import UsageError
 from hourglass_jax.ranges import check_range
 
-SUITES: dict[str, Any] = {"decoding": decoding, "training": training, "boundaries": boundaries, "cpu": cpu}
-IN_PARTS: dict[str, Any] = {"accelerator": accelerator}
+SUITES: dict[str, Any] = {
+    "decoding": decoding,
+    "training": training,
+    "boundaries": boundaries,
+    "cpu": cpu,
+    "quality": quality,
+}
+IN_PARTS: dict[str, Any] = {"accelerator": accelerator, "attention": attention, "steps": steps}
 SUITE = flags.DEFINE_enum("suite", "decoding", [*SUITES, *IN_PARTS], "What to measure.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Number of runs; figures are medians.", lower_bound=1)
 PEER = flags.DEFINE_boolean("peer", True, "Also measure the PyPI package (requires the extra [bench]).")
-REPORT = launcher.define_path("report", "", "Write PATH.json, PATH.md and, for decoding, PATH.png.")
+REPORT = launcher.define_path("report", "", "Write PATH.json, PATH.md and, for decoding and quality, PATH.png.")
 LENGTHS = flags.DEFINE_list("lengths", ["128", "512", "1024", "2048", "4096"], "Decoding: characters to generate.")
 BATCHES = flags.DEFINE_list(
     "batches", ["1", "16"], "Decoding: batch sizes; the first is measured at all lengths, the others up to 512."
 )
+MINUTES = flags.DEFINE_float("minutes", 10, "Quality: minutes of training of each model.", lower_bound=0)
+DATA_PATH = launcher.define_path("data_path", "", "Quality: a text; empty: the built-in one.")
 launcher.define_config("accelerator", accelerator.Accelerator())
 
 TAKEN_BY = {
     "lengths": ("--suite=decoding",),
     "batches": ("--suite=decoding",),
-    "peer": ("--suite=decoding", "--suite=training"),
+    "minutes": ("--suite=quality",),
+    "data_path": ("--suite=quality",),
+    "peer": ("--suite=decoding", "--suite=training", "--suite=quality"),
+    "repeats": [f"--suite={suite}" for suite in (*SUITES, *IN_PARTS) if suite != "quality"],
     **{f"accelerator.{name}": [f"--suite={suite}" for suite in IN_PARTS] for name in vars(accelerator.Accelerator())},
 }
 
@@ -52,14 +67,16 @@ def main(_: list[str]) -> None:
     if SUITE.value in IN_PARTS:
         run_in_parts(IN_PARTS[SUITE.value])
         return
-    suite, packages, options = SUITES[SUITE.value], PACKAGES, {}
+    suite, packages, amount, options = SUITES[SUITE.value], PACKAGES, REPEATS.value, {}
     if SUITE.value == "decoding":
         options = {flag.name: integers(flag) for flag in (LENGTHS, BATCHES)}
+    if SUITE.value == "quality":
+        amount, options = MINUTES.value, {"data_path": DATA_PATH.value}
     if "--suite=" + SUITE.value in TAKEN_BY["peer"]:
         options["peer"] = PEER.value
         packages = (*PACKAGES, "torch", models.PEER) if PEER.value else PACKAGES
-    rows = suite.measure(REPEATS.value, **options)
-    text = suite.describe(rows, REPEATS.value)
+    rows = suite.measure(amount, **options)
+    text = suite.describe(rows, amount)
     print(text)
     if REPORT.value:
         path, draw = Path(REPORT.value), getattr(suite, "draw", None)

@@ -1,9 +1,10 @@
-"""Convert weights from other projects, and models to and from safetensors.
+"""Convert weights from other projects, models to and from safetensors, and models to StableHLO.
 
 python experiments/convert.py --from=original model.pth vocab.json runs/original
 python experiments/convert.py --from=pypi --n_heads=8 --shorten_factor=4 model.pth runs/pypi
 python experiments/convert.py --to=safetensors runs/original shared
 python experiments/convert.py --from=safetensors shared runs/shared
+python experiments/convert.py --to=stablehlo runs/original programs
 python experiments/convert.py --to=package --about=books.md --evaluations=test.json runs/books weights/books
     # --base=books: stores only the parameters that differ from weights/books
 
@@ -27,7 +28,7 @@ from experiments.common import launcher
 from experiments.common.reports import model_card
 from hourglass_jax import HourglassLM, UsageError
 from hourglass_jax.files import whole_directory
-from hourglass_jax.interop import export_safetensors, from_original, from_pypi, import_safetensors
+from hourglass_jax.interop import export_safetensors, export_stablehlo, from_original, from_pypi, import_safetensors
 from hourglass_jax.model import n_parameters
 from hourglass_jax.pretrained import save_pretrained
 from hourglass_jax.run_config import FOLDER, IMAGE_SIZES, DataConfig
@@ -44,8 +45,9 @@ FROM = flags.DEFINE_enum(
 TO = flags.DEFINE_enum(
     "to",
     None,
-    ["safetensors", "package"],
-    "Format to write; package: a directory of hourglass_jax/weights, in bfloat16, with a model card.",
+    ["safetensors", "stablehlo", "package"],
+    "Format to write; stablehlo: programs that JAX runs without this library; package: a directory of "
+    "hourglass_jax/weights, in bfloat16, with a model card.",
 )
 BASE = flags.DEFINE_string(
     "base", None, "package: name of a model in the same directory; only parameters that differ from its own are stored."
@@ -86,7 +88,7 @@ TAKEN_BY = {
 
 def main(arguments: list[str]) -> None:
     if (FROM.value is None) == (TO.value is None):
-        raise UsageError("give either --from=original|pypi|safetensors or --to=safetensors|package")
+        raise UsageError("give either --from=original|pypi|safetensors or --to=safetensors|stablehlo|package")
     if len(arguments) not in (3, 4):
         raise UsageError("give the input, the vocabulary of a .pth file, and the output directory, in this order")
     model_path, *vocab, out = map(os.path.expanduser, arguments[1:])
@@ -98,6 +100,8 @@ def main(arguments: list[str]) -> None:
         model, tokenizer, _ = launcher.load_run(model_path)
         if TO.value == "package":
             write_package(model, Run(model_path).read(), out)
+        elif TO.value == "stablehlo":
+            export_stablehlo(out, model, tokenizer)
         else:
             export_safetensors(model, tokenizer, out)
         print(f"{describe(model)} -> {out}")

@@ -80,7 +80,7 @@ def check_causality(model: HourglassLM, length: int | None = None) -> None:
     tokens. New tokens from position s on must leave earlier logits and other rows bit-identical. A prefix must have the
     logits of the full text.
 
-    Parameters that are all zero, as in new n-gram tables, would hide a leak; the check replaces them by random numbers.
+    Parameters of value zero, as in new n-gram tables, would hide a leak; the check replaces them by random numbers.
 
     length: number of random tokens; default: two groups of the innermost level plus one, or four with variable
         boundaries.
@@ -94,8 +94,7 @@ def check_causality(model: HourglassLM, length: int | None = None) -> None:
         length = (4 if config.event_levels else 2) * config.parsed_hierarchy.total_factor + 1
         length = int(min(length, config.position_limit))
     check_range("length", length, 1, config.position_limit)
-    if config.ngram_sizes or config.residual_init == "zero":
-        model = _without_zeros(model)
+    model = _without_zeros(model)
     tokens = jax.random.randint(jax.random.key(1), (length,), 0, config.vocab_size)
     leaks = np.argwhere(np.triu(influence(model, tokens), k=1) != 0)
     if len(leaks):
@@ -114,18 +113,21 @@ def check_causality(model: HourglassLM, length: int | None = None) -> None:
 
 
 def _without_zeros(model: HourglassLM) -> HourglassLM:
-    """Return the model with random numbers in place of the parameters that are all zero."""
+    """Return the model with random numbers in place of zeros in its parameters."""
     graph, params = nnx.split(model)
     rng = np.random.default_rng(0)
 
     def filled(leaf: jax.Array) -> jax.Array:
-        return leaf if jnp.any(leaf) else jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype)
+        values = np.array(leaf)
+        zeros = values == 0
+        values[zeros] = rng.normal(0, 0.1, zeros.sum())
+        return jnp.asarray(values)
 
     return nnx.merge(graph, jax.tree.map(filled, params))
 
 
 def _check_decisions(model: HourglassLM, length: int) -> None:
-    """Raise CausalityError if a boundary decision depends on later positions, other rows or the length."""
+    """Raise CausalityError if a boundary or an n-gram depends on later positions, other rows or the length."""
     split, config = nnx.split(model), model.config
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, config.vocab_size, (2 + N_REPLACEMENTS, length))
@@ -151,5 +153,5 @@ def _check_decisions(model: HourglassLM, length: int) -> None:
     if differs.any():
         raise CausalityError(
             f"the prediction at position {differs.argmax()} differs between texts of {n} and {length} tokens; check "
-            f"that boundaries={config.boundaries!r} use only the current and earlier positions"
+            f"that n-grams and boundaries={config.boundaries!r} use only the current and earlier positions"
         )

@@ -63,7 +63,8 @@ class HourglassConfig:
     attention: implementation; all give the same result. auto (the best for platform, dtype, head size, positions and
         dropout) | blocked (jnp, memory linear in length) | fused (cuDNN on GPUs, splash attention on TPUs; falls back
         to blocked with relative positions or dropout) | kernel (Pallas, supports both; interpreted on CPUs, for
-        tests) | plain (the formula in jnp, the only one that supports forward-mode derivatives).
+        tests) | plain (the formula in jnp, the only one that supports forward-mode derivatives) | biased, stored
+        (experiments with relative positions on GPUs).
     window: layers on the tokens (factor 1) attend to the W newest tokens; 0: all. Deeper layers and resampling attend
         to everything, so the distant past remains visible at lower resolution. Several numbers, one for each level,
         limit deeper layers to as many of their own positions.
@@ -106,7 +107,7 @@ class HourglassConfig:
     causal: bool = True
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     max_unrolled_layers: int = 4
-    attention: Literal["auto", "blocked", "fused", "kernel", "plain"] = "auto"
+    attention: Literal["auto", "blocked", "fused", "kernel", "plain", "biased", "stored"] = "auto"
     window: int | tuple[int, ...] = 0
     token_attention: Literal["full", "lsh"] = "full"
     lsh_chunk: int = 128
@@ -132,8 +133,9 @@ class HourglassConfig:
         check_choice("upsampling", self.upsampling, UPSAMPLINGS)
         for name in ("lsh_chunk", "lsh_hashes"):
             check_range(name, getattr(self, name), 1)
-        if self.token_attention == "lsh" and (self.positions == "relative" or self.window):
-            what = f"window={self.window}" if self.window else "positions='relative'"
+        windowed = any(self.by_level("window"))
+        if self.token_attention == "lsh" and (self.positions == "relative" or windowed):
+            what = f"window={self.window}" if windowed else "positions='relative'"
             raise UsageError(
                 f"token_attention='lsh' does not support {what}; choose positions='rotary' or 'learned', window=0"
             )

@@ -243,7 +243,7 @@ class HourglassLM(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "B L"], key: Array | None = None, *, mask: Bool[Array, "B L"] | None = None
     ) -> Float[Array, "B L V"]:
-        return self.forward(self.embed(tokens), key, jnp.asarray(tokens), mask)[0]
+        return self.forward(self.embed(tokens, mask), key, jnp.asarray(tokens), mask)[0]
 
     def forward_with_aux(
         self,
@@ -259,7 +259,7 @@ class HourglassLM(nnx.Module):
         Add the auxiliary loss to the mean loss in nats. `weights`: the weight of each token in it (default: 1), see
         `nn.rates.boundary_terms`. `row_keys` [B] seed the noise of learned boundaries.
         """
-        logits, groups = self.forward(self.embed(tokens), key, jnp.asarray(tokens), mask, row_keys)
+        logits, groups = self.forward(self.embed(tokens, mask), key, jnp.asarray(tokens), mask, row_keys)
         weights = jnp.ones(logits.shape[:2], logits.dtype) if weights is None else jnp.asarray(weights, logits.dtype)
         levels = zip(self.hourglass.rules(), groups, strict=True)
         loss, statistics = boundary_terms(levels, weights, entropies(logits))
@@ -276,8 +276,7 @@ class HourglassLM(nnx.Module):
         """Map embedded tokens to logits, float32 at least, and the groups of each shortening, outermost first."""
         if key is not None:
             check_key(key)
-        if mask is not None:
-            mask = jnp.asarray(check_mask(mask, x.shape[:2], self.config))
+        mask = None if mask is None else jnp.asarray(mask)
         embedding_key, body_key = split_key(key, 2)
         x, groups = self.hourglass.forward(self.dropout(x, embedding_key), body_key, tokens, mask, row_keys)
         return self.logits(x), groups
@@ -309,9 +308,11 @@ class HourglassLM(nnx.Module):
             )
         return nnx.merge(graph, parameters)
 
-    def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Embed tokens, with n-grams and learned positions if configured."""
+    def embed(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None = None) -> Float[Array, "B L D"]:
+        """Embed tokens, with n-grams and learned positions if configured; `mask` is False for padding."""
         tokens = jnp.asarray(check_tokens("tokens", tokens, self.config.vocab_size, "B, L"))
+        if mask is not None:  # n-grams exclude padding
+            tokens = jnp.where(check_mask(mask, tokens.shape, self.config), tokens.astype(jnp.int32), BEFORE)
         length = tokens.shape[1]
         if not isinstance(length, int):
             check_symbolic_length(self.config)

@@ -20,6 +20,8 @@ from safetensors.numpy import save_file
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
 from hourglass_jax.files import whole_directory, write_whole
+from hourglass_jax.interop.card import CARD
+from hourglass_jax.interop.hub import local_path
 from hourglass_jax.interop.parameters import build_model, named_parameters
 from hourglass_jax.interop.safetensors import WEIGHTS
 from hourglass_jax.model import HourglassLM
@@ -28,7 +30,6 @@ from hourglass_jax.training.identity import PATHS
 from hourglass_jax.training.run import Record, Run, load_run
 
 SHIPPED = Path(__file__).parent / "weights"
-CARD = "README.md"
 
 
 def pretrained_names(directory: str | Path = SHIPPED) -> list[str]:
@@ -44,18 +45,23 @@ def pretrained_path(name: str, directory: str | Path = SHIPPED) -> Path:
     return Path(directory).expanduser() / name
 
 
-def load(path: str | Path, step: int | None = None) -> tuple[HourglassLM, Tokenizer | None, HourglassConfig]:
+def load(
+    path: str | Path, step: int | None = None, *, revision: str | None = None
+) -> tuple[HourglassLM, Tokenizer | None, HourglassConfig]:
     """Load a run directory, or a directory that `save` wrote -> (model, tokenizer, config).
 
+    path: a directory, or `hf:user/name` for a repository on the Hugging Face Hub, which requires the extra [hub].
     step: the checkpoint of a run to load; see `RuntimeConfig.keep_checkpoints`. Default: the one of lowest validation
         loss.
+    revision: a branch, tag or commit of the repository; default: main.
 
     The model is on the first device and in evaluation mode: no dropout until `model.train()`. The tokenizer is None
     for a model on plain tokens.
 
     Raises UsageError if `path` is not such a directory, has no complete checkpoint (of `step`), is damaged, or does not
-    match its vocabulary.
+    match its vocabulary; and if a repository or revision does not exist, or is neither cached nor reachable.
     """
+    path = local_path(path, revision)
     run = Run(path)
     if run.has_checkpoints or not (run.directory / WEIGHTS).is_file():
         return load_run(path, step)

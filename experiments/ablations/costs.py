@@ -15,8 +15,8 @@ from experiments.ablations.rows import Job, row_config
 from experiments.ablations.scales import find_setup
 from experiments.ablations.tables import TABLE_1
 from experiments.common.reports import markdown_table, provenance
-from experiments.common.timing import Step, in_turn, synthetic
-from hourglass_jax import HourglassConfig
+from experiments.common.timing import ADAMW, Step, in_turn, synthetic
+from hourglass_jax import HourglassConfig, OptimizerConfig
 from hourglass_jax.costs import activation_bytes, cache_bytes, count_parameters, forward_flops, state_bytes
 from hourglass_jax.files import write_whole
 from hourglass_jax.training.metrics import matmul_ceiling
@@ -49,8 +49,8 @@ def keeping_activations(config: HourglassConfig) -> HourglassConfig:
     return replace(config, remat="none", max_unrolled_layers=100)
 
 
-def timed_step(config: HourglassConfig, batch_size: int, block_size: int) -> Step:
-    return Step(keeping_activations(config), synthetic(batch_size, block_size, config.vocab_size))
+def timed_step(config: HourglassConfig, batch_size: int, block_size: int, optimizer: OptimizerConfig = ADAMW) -> Step:
+    return Step(keeping_activations(config), synthetic(batch_size, block_size, config.vocab_size), optimizer)
 
 
 def measure(jobs: Sequence[Job], signals: Signals) -> None:
@@ -63,8 +63,8 @@ def measure(jobs: Sequence[Job], signals: Signals) -> None:
         for config in job.configs():
             if (job.directory.parent, config) not in steps:
                 signals.check()
-                data = job.setup.data
-                steps[job.directory.parent, config] = timed_step(config, data.batch_size, data.block_size)
+                data, optimizer = job.setup.data, job.setup.optimizer
+                steps[job.directory.parent, config] = timed_step(config, data.batch_size, data.block_size, optimizer)
                 print(f"{job.directory.parent.name}: compiled", flush=True)
     seconds = in_turn(steps, ROUNDS, warm=True, check=signals.check)
     for directory in dict.fromkeys(directory for directory, _ in steps):

@@ -48,8 +48,9 @@ def collect(setup: Setup, directory: Path, stored: Record | None) -> Record:
     finished = {(leg.row.name, leg.train.seed, leg.point, leg.decayed): leg for leg in legs}
     readings = merge(stored["readings"], [place(leg) | leg.result()["figures"] for leg in legs])
     used, gaps = {reading["row"] for reading in readings}, []
+    course = curves.COURSES[setup.course]
     pairs: list[Record] = []
-    for pair in curves.PAIRS:
+    for pair in course.pairs:
         plain, rivals = pair.plain.name, [row.name for row in pair.rivals]
         for (row, *at), leg in finished.items():
             if row in rivals and (plain, *at) in finished:
@@ -61,11 +62,11 @@ def collect(setup: Setup, directory: Path, stored: Record | None) -> Record:
         "data": directory.parent.name,
         "setup": facts,
         "pairs": pairs,
-        "rows": {row.name: describe(row, setup) for pair in curves.PAIRS for row in pair.rows if row.name in used},
+        "rows": {row.name: describe(row, setup) for row in course.rows if row.name in used},
         "readings": readings,
         "gaps": merge(stored["gaps"], gaps),
-        "points": list(curves.POINTS),
-        "branches": list(curves.BRANCHES),
+        "points": list(course.points),
+        "branches": list(course.branches),
         "machines": sorted({*stored["machines"], *(leg.result()["trained"]["machine"] for leg in legs)}),
         "comment": stored["comment"],
         **provenance(),

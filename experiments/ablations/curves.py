@@ -1,8 +1,8 @@
 """Learning curves of plain and Hourglass models at equal FLOPs.
 
-A curve is one training at a constant learning rate, divided into legs that end at POINTS. At BRANCHES, a branch lets
-the rate decay to 0, as a training of that length would. Each leg is a run directory that starts from the last
-checkpoint of the previous leg. So a leg equals one uninterrupted run with its settings, up to rounding.
+A curve is one training at a constant learning rate, divided into legs that end at the points of its course. At the
+branches, a leg lets the rate decay to 0, as a training of that length would. Each leg is a run directory that starts
+from the last checkpoint of the previous leg. So a leg equals one uninterrupted run with its settings, up to rounding.
 """
 
 from __future__ import annotations
@@ -29,15 +29,13 @@ from hourglass_jax.training.checkpoints import CHECKPOINTS, CheckpointStore, wri
 from hourglass_jax.training.metrics import CURVES
 
 LOSSES = "losses.npy"  # nats per prediction of each validation sequence
-POINTS = tuple(millions * 10**6 for millions in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100))  # characters
-BRANCHES = tuple(millions * 10**6 for millions in (5, 10, 20, 50, 100))  # of POINTS
 LIGHT = resampling("average", "repeat")
 DECAY = 0.1  # steps of a branch, relative to the steps before it
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A plain transformer and Hourglass models of the same FLOPs per step at scale micro, within 5 %."""
+    """A plain transformer and Hourglass models of nearly its FLOPs per step: narrow within 5 %, wide within 13 %."""
 
     plain: Row
     rivals: tuple[Row, ...]
@@ -54,17 +52,51 @@ def plain(hierarchy: str, name: str = "", **options: str) -> Row:
 light = partial(plain, name="light", **LIGHT)
 attention = partial(plain, name="attention", **resampling("attention_average", "attention_linear"))
 whitespace = partial(plain, name="whitespace", **LIGHT, boundaries="whitespace")
-PAIRS = (
-    Pair(plain("6@1"), (attention("2@1 4@3 2@1"), light("2@1 8@3 2@1"))),
-    Pair(plain("6@1"), (whitespace("2@1 9@6 2@1"), light("2@1 10@4 2@1"), light("2@1 15@6 2@1"))),
-    Pair(plain("8@1"), (attention("3@1 4@3 3@1"), light("3@1 8@3 3@1"))),
-    Pair(plain("10@1"), (attention("3@1 10@3 3@1"), light("4@1 8@3 4@1"))),
-)
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a scale trains: pairs, and the characters at which legs end and branches start."""
+
+    pairs: tuple[Pair, ...]
+    points: tuple[int, ...]
+    branches: tuple[int, ...]  # of the points
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for pair in self.pairs for row in pair.rows]
+
+
+def millions(*numbers: int) -> tuple[int, ...]:
+    return tuple(number * 10**6 for number in numbers)
+
+
+COURSES = {
+    "narrow": Course(  # equal FLOPs at scale micro
+        pairs=(
+            Pair(plain("6@1"), (attention("2@1 4@3 2@1"), light("2@1 8@3 2@1"))),
+            Pair(plain("6@1"), (whitespace("2@1 9@6 2@1"), light("2@1 10@4 2@1"), light("2@1 15@6 2@1"))),
+            Pair(plain("8@1"), (attention("3@1 4@3 3@1"), light("3@1 8@3 3@1"))),
+            Pair(plain("10@1"), (attention("3@1 10@3 3@1"), light("4@1 8@3 4@1"))),
+        ),
+        points=millions(1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100),
+        branches=millions(5, 10, 20, 50, 100),
+    ),
+    "wide": Course(  # at scale gpu
+        pairs=(
+            Pair(plain("6@1"), (attention("2@1 4@3 2@1"), light("2@1 8@4 2@1"), whitespace("2@1 10@6 2@1"))),
+            Pair(plain("9@1"), (attention("3@1 8@4 3@1"),)),
+            Pair(plain("6@1"), (attention("2@1 8@4 2@1"),)),
+        ),
+        points=millions(30, 100, 300),
+        branches=millions(30, 100, 300),
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Leg(Job):
-    """One training of a curve: to one of POINTS, or the decayed branch there; it resumes the leg `before`."""
+    """One training of a curve: to a point of its course, or the decayed branch there; it resumes the leg `before`."""
 
     point: int
     decayed: bool
@@ -116,12 +148,12 @@ def curve(row: Row, setup: Setup, directory: Path, seed: int) -> Iterator[Leg]:
         own = replace(setup, optimizer=optimizer)
         return Leg(row, "bpc", config, train, own, place / f"{point}-{kind}", point, decay_steps > 0, before)
 
-    trunk = None
-    for point in POINTS:
+    course, trunk = COURSES[setup.course], None
+    for point in course.points:
         steps = round(point / step_characters(setup))
         trunk = leg(point, "constant", steps, 0, trunk)
         yield trunk
-        if point in BRANCHES:
+        if point in course.branches:
             yield leg(point, "decayed", steps, max(round(DECAY * steps), 1), trunk)
 
 
@@ -134,9 +166,9 @@ def plan(setup: Setup, directory: Path, n_seeds: int, only: Collection[str] = ()
     Raises UsageError for an unknown name.
     """
     for name in only:
-        check_choice("rows", name, [row.name for pair in PAIRS for row in pair.rows])
+        check_choice("rows", name, [row.name for row in COURSES[setup.course].rows])
     found: dict[Path, Leg] = {}
-    for pair, seed in itertools.product(PAIRS, range(n_seeds)):
+    for pair, seed in itertools.product(COURSES[setup.course].pairs, range(n_seeds)):
         curves = (curve(row, setup, directory, seed) for row in pair.rows if not only or row.name in only)
         for leg in itertools.chain.from_iterable(zip(*curves, strict=True)):
             found.setdefault(leg.directory, leg)

@@ -257,7 +257,8 @@ def setup_line(record: Record) -> str:
     predictions = next(run["n_predictions"] for row in record["rows"] for run in row["runs"])
     model = ", ".join(f"{name} {value}" for name, value in setup["model"].items())
     optimizer = setup["optimizer"]
-    used = {row.get("optimizer", {}).get("optimizer", "adamw") for row in record["rows"] if row["runs"]}
+    shared = optimizer.get("optimizer", "adamw")  # older records have none
+    used = {row.get("optimizer", {}).get("optimizer", shared) for row in record["rows"] if row["runs"]}
     optimizers = " or ".join(name for key, name in {"adamw": "AdamW", "muon": "Muon"}.items() if key in used)
     scaled = f" Scaled from the paper's set-up: {record['scaled']}." if record["scaled"] else ""
     machines = {run["trained"]["machine"] for row in record["rows"] for run in row["runs"] if "trained" in run}

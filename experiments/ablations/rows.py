@@ -35,6 +35,7 @@ from hourglass_jax.files import write_whole
 from hourglass_jax.inspection import GroupCounts, count_groups
 from hourglass_jax.ranges import check_choice
 from hourglass_jax.training.identity import describe, differences, identity
+from hourglass_jax.training.optimizer import optimizer_flops
 from hourglass_jax.training.run import Run, RunBusy
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import Diverged, fit
@@ -91,9 +92,13 @@ class Job:
         return [dataclasses.replace(self.config, hierarchy=each) for each in hierarchies] or [self.config]
 
     def step_flops(self) -> float:
-        """Return the FLOPs of a training step, averaged over drawn shorten factors."""
-        length = self.setup.data.block_size
-        return self.setup.data.batch_size * statistics.mean(training_flops(each, length) for each in self.configs())
+        """Return the FLOPs of a training step with its optimizer, averaged over drawn shorten factors."""
+        data, optimizer = self.setup.data, self.setup.optimizer
+        flops = data.batch_size * statistics.mean(training_flops(each, data.block_size) for each in self.configs())
+        if optimizer.optimizer == "adamw":  # without matrix products; building the model takes time
+            return flops
+        model = nnx.eval_shape(lambda: HourglassLM(self.config, rngs=nnx.Rngs(0)))
+        return flops + optimizer_flops(optimizer, nnx.state(model))
 
     def begin(self) -> None:
         """Prepare the run directory before training."""

@@ -19,7 +19,8 @@ from hourglass_jax.training.identity import describe, differences
 
 TEXTS = ("enwik8", "text8")
 DATASETS = (*TEXTS, *IMAGE_SIZES, "letters")
-SCALES = ("paper", "small", "tiny", "micro")
+SCALES = ("paper", "small", "tiny", "micro")  # of all tables
+GPU = "gpu"  # texts only, for learning curves
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Setup:
     n_valid: int = 0
     scaled: str = ""
     letters: bool = False  # the L#L task, which is generated
+    course: str = "narrow"  # of its learning curves, a key of `curves.COURSES`
 
     def facts(self) -> dict[str, Any]:
         """Return what a record stores of the setup, as JSON values."""
@@ -78,7 +80,7 @@ LETTERS = Setup(
 def find_setup(dataset: str, scale: str, path: str = "") -> Setup:
     """Return the setup for `dataset` with its files at `path`. Raises UsageError for unknown names."""
     check_choice("dataset", dataset, DATASETS)
-    check_choice("scale", scale, SCALES)
+    check_choice("scale", scale, (*SCALES, GPU) if dataset in TEXTS else SCALES)
     if dataset == "letters":
         return LETTERS
     if dataset in TEXTS:
@@ -103,14 +105,17 @@ def for_table(setup: Setup, table: Table) -> Setup:
     """Return `setup` for the rows of a table, whose overrides apply at the paper's scale."""
     if setup.letters:
         return setup
+
+    def overridden(setup: Setup) -> Setup:
+        optimizer = replace(setup.optimizer, warmup_steps=table.warmup_steps or setup.optimizer.warmup_steps)
+        train = replace(setup.train, steps=table.steps or setup.train.steps)
+        return replace(setup, model={**setup.model, **table.model}, optimizer=optimizer, train=train)
+
     paper = find_setup("enwik8" if setup.data.dataset == "text" else setup.data.dataset, "paper", setup.data.path)
-    own = replace(
-        paper,
-        model=paper.model | table.model,
-        optimizer=replace(paper.optimizer, warmup_steps=table.warmup_steps or paper.optimizer.warmup_steps),
-        train=replace(paper.train, steps=table.steps or paper.train.steps),
-    )
-    if setup == paper:
+    own = overridden(paper)
+    if (setup.data, setup.train) == (paper.data, paper.train):  # the recipe may differ
+        setup = overridden(setup)
+    if setup == own:
         return own
     used = {row.options["hierarchy"] for row in table.rows if row.options}
     changes = [f"{old} -> {new}" for old, new in setup.hierarchies.items() if old in used]

@@ -6,6 +6,7 @@ Compilation and evaluation do not count.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from flax import nnx
 
 from experiments.benchmarks import models
 from experiments.common.reports import markdown_table
-from hourglass_jax import HourglassConfig, HourglassLM, OptimizerConfig
+from hourglass_jax import HourglassConfig, HourglassLM, OptimizerConfig, UsageError
 from hourglass_jax.data.corpora import builtin_text
 from hourglass_jax.data.pipeline import Batch, BatchAt, consecutive_windows, evenly_spaced, random_windows
 from hourglass_jax.evaluation import evaluate_batches
@@ -29,6 +30,7 @@ from hourglass_jax.training.step import compile_step, first_state, make_train_st
 
 LENGTH, BATCH, WARMUP, N_VALID = 512, 8, 50, 16  # N_VALID: batches of validation
 VALID_SHARE = 0.1
+MARKS, SHOWN = 20, (2, 4, 10, 20)  # evaluations of a training, evenly spaced, and those in the table
 PEER_RATES = (3e-4, 1e-3, 3e-3)
 RATES = {"paper": 1e-3, "modern": 3e-3}
 FACTS = {"sizes": models.SIZES, "length": LENGTH, "batch": BATCH}
@@ -105,11 +107,11 @@ def cases(peer: bool) -> list[Case]:
     return [Case(*item) for item in RATES.items()] + [Case(models.PEER, rate) for rate in PEER_RATES if peer]
 
 
-def curve(trainer: Trainer, batch_at: BatchAt, valid: Sequence[Batch], minutes: int) -> dict[str, Any]:
-    """Return the bits after each half minute of training, and the number of steps."""
+def curve(trainer: Trainer, batch_at: BatchAt, valid: Sequence[Batch], minutes: float) -> dict[str, Any]:
+    """Return the bits before training and at each of the marks, and the number of steps."""
     times, bits, seconds, n_steps = [0.0], [trainer.bits(valid)], 0.0, 0
-    for mark in range(1, 2 * minutes + 1):
-        while seconds < 30 * mark:
+    for mark in range(1, MARKS + 1):
+        while seconds < 60 * minutes * mark / MARKS:
             tokens, _ = batch_at(n_steps)
             started = time.perf_counter()
             trainer.train(tokens)
@@ -125,18 +127,29 @@ def read_text(path: str) -> np.ndarray:
     return np.fromfile(path, np.uint8) if path else ByteTokenizer().encode(builtin_text()).astype(np.uint8)
 
 
-def measure(minutes: int, peer: bool, data_path: str) -> list[dict[str, Any]]:
+def split(text: np.ndarray) -> tuple[np.ndarray, Sequence[Batch]]:
+    """Return the text to train on, and whole batches of the rest. Raises UsageError if there is none."""
+    n_train = round(len(text) * (1 - VALID_SHARE))
+    n_whole = (len(text) - n_train - 1) // (BATCH * LENGTH) * BATCH * LENGTH  # the peer's loss has no weights
+    if n_whole <= 0:
+        least = math.ceil((BATCH * LENGTH + 2) / VALID_SHARE)
+        raise UsageError(f"the text of {len(text):,} bytes is too short; give one of at least {least:,} as --data_path")
+    valid = consecutive_windows(text[n_train : n_train + n_whole + 1], LENGTH, BATCH)
+    return text[:n_train], evenly_spaced(valid, N_VALID)
+
+
+def measure(minutes: float, peer: bool, data_path: str) -> list[dict[str, Any]]:
     """Return a row with the curve of each case."""
     if peer:
         models.make_peer(LENGTH)  # raises if it is missing
     text = read_text(data_path)
-    n_train = round(len(text) * (1 - VALID_SHARE))
-    batch_at = random_windows(text[:n_train], LENGTH, BATCH, seed=0)
-    valid = evenly_spaced(consecutive_windows(text[n_train:], LENGTH, BATCH), N_VALID)
+    train, valid = split(text)
+    batch_at = random_windows(train, LENGTH, BATCH, seed=0)
+    facts = {"text_bytes": len(text), "predictions": len(valid) * BATCH * LENGTH}
     rows: list[dict[str, Any]] = []
     for case in cases(peer):
         trainer: Trainer = Peer(case.rate) if case.model == models.PEER else Ours(*case)
-        rows.append(case._asdict() | {"text_bytes": len(text)} | curve(trainer, batch_at, valid, minutes))
+        rows.append(case._asdict() | facts | curve(trainer, batch_at, valid, minutes))
         print(f"{case.model}, rate {case.rate:g}: {rows[-1]['bits'][-1]:.3f} bits", flush=True)
     return rows
 
@@ -151,21 +164,22 @@ def best_peer(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     return min(peers, key=lambda row: row["bits"][-1]) if peers else None
 
 
-def describe(rows: list[dict[str, Any]], minutes: int) -> str:
+def describe(rows: list[dict[str, Any]], minutes: float) -> str:
     peer = best_peer(rows)
-    marks = [mark for mark in (1, 2, 5, 10) if mark <= minutes]
-    header = ["model", "rate", "steps", *(f"{mark} min" for mark in marks), "minutes to the peer's last bits"]
+    marks = [f"{minutes * mark / MARKS:g} min" for mark in SHOWN]
+    header = ["model", "rate", "steps", *marks, "minutes to the peer's last bits"]
+    about_peer = f"The peer is {models.PEER} with AdamW, at {len(PEER_RATES)} rates; ours" if peer else "The models"
     cells = []
     for row in rows:
-        bits = [f"{row['bits'][2 * mark]:.3f}" for mark in marks]
+        bits = [f"{row['bits'][mark]:.3f}" for mark in SHOWN]
         reached = f"{minutes_to(row, peer['bits'][-1]):.1f}" if peer else ""
         cells.append([row["model"], f"{row['rate']:g}", f"{row['steps']:,}", *bits, reached])
     return f"""# Bits per byte against minutes of training
 
 {models.SIZES["hierarchy"]}, {models.WIDTH}, {BATCH} x {LENGTH} bytes a step of a text of {rows[0]["text_bytes"]:,}
-bytes, of which the last {VALID_SHARE:.0%} are for validation ({N_VALID * BATCH * LENGTH:,} predictions). A constant
-rate after {WARMUP} steps of warmup. The peer is {models.PEER} with AdamW, at {len(PEER_RATES)} rates; ours are the
-recipes `paper` and `modern`, at one. Compilation and evaluation do not count.
+bytes, of which the last {VALID_SHARE:.0%} are for validation ({rows[0]["predictions"]:,} predictions). A constant
+rate after {WARMUP} steps of warmup. {about_peer} are the recipes {" and ".join(RATES)}, at one rate each.
+Compilation and evaluation do not count.
 
 {markdown_table(header, cells)}
 """

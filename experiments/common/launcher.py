@@ -11,12 +11,12 @@ import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
@@ -29,14 +29,12 @@ from hourglass_jax import (
     RuntimeConfig,
     UsageError,
     check_causality,
-    generate,
     load,
-    load_pretrained,
 )
 from hourglass_jax.causality import NotStrictlyCausal
-from hourglass_jax.checks import check_decodes
 from hourglass_jax.config import BY_LEVEL
 from hourglass_jax.data.pipeline import Batch
+from hourglass_jax.interop.hub import local_path
 from hourglass_jax.memory import keep_freed_memory
 from hourglass_jax.pretrained import pretrained_names, pretrained_path
 from hourglass_jax.recipes import RECIPES
@@ -180,17 +178,17 @@ def define_path(name: str, default: str | None, help_text: str) -> flags.FlagHol
 
 
 class ModelFlags:
-    """The flags --load_model_path (a run directory) and --pretrained (a shipped model)."""
+    """The flags --load_model_path (a directory, or hf:user/name on the Hub) and --pretrained (a shipped model)."""
 
     def __init__(self, default: str, help_text: str):
         self._path = define_path("load_model_path", default, help_text)
         self._name = flags.DEFINE_string("pretrained", None, "Name of a shipped model, instead of a directory.")
 
-    @property
+    @cached_property
     def value(self) -> str:
-        """The model's run directory. Raises UsageError for both flags or an unknown name."""
+        """The model's directory. Raises UsageError for both flags or an unknown name."""
         if self._name.value is None:
-            return self._path.value
+            return str(local_path(self._path.value))
         if self._path.present:
             raise UsageError("--load_model_path and --pretrained are both given; leave out one of them")
         return str(pretrained_path(self._name.value))
@@ -198,12 +196,11 @@ class ModelFlags:
     @property
     def given(self) -> str:
         """The directory or the name, for records."""
-        return self._name.value or self.value
+        return self._name.value or self._path.value
 
     def load(self) -> tuple[HourglassLM, Any, HourglassConfig]:
         """Return (model, tokenizer, config)."""
-        directory = self.value
-        return load_run(directory) if self._name.value is None else load_pretrained(self._name.value)
+        return load_run(self.value)
 
 
 def load_run(directory: str) -> tuple[HourglassLM, Any, HourglassConfig]:
@@ -215,10 +212,11 @@ def load_run(directory: str) -> tuple[HourglassLM, Any, HourglassConfig]:
 
 
 def load_origin(origin: str) -> tuple[HourglassLM, Any, dict[str, Any]]:
-    """Return (model, tokenizer, settings) of a run directory, or of a shipped model if no such directory exists."""
+    """Return (model, tokenizer, settings) of a directory, also on the Hub, or of a shipped model if there is none."""
     shipped = origin in pretrained_names() and not Path(origin).exists()
-    model, tokenizer, _ = load_pretrained(origin) if shipped else load_run(origin)
-    return model, tokenizer, Run(pretrained_path(origin) if shipped else origin).read().settings
+    directory = str(pretrained_path(origin) if shipped else local_path(origin))
+    model, tokenizer, _ = load_run(directory)
+    return model, tokenizer, Run(directory).read().settings
 
 
 def causality(model: HourglassLM) -> str:
@@ -308,40 +306,6 @@ def banned_tokens(tokenizer: Tokenizer, *, ends: bool = True) -> list[int]:
     """Return the tokens that a sample never contains: <UNK>, <BOS> and, unless it `ends` there, <EOS>."""
     special = (tokenizer.unk_id, tokenizer.bos_id, None if ends else tokenizer.eos_id)
     return [token for token in special if token is not None]
-
-
-def make_sampler(
-    tokenizer: Tokenizer, prompt: np.ndarray, max_tokens: int, seed: int, signals: Signals, *, ends: bool = False
-) -> Callable[[HourglassLM], str]:
-    """Return a function that samples text after `prompt`, up to <EOS> if `ends`; a signal interrupts it."""
-
-    def sample(model: HourglassLM) -> str:
-        [tokens] = generate(
-            model,
-            [prompt],
-            max_tokens=int(min(max_tokens, model.config.position_limit - len(prompt))),
-            key=jax.random.key(seed),
-            temperature=0.8,
-            stop_token=tokenizer.eos_id if ends else None,
-            banned_tokens=banned_tokens(tokenizer, ends=ends),
-            stream=lambda _: signals.check(),
-        )
-        return tokenizer.decode(tokens)
-
-    return where_it_decodes(sample)
-
-
-def where_it_decodes(sample: Callable[[HourglassLM], str]) -> Callable[[HourglassLM], str]:
-    """Return a function like `sample` that, for a model without decoding, returns the reason."""
-
-    def sample_or_reason(model: HourglassLM) -> str:
-        try:
-            check_decodes(model.config)
-        except UsageError as reason:
-            return f"(none: {reason})"
-        return sample(model)
-
-    return sample_or_reason
 
 
 def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:

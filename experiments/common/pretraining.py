@@ -41,7 +41,7 @@ INIT_FROM = launcher.define_path(
 )
 RECIPE = launcher.define_recipe(
     "modern",
-    "Defaults of model and optimizer: modern (Muon and n-grams, see docs/training.md) | paper | original. With "
+    "Defaults of model and optimizer: modern (Muon and n-grams, see docs/recipes.md) | paper | original. With "
     "--init_from, of the optimizer only.",
 )
 VOCAB_PATH = launcher.define_path("vocab_path", "", "Use this vocabulary (JSON) instead of the text's own.")

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.common import launcher
 from experiments.common.characters import check_characters
+from experiments.common.launcher import banned_tokens
 from experiments.common.pictures import COLUMNS, draw_images, nothing, save_grid, top_halves
-from hourglass_jax import CharTokenizer, DataConfig, HourglassConfig, HourglassLM, ImageTokenizer, UsageError
+from hourglass_jax import CharTokenizer, DataConfig, HourglassConfig, HourglassLM, ImageTokenizer, UsageError, generate
+from hourglass_jax.checks import check_decodes
 from hourglass_jax.data.corpora import Splits, load_splits, load_text, load_tokens, shortage
 from hourglass_jax.data.haiku import make_examples
 from hourglass_jax.data.images import ImageSplits, image_batches, image_validation, load_folder, load_images
@@ -78,7 +79,7 @@ class TextSource:
         if not config.causal:
             return make_filler(self.tokenizer, np.array(self.valid[: self.n_positions]), seed)
         prompt = np.array(self.valid[: int(min(32, config.position_limit / 2))])
-        sample = launcher.make_sampler(self.tokenizer, prompt, 200, seed, signals)
+        sample = make_sampler(self.tokenizer, prompt, 200, seed, signals)
         return f"{self.tokenizer.decode(prompt)!r} continues:\n", sample
 
 
@@ -183,7 +184,7 @@ class HaikuSource:
         """Return a heading and a function that samples a haiku, up to <EOS>."""
         given = f"{self.first_line}\n" if self.first_line else ""
         prompt = np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(given)])
-        sample = launcher.make_sampler(self.tokenizer, prompt, 250, seed, signals, ends=True)
+        sample = make_sampler(self.tokenizer, prompt, 250, seed, signals, ends=True)
         return "\n", lambda model: given + sample(model)
 
 
@@ -273,7 +274,7 @@ class ImageSource:
                 save_grid(path, images, completed, new)
             return f"{path} (images, the same completed from their top halves, new ones)"
 
-        return "", launcher.where_it_decodes(sample)
+        return "", where_it_decodes(sample)
 
 
 def open_source(
@@ -337,3 +338,37 @@ def make_filler(tokenizer: TextTokenizer, text: np.ndarray, seed: int) -> tuple[
     first, *others = np.split(text, np.flatnonzero(chosen))  # each of the others starts with a gap
     gapped = GAP.join([tokenizer.decode(first), *(tokenizer.decode(piece[1:]) for piece in others)])
     return f"{gapped!r} is filled in:\n", fill
+
+
+def make_sampler(
+    tokenizer: Tokenizer, prompt: np.ndarray, max_tokens: int, seed: int, signals: Signals, *, ends: bool = False
+) -> Callable[[HourglassLM], str]:
+    """Return a function that samples text after `prompt`, up to <EOS> if `ends`; a signal interrupts it."""
+
+    def sample(model: HourglassLM) -> str:
+        [tokens] = generate(
+            model,
+            [prompt],
+            max_tokens=int(min(max_tokens, model.config.position_limit - len(prompt))),
+            key=jax.random.key(seed),
+            temperature=0.8,
+            stop_token=tokenizer.eos_id if ends else None,
+            banned_tokens=banned_tokens(tokenizer, ends=ends),
+            stream=lambda _: signals.check(),
+        )
+        return tokenizer.decode(tokens)
+
+    return where_it_decodes(sample)
+
+
+def where_it_decodes(sample: Callable[[HourglassLM], str]) -> Callable[[HourglassLM], str]:
+    """Return a function like `sample` that, for a model without decoding, returns the reason."""
+
+    def sample_or_reason(model: HourglassLM) -> str:
+        try:
+            check_decodes(model.config)
+        except UsageError as reason:
+            return f"(none: {reason})"
+        return sample(model)
+
+    return sample_or_reason

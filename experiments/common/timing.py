@@ -19,6 +19,7 @@ from hourglass_jax.data.pipeline import Batch
 from hourglass_jax.training.optimizer import make_optimizer
 from hourglass_jax.training.step import compile_step, first_state, make_train_step
 
+ADAMW = OptimizerConfig()
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -61,16 +62,16 @@ def timed(seconds: list[float], characters: int, **names: Any) -> dict[str, Any]
 
 
 class Step:
-    """A compiled training step with AdamW; each call runs on the next batch and blocks until the step is done.
+    """A compiled training step; each call runs on the next batch and blocks until the step is done.
 
     compile_seconds: time to create the state and to compile.
     memory_bytes: of state, batch and temporaries.
     """
 
-    def __init__(self, config: HourglassConfig, batches: Iterator[Batch]):
+    def __init__(self, config: HourglassConfig, batches: Iterator[Batch], optimizer_config: OptimizerConfig = ADAMW):
         started = time.perf_counter()
         self.config, self.batches = config, batches
-        optimizer = make_optimizer(OptimizerConfig(), 1000)
+        optimizer = make_optimizer(optimizer_config, 1000)
         graph, params = nnx.split(nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(0)))
         self.state = jax.jit(partial(first_state, optimizer=optimizer))(params)
         self.train_step = make_train_step(graph, optimizer, seed=0)

@@ -100,7 +100,9 @@ def read_document(record: Record, names: Names) -> Document:
     text, *key = read_fields(record, names)
     try:
         found = utf8(text, names[0])
-        return Document(found, utf8(str(key[0]), names[1]) if key else found, record.place)
+        if key and isinstance(key[0], int | float):
+            key = [str(key[0])]
+        return Document(found, utf8(key[0], names[1]) if key else found, record.place)
     except UsageError as error:
         raise UsageError(f"{record.place}: {error}") from error
 
@@ -135,7 +137,7 @@ def utf8(value: Any, field: str) -> bytes:
             ) from error
         return value
     found = "missing" if value is None else f"{type(value).__name__}, not text"
-    raise UsageError(f"field {field!r} is {found}; give the field of the text as --field")
+    raise UsageError(f"field {field!r} is {found}; give another field as --field or --id_field")
 
 
 def kind_of(file: str) -> str:

@@ -3,6 +3,7 @@
 model.safetensors   parameters by the names of `interop.parameters`
 config.json         format version, model configuration, tokenizer
 vocab.json          characters and their tokens (character models)
+README.md           the model card, with the metadata of the Hugging Face Hub
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from safetensors.numpy import load_file, save_file
 from hourglass_jax.checks import check_tokenizer
 from hourglass_jax.config import HourglassConfig
 from hourglass_jax.errors import UsageError
-from hourglass_jax.files import whole_directory
+from hourglass_jax.evaluation import Evaluation
+from hourglass_jax.files import whole_directory, write_whole
+from hourglass_jax.interop.card import CARD, model_card
 from hourglass_jax.interop.parameters import build_model, named_parameters
 from hourglass_jax.model import HourglassLM
 from hourglass_jax.tokenizers import Tokenizer
@@ -23,19 +26,30 @@ from hourglass_jax.training.run import Record, Run
 WEIGHTS = "model.safetensors"
 
 
-def save(directory: str | Path, model: HourglassLM, tokenizer: Tokenizer | None = None) -> None:
-    """Write a model and its tokenizer to a new directory, which `load` reads: parameters, configuration, vocabulary.
+def save(
+    directory: str | Path,
+    model: HourglassLM,
+    tokenizer: Tokenizer | None = None,
+    *,
+    license: str | None = None,
+    evaluation: Evaluation | None = None,
+) -> None:
+    """Write a model, its tokenizer and a model card to a new directory, which `load` reads and the Hub takes.
 
     tokenizer: None for a model without one.
+    license: the Hub's identifier of a license, such as apache-2.0, for the card.
+    evaluation: figures for the card, such as those of `evaluate` on a test text.
 
     Raises UsageError unless `directory` is empty or absent, and for a tokenizer whose size differs from the model's.
     """
     if tokenizer is not None:
         check_tokenizer(tokenizer, model.config)
+    name = Path(directory).expanduser().resolve().name
     with whole_directory(Path(directory)) as temporary:
         save_file(named_parameters(model), temporary / WEIGHTS, metadata={"format": "flax"})
         (temporary / WEIGHTS).chmod(0o644)  # save_file makes it private
         Run(temporary).write(Record(model.config, tokenizer, settings={}, history=[]))
+        write_whole(temporary / CARD, model_card(name, model, tokenizer, license, evaluation))
 
 
 def export_safetensors(model: HourglassLM, tokenizer: Tokenizer, directory: str | Path) -> None:

@@ -1,7 +1,7 @@
 """Byte n-gram embeddings: BLT's hash embeddings (arXiv:2412.09871, section 3.2.1).
 
-The n-grams that end at a token depend on earlier tokens only. They tell the first layer the local statistics of the
-text at no FLOPs, but their tables hold most of a small model's parameters.
+The n-grams that end at a token depend on no later token. They provide local statistics of the text to the first layer
+without FLOPs, but their tables hold most of a small model's parameters.
 """
 
 from __future__ import annotations

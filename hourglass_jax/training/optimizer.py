@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -62,8 +63,9 @@ def scale_by_level(rates: Sequence[float]) -> optax.GradientTransformation:
 
 
 def level_of(path: Sequence[Any]) -> int:
-    """Return the level of a parameter, 0 for the outermost: each `inner` in its path is one level deeper."""
-    return sum(getattr(key, "key", key) == "inner" for key in path)
+    """Return the level of a parameter, 0 for the outermost: hourglass.inner.inner... is level 2."""
+    names = [getattr(key, "key", key) for key in path[1:]]
+    return sum(1 for _ in itertools.takewhile(lambda name: name == "inner", names))
 
 
 class AveragedState(NamedTuple):

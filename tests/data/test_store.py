@@ -165,6 +165,21 @@ def test_the_split_of_a_document_depends_on_its_text_or_id_alone(tmp_path, refer
     assert shouted == {text.upper(): split for text, split in split_of(TEXTS, by_id).items()}
 
 
+def test_ids_are_the_same_in_every_format(tmp_path):
+    config = replace(SPLIT, id_field="id")
+    stores = []
+    for name in ("a.jsonl", "a.csv", "a.parquet", "a.arrow"):
+        FORMATS[name](tmp_path / name, TEXTS)
+        stores.append(prepare([str(tmp_path / name)], tmp_path / f"{name} store", config))
+    named = pa.table({"id": [str(i) for i in range(len(TEXTS))], "text": TEXTS})
+    pq.write_table(named, tmp_path / "named.parquet")
+    stores.append(prepare([str(tmp_path / "named.parquet")], tmp_path / "named", config))
+    assert all(content(store.directory) == content(stores[0].directory) for store in stores)
+    (tmp_path / "none.jsonl").write_text('{"text": "a", "id": 1}\n{"text": "b"}\n')
+    with pytest.raises(UsageError, match=r"none.jsonl, record 2: field 'id' is missing; give another field"):
+        prepare([str(tmp_path / "none.jsonl")], tmp_path / "none", config)
+
+
 def test_duplicates_are_dropped_on_request(tmp_path, corpus):
     (tmp_path / "twice.jsonl").write_bytes(json_lines(TEXTS * 2))
     twice = [str(tmp_path / "twice.jsonl")]

@@ -4,15 +4,18 @@ import itertools
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
+from flax import nnx
 from launching import METHOD, run_forked
 
 import hourglass_jax as hg
-from experiments.ablations import reporting, rows
+from experiments.ablations import costs, reporting, rows
 from experiments.ablations.rows import make_job, plan, row_config
 from experiments.ablations.scales import SCALES, find_setup, for_table
 from experiments.ablations.tables import TABLES, find_table
+from hourglass_jax.training.optimizer import optimizer_flops
 from hourglass_jax.training.run import RunBusy
 from hourglass_jax.training.signals import Signals
 from hourglass_jax.training.trainer import Diverged
@@ -75,6 +78,8 @@ def test_the_paper_s_set_ups():
         setup = for_table(find_setup("enwik8", scale), main)
         assert (setup.model["d_model"], setup.train.steps, setup.optimizer.warmup_steps) == found
     assert "model.d_model: 768 -> 128" in setup.scaled and "steps: 350000 -> 2000" in setup.scaled
+    muon = for_table(replace(text, optimizer=replace(text.optimizer, optimizer="muon")), main)
+    assert muon.train.steps == 350_000 and muon.scaled == "optimizer.optimizer: adamw -> muon"
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -98,6 +103,33 @@ def test_flops_of_a_drawn_factor_are_the_mean_of_those_of_its_values(tmp_path):
     table, setup = find_table("4", "enwik8"), find_setup("enwik8", "tiny")
     drawn, at_2, at_3 = (make_job(table, row, setup, tmp_path, 0).step_flops() for row in table.rows[:3])
     assert at_3 < at_2 and drawn == (at_2 + at_3) / 2
+
+
+def test_flops_of_a_row_include_those_of_its_optimizer(tmp_path):
+    table, setup = find_table("M1", "enwik8"), find_setup("enwik8", "micro")
+    paper, muon = (
+        make_job(table, row, setup, tmp_path, 0) for row in table.rows if row.name in ("6@1, paper", "6@1, muon")
+    )
+    params = nnx.state(nnx.eval_shape(lambda: hg.HourglassLM(muon.config, rngs=nnx.Rngs(0))))
+    own = optimizer_flops(muon.setup.optimizer, params)
+    assert muon.step_flops() - paper.step_flops() == own > 0.05 * paper.step_flops()
+
+
+def test_rows_are_timed_with_their_own_optimizer(tmp_path, monkeypatch):
+    class FakeStep:
+        memory_bytes = 0
+
+        def __init__(self, config, batches, *optimizer):
+            timed.append(optimizer)
+
+        def __call__(self):
+            pass
+
+    timed = []
+    monkeypatch.setattr(costs, "Step", FakeStep)
+    jobs = plan([find_table("M1", "enwik8")], find_setup("enwik8", "micro"), tmp_path, 1, ["6@1, paper", "6@1, muon"])
+    costs.measure(jobs, Signals())
+    assert timed == [(job.setup.optimizer,) for job in jobs] and timed[0] != timed[1]
 
 
 def test_jobs_that_are_busy_or_diverge_do_not_stop_the_others(tmp_path, monkeypatch, capsys):
@@ -272,6 +304,8 @@ def test_reports_come_from_the_stored_record_alone(home, tmp_path):
         (["--table=5", "--curves"], ["not --table and --curves"]),
         (["--curves", "--time"], ["--time is for --table, not for --curves"]),
         (["--lengths", "--first_seed=1"], ["--first_seed is for --table, not for --lengths"]),
+        (["--costs", "--recipe=modern"], ["--recipe is for ", "not for --costs"]),
+        (["--table=M1", "--recipe=modern"], ["--recipe=modern: the rows of tables M1 and M2", "leave it out"]),
         ([], ["--table=1,5", "not none"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""The accelerator and cpu suites at small sizes: parts that resume, wrong kernels, tricks on and off, reports."""
+"""The accelerator, cpu and quality suites at small sizes: parts that resume, wrong kernels, tricks, reports."""
 
 import inspect
 import json
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from launching import run_forked
 
-from experiments.benchmarks import accelerator, models
+import hourglass_jax as hg
+from experiments.benchmarks import accelerator, models, quality
 from experiments.benchmarks import cpu as cpu_suite
 from experiments.benchmarks.accelerator import Accelerator, check, decode, describe, parts, run_parts, train
 from experiments.common.reports import provenance
@@ -97,7 +98,14 @@ def test_lists_without_a_number_raise_one_line_errors(tmp_path, flag):
 
 
 @pytest.mark.parametrize(
-    "suite, flag", [("training", "--batches=2"), ("boundaries", "--nopeer"), ("decoding", "--accelerator.d_model=64")]
+    "suite, flag",
+    [
+        ("training", "--batches=2"),
+        ("boundaries", "--nopeer"),
+        ("decoding", "--accelerator.d_model=64"),
+        ("quality", "--repeats=2"),
+        ("cpu", "--minutes=2"),
+    ],
 )
 def test_options_of_other_suites_raise_errors(tmp_path, suite, flag):
     result = run_forked("benchmark", f"--suite={suite}", flag, "--report=here", cwd=tmp_path)
@@ -144,3 +152,37 @@ def test_tricks_for_xla_cpu_are_measured_and_shown(monkeypatch):
     assert [row["without"] for row in rows] == [cpu_suite.ON, "in_own_branch"]
     rows[0]["seconds"], rows[1]["seconds"] = [1.0, 2.0, 4.0], [2.0, 6.0, 4.0]
     assert "| decoding | `in_own_branch` | 2,000 | 4,000 | 2.00 |" in cpu_suite.describe(rows, 3)
+
+
+# Models that train in milliseconds.
+TINY = """
+from experiments.benchmarks import models, quality
+
+models.SIZES = {"vocab_size": 256, "hierarchy": "1@1", "d_model": 16, "n_heads": 2, "d_ff": 32}
+quality.LENGTH, quality.BATCH, quality.N_VALID, quality.WARMUP = 8, 2, 2, 1
+"""
+
+
+def test_quality_is_measured_in_parts_of_a_minute_and_drawn(tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY)
+    (tmp_path / "text").write_bytes(b"the quick brown fox jumps over the lazy dog. " * 100)
+    flags = ["--plugin=tiny.py", "--suite=quality", "--nopeer", "--data_path=text", "--report=here"]
+    result = run_forked("benchmark", *flags, "--minutes=0.02", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    text, rows = (tmp_path / "here.md").read_text(), json.loads((tmp_path / "here.json").read_text())["rows"]
+    assert "| 0.002 min | 0.004 min | 0.01 min | 0.02 min |" in text and "(32 predictions)" in text
+    assert [row["model"] for row in rows] == list(quality.RATES)
+    for row in rows:
+        assert row["minutes"][0] == 0 and row["minutes"][-1] >= 0.02 and row["bits"][-1] < row["bits"][0]
+    assert "here.png" in text and (tmp_path / "here.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quality_is_evaluated_on_whole_batches_of_held_out_text():
+    text = quality.read_text("")
+    train, valid = quality.split(text)
+    tokens = np.concatenate([tokens[:, :-1].ravel() for tokens, _ in valid])
+    np.testing.assert_array_equal(tokens, text[len(train) :][: len(tokens)])
+    assert 1 < len(valid) < quality.N_VALID and all(weights.all() for _, weights in valid)
+    with pytest.raises(hg.UsageError, match="the text of 40,000 bytes is too short; give one of at least 40,980"):
+        quality.split(text[:40_000])
+    assert len(quality.split(text[:40_980])[1]) == 1

@@ -13,7 +13,7 @@ from launching import MICRO, run_forked
 
 import hourglass_jax as hg
 from experiments.ablations import curve_report, curves, rows
-from experiments.ablations.scales import SCALES, find_setup
+from experiments.ablations.scales import GPU, SCALES, find_setup
 from experiments.common.sources import TextSource
 from hourglass_jax.training.metrics import read_curves
 from hourglass_jax.training.signals import Signals
@@ -23,8 +23,8 @@ from hourglass_jax.training.trainer import Diverged, fit
 PLUGIN = f"""{MICRO}
 from experiments.ablations import curves
 
-curves.POINTS, curves.BRANCHES, curves.DECAY = (480, 960), (960,), 0.4
-curves.PAIRS = (curves.Pair(curves.plain("1@1"), (curves.light("0@1 1@2 1@1"),)),)
+pair = curves.Pair(curves.plain("1@1"), (curves.light("0@1 1@2 1@1"),))
+curves.COURSES["narrow"], curves.DECAY = curves.Course((pair,), (480, 960), (960,)), 0.4
 """
 # Kills a process in the second leg, after a checkpoint of its own.
 KILL = """
@@ -167,21 +167,24 @@ def test_a_diverged_leg_is_reported_and_the_other_curve_continues(tmp_path, monk
     assert done == [other.directory, after_other.directory] and capsys.readouterr().out.count("train_loss is nan") == 1
 
 
-def test_pairs_cost_as_many_flops_as_they_say(tmp_path):
-    setup = find_setup("enwik8", "micro")
-    for pair in curves.PAIRS:
+@pytest.mark.parametrize("scale, tolerance", [("micro", 0.05), (GPU, 0.13)])
+def test_pairs_cost_as_many_flops_as_they_say(scale, tolerance, tmp_path):
+    setup = find_setup("enwik8", scale)
+    course = curves.COURSES[setup.course]
+    for pair in course.pairs:
         plain, *rivals = (next(curves.curve(row, setup, tmp_path, 0)).step_flops() for row in pair.rows)
-        assert all(abs(rival / plain - 1) < 0.05 for rival in rivals)
-    rows = [row for pair in curves.PAIRS for row in pair.rows]
-    assert len({row.name for row in rows}) == len({str(row) for row in rows})
-    assert set(curves.BRANCHES) <= set(curves.POINTS)
+        assert all(abs(rival / plain - 1) < tolerance for rival in rivals)
+        assert len(pair.rows) <= len(curve_report.COLOURS)
+    assert len({row.name for row in course.rows}) == len({str(row) for row in course.rows})
+    assert set(course.branches) <= set(course.points)
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", [*SCALES, GPU])
 def test_the_legs_of_a_curve_follow_one_another(scale, tmp_path):
     setup = find_setup("enwik8", scale)
-    legs = curves.plan(setup, tmp_path, 2, characters=20_000_000)
-    assert {leg.point for leg in legs} == {point for point in curves.POINTS if point <= 20_000_000}
+    points = curves.COURSES[setup.course].points[:-1]
+    legs = curves.plan(setup, tmp_path, 2, characters=points[-1])
+    assert {leg.point for leg in legs} == set(points)
     assert len({leg.directory for leg in legs}) == len(legs)
     for i, leg in enumerate(legs):
         trunk = leg.train.steps - leg.setup.optimizer.decay_steps

@@ -63,6 +63,15 @@ def whole_record():
     return example_record() | texts | {"setup": setup}
 
 
+def test_a_page_names_the_optimizers_of_its_setup_and_rows():
+    record = whole_record()
+    assert "; AdamW, constant" in reporting.render(record)
+    record["setup"]["optimizer"]["optimizer"] = "muon"
+    assert "; Muon, constant" in reporting.render(record)
+    record["rows"][0]["optimizer"] = {"optimizer": "adamw"}
+    assert "; AdamW or Muon, constant" in reporting.render(record)
+
+
 def test_rows_that_are_not_trained_yet_are_named():
     record = whole_record()
     assert "Not trained yet" not in reporting.render(record)

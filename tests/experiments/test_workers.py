@@ -19,8 +19,8 @@ from hourglass_jax.training import trainer
 light = resampling("average", "repeat") | {{"hierarchy": "0@1 1@2 1@1"}}
 rows = (Row("light", light, {{"bpc": 1.1}}), Row("1@1", TEXT | {{"hierarchy": "1@1"}}, {{"bpc": 1.2}}))
 TABLES["1", "enwik8"] = replace(TABLES["1", "enwik8"], rows=rows, baseline="1@1")
-curves.POINTS, curves.BRANCHES, curves.DECAY = (480, 960), (960,), 0.4
-curves.PAIRS = (curves.Pair(curves.plain("1@1"), ()),)
+pair = curves.Pair(curves.plain("1@1"), ())
+curves.COURSES["narrow"], curves.DECAY = curves.Course((pair,), (480, 960), (960,)), 0.4
 train_on = trainer._Training.train_on
 
 

@@ -38,7 +38,11 @@ def test_every_method_round_trips_bit_for_bit(tmp_path, request, shortening, ups
 def test_the_logits_are_the_same(tmp_path):
     model = make_model(small_config(vocab_size=258, positions="learned", norm="final"))
     export_safetensors(model, hg.ByteTokenizer(), tmp_path / "shared")
-    assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     back, tokenizer, _ = import_safetensors(tmp_path / "shared")
     tokens = tokenizer.encode("an old pond")[None]
     np.testing.assert_array_equal(forward(model, tokens), forward(back, tokens))

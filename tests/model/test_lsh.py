@@ -144,10 +144,12 @@ def test_invalid_lsh_options_raise_errors():
     for options, message in (
         ({"positions": "relative"}, "relative"),
         ({"window": 4}, "window=4"),
+        ({"hierarchy": "1@1 1@3 1@1", "window": (0, 4)}, r"window=\(0, 4\)"),
         ({"lsh_chunk": 0}, "chunk"),
     ):
         with pytest.raises(hg.UsageError, match=message):
             small_config(**(LSH | options))
+    small_config(hierarchy="1@1 1@3 1@1", window=(0, 0), **LSH)
 
 
 def test_lsh_costs_grow_linearly_with_length():

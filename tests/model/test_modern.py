@@ -18,6 +18,7 @@ from hourglass_jax import HourglassConfig, HourglassLM, UsageError
 from hourglass_jax.causality import CausalityError, check_causality, influence
 from hourglass_jax.costs import Seen, call_flops, count_parameters, forward_flops, level_lengths, position_flops
 from hourglass_jax.nn import ngrams
+from hourglass_jax.nn.transformer import Block
 
 EACH = pytest.mark.parametrize("options", MODERN.values(), ids=MODERN)
 TOGETHER = MODERN["together"]
@@ -88,6 +89,13 @@ def test_a_leak_behind_zero_initialized_layers_fails_the_causality_check():
     model.hourglass.boundaries.shift -= 1
     with pytest.raises(CausalityError, match="later token"):
         check_causality(model)
+
+
+def test_a_leak_behind_zero_input_scales_fails_the_causality_check(monkeypatch):
+    mix = Block.mix_input
+    monkeypatch.setattr(Block, "mix_input", lambda block, x, x0: mix(block, x, jnp.roll(x0, -1, axis=1)))
+    with pytest.raises(CausalityError, match="later token"):
+        check_causality(HourglassLM(small_config(hierarchy="2@1", d_ff=7, input_residual=True), rngs=nnx.Rngs(0)))
 
 
 def test_a_wrong_hash_and_a_wrong_width_differ_from_the_oracle(monkeypatch):

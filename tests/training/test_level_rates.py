@@ -56,6 +56,7 @@ def test_embedding_and_head_belong_to_the_first_level_and_resampling_to_the_oute
     assert {level for name, level in levels.items() if name.startswith(("embedding", "head", "hourglass.post"))} == {0}
     assert {level for name, level in levels.items() if "shorten" in name or "upsample" in name} == {0, 1}
     assert set(levels.values()) == {0, 1, 2}
+    assert level_of(("hourglass", "inner", "shorten", "inner", "kernel")) == 1  # of a user's method
 
 
 def test_another_number_of_rates_than_levels_raises_before_anything_is_written(tmp_path):

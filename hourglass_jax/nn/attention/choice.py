@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from absl import logging
 
 from hourglass_jax.config import HourglassConfig
+from hourglass_jax.nn.attention.biased import biased_attention
 from hourglass_jax.nn.attention.blocked import blocked_attention
 from hourglass_jax.nn.attention.fused import fused_attention
 from hourglass_jax.nn.attention.kernel import kernel_attention
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern
 from hourglass_jax.nn.attention.plain import plain_attention
+from hourglass_jax.nn.attention.stored import stored_attention
 from hourglass_jax.nn.platform import n_devices, platform
 
 IMPLEMENTATIONS: dict[str, Callable[[Pattern, Inputs, jax.Array | None, jax.Array | None], jax.Array]] = {
@@ -24,6 +26,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Pattern, Inputs, jax.Array | None, jax.Arra
     "fused": fused_attention,
     "kernel": kernel_attention,
 }
+EXPERIMENTS = {"biased": biased_attention, "stored": stored_attention}  # relative attention on GPUs
 LARGEST_HEAD = 128  # head_dim; larger tiles do not fit into a GPU's shared memory
 
 
@@ -34,7 +37,7 @@ def attend(
     options = {"relative positions": inputs.r is not None, "padding": padding is not None, "dropout": key is not None}
     used = tuple(option for option, is_used in options.items() if is_used)
     name, _ = choose(name, inputs.q.dtype, inputs.q.shape[-1], used, pattern.causal)
-    return IMPLEMENTATIONS[name](pattern, inputs, padding, key)
+    return (IMPLEMENTATIONS | EXPERIMENTS)[name](pattern, inputs, padding, key)
 
 
 def choose(name: str, dtype: Any, head_dim: int, used: tuple[str, ...] = (), causal: bool = True) -> tuple[str, str]:
@@ -47,12 +50,23 @@ def choose(name: str, dtype: Any, head_dim: int, used: tuple[str, ...] = (), cau
         name, reason = best(platform(), jnp.dtype(dtype), head_dim, used) if causal else not_causal
         log_once(f"attention: {name} ({reason})")
         return name, reason
+    if name == "biased":
+        return choose_biased(dtype, head_dim, used)
     if name == "fused" and used:
         return "blocked", f"fused does not support {' or '.join(used)}"
     if name == "fused" and not has_fused(platform(), head_dim):
         limit = "several TPU devices" if platform() == "tpu" else f"head_dim {head_dim}"
         return "blocked", f"fused does not support {limit}"
     return name, "as configured"
+
+
+def choose_biased(dtype: Any, head_dim: int, used: tuple[str, ...]) -> tuple[str, str]:
+    """Return `biased`, or what replaces it: `fused` without relative positions, `blocked` for unsupported options."""
+    if "relative positions" not in used:
+        return choose("fused", dtype, head_dim, used)
+    if "dropout" in used or n_devices() > 1:
+        return "blocked", f"biased does not support {'dropout' if 'dropout' in used else 'several devices'}"
+    return "biased", "as configured"
 
 
 def best(platform: str, dtype: Any, head_dim: int, used: tuple[str, ...]) -> tuple[str, str]:

@@ -25,7 +25,16 @@ from jaxtyping import Array, Float, Int
 
 from hourglass_jax.errors import UsageError
 from hourglass_jax.nn.attention.pattern import Inputs, Pattern
-from hourglass_jax.nn.attention.tiles import Arrays, Plan, Tile, forward_tile, key_tile, lag_tile, query_tile
+from hourglass_jax.nn.attention.tiles import (
+    Arrays,
+    Plan,
+    Tile,
+    forward_tile,
+    key_tile,
+    lag_tile,
+    query_tile,
+    stored_query_tile,
+)
 from hourglass_jax.nn.layers import at_least_float32
 from hourglass_jax.nn.platform import n_devices, platform
 
@@ -39,6 +48,7 @@ PRODUCTS: dict[Callable[..., Any], tuple[int, int, int]] = {
     query_tile: (3, 5, 1),
     key_tile: (4, 6, 0),
     lag_tile: (0, 6, 0),
+    stored_query_tile: (3, 0, 0),
 }
 
 
@@ -49,6 +59,13 @@ def kernel_attention(
 
     Raises UsageError for a symbolic batch size.
     """
+    return run_kernels(_attention, pattern, inputs, first, key)
+
+
+def run_kernels(
+    attention: Callable[[Plan, Arrays], jax.Array], pattern: Pattern, inputs: Inputs, first: Any, key: Any
+) -> Float[Array, "B H GP K"]:
+    """Compute `kernel_attention` by `attention`, a function of the kernels' inputs."""
     batch, heads, n_queries, size = inputs.q.shape
     if not isinstance(batch, int):
         raise UsageError("attention='kernel' requires a fixed batch size; export with one, or with another attention")
@@ -67,7 +84,7 @@ def kernel_attention(
         rows=jnp.stack([jnp.arange(batch, dtype=jnp.int32), first], axis=1),
         seeds=jnp.zeros(2, jnp.uint32) if key is None else jax.random.bits(key, (2,), jnp.uint32),
     )
-    out = _attention(plan, arrays).reshape(q.shape)[:, :, :, :groups, :size]
+    out = attention(plan, arrays).reshape(q.shape)[:, :, :, :groups, :size]
     return out.swapaxes(2, 3).reshape(inputs.q.shape)
 
 
@@ -141,9 +158,18 @@ def like(x: jax.Array | None) -> jax.ShapeDtypeStruct | None:
 
 
 def call(
-    plan: Plan, kernel: Callable[..., Any], arrays: Arrays, more: Any, n: int, *outputs: jax.ShapeDtypeStruct | None
+    plan: Plan,
+    kernel: Callable[..., Any],
+    arrays: Arrays,
+    more: Any,
+    n: int,
+    *outputs: jax.ShapeDtypeStruct | None,
+    in_place: bool = False,
 ) -> list[jax.Array]:
-    """Run n programs for each head; each reads all arrays of its head and writes one n-th of each output's rows."""
+    """Run n programs for each head; each reads all arrays of its head and writes one n-th of each output's rows.
+
+    in_place: the last output overwrites `arrays.logits`, as `Tile.memory`.
+    """
     heads, relative = arrays.q.shape[1], arrays.r is not None
     flat, structure = jax.tree.flatten((arrays, more))
     shapes = [x for x in outputs if x is not None]
@@ -187,6 +213,7 @@ def call(
             in_specs=[whole(x) for x in flat],
             out_specs=[part(x) for x in written],
             out_shape=written,
+            input_output_aliases={len(jax.tree.leaves(arrays)) - 1: len(written) - 1} if in_place else {},
             compiler_params=compiler_parameters(plan, flat, simple=not relative and not more),
             interpret=plan.platform == "cpu",
             name=kernel.__name__,

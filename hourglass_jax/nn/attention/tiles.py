@@ -36,6 +36,7 @@ class Arrays(NamedTuple):
     r: [H P, S G, K], slot-major; the last row of a slot has the smallest lag.
     rows: int32 [B, 2], each row's index in the whole batch, and its first group that is not padding.
     seeds: uint32 [2], seeds of dropout.
+    logits: relative logits by lag that replace q_position and r, see `stored`; [B, H P, G S, N + b], the last field.
     """
 
     q: Any
@@ -45,6 +46,7 @@ class Arrays(NamedTuple):
     r: Any
     rows: Any
     seeds: Any
+    logits: Any = None
 
 
 class Plan(NamedTuple):
@@ -55,6 +57,7 @@ class Plan(NamedTuple):
     block: b, the number of query groups, and of keys, in a block.
     n_blocks: blocks of queries, and of the keys of a slot.
     by_memory: whether relative logits are shifted through memory; otherwise by rotation.
+    queries: the first query block to compute, and the block after the last; None: all.
     """
 
     pattern: Pattern
@@ -65,6 +68,11 @@ class Plan(NamedTuple):
     block: int
     n_blocks: int
     by_memory: bool
+    queries: tuple[int, int] | None = None
+
+    @property
+    def range(self) -> tuple[int, int]:
+        return self.queries or (0, self.n_blocks)
 
     @property
     def columns(self) -> list[Any]:
@@ -75,7 +83,7 @@ class Plan(NamedTuple):
     def n_tiles(self) -> int:
         """Return how many tiles are computed for each head and key slot."""
         window = self.pattern.window or self.n_blocks * self.block
-        return sum(i + 1 - max(i * self.block - window + 1, 0) // self.block for i in range(self.n_blocks))
+        return sum(i + 1 - max(i * self.block - window + 1, 0) // self.block for i in range(*self.range))
 
 
 def divide(x: Any, n: int) -> Any:
@@ -159,14 +167,32 @@ class Tile:
             return None
         return self.keep(0, d, self.logits(q_position, self.load_lags(slot, d)))
 
-    def by_key(self, d: Any, far: Any, near: Any) -> jax.Array | None:
+    def by_key(self, i: Any, slot: Any, d: Any, far: Any, near: Any) -> jax.Array | None:
         """Return a tile's relative logits: those of lags d (`far`) and d - 1 (`near`) blocks from 0, shifted."""
         block = self.plan.block
+        if self.arrays.logits is not None:
+            return self.load_logits(i, slot, d)
         if not self.relative:
             return None
         if self.plan.by_memory:
             return self.recall(0, d, block - 1 - self.indices(block)[0])
         return mosaic.roll(jnp.concatenate([far, near], axis=1), block + 1, 1, stride=1, stride_axis=0)[:, :block]
+
+    def load_logits(self, i: Any, slot: Any, d: Any) -> jax.Array:
+        """Load a tile of stored logits, whose rows start one column earlier each."""
+        place = self.place(self.arrays.logits, (i - self.plan.range[0]) * self.plan.block, slot, d)
+        return triton.load(self.arrays.logits.at[place]).astype(self.wide)
+
+    def store_logits(self, slot: Any, d: Any, d_scores: jax.Array) -> None:
+        """Store a tile's score gradients over its logits, in the rows of this program."""
+        rows, columns = self.place(self.memory, 0, slot, d)
+        triton.store(self.memory.at[rows, columns], d_scores.astype(self.memory.dtype), mask=columns >= 0)
+
+    def place(self, logits: Any, first: Any, slot: Any, d: Any) -> tuple[jax.Array, jax.Array]:
+        """Return the rows and columns of a tile whose first query is row `first`."""
+        rows, keys = self.indices(self.plan.block)
+        columns = logits.shape[1] - self.plan.block - 1 - d * self.plan.block + keys - rows
+        return (first + rows) * self.pattern.key_slots + slot, columns
 
     def gradient_by_lag(self, d: Any, far: Any, near: Any, n: int = 1) -> jax.Array:
         """Transpose `by_key`: map the score gradients of two tiles to those of lags d - 1 blocks from 0.
@@ -235,7 +261,7 @@ class Tile:
 
     def n_query_blocks(self, j: Any) -> Any:
         """Return how many query blocks attend to key block j, including its own."""
-        end: Any = self.plan.n_blocks
+        end: Any = self.plan.range[1]
         if self.pattern.window:
             last = (j + 1) * self.plan.block - 1 + self.pattern.window - 1
             end = jnp.minimum(end, divide(last, self.plan.block) + 1)
@@ -262,21 +288,21 @@ class Queries(NamedTuple):
 
     def gradients(self, tile: Tile, i: Any, slot: Any, d: Any, far: Any, near: Any) -> tuple[jax.Array, jax.Array]:
         """Return the weights after dropout and the gradient of the scores; `far` and `near` as in `Tile.by_key`."""
-        weights = jnp.exp(tile.scores(i, slot, d, self.q, tile.by_key(d, far, near)) - self.log_total)
+        weights = jnp.exp(tile.scores(i, slot, d, self.q, tile.by_key(i, slot, d, far, near)) - self.log_total)
         d_weights = tile.drop(i, slot, d, tile.logits(self.d_out, tile.load(tile.arrays.v, i - d, slot)))
         return tile.drop(i, slot, d, weights), weights * (d_weights - self.correction)
 
 
 def forward_tile(tile: Tile) -> Any:
     """For a block of queries, return the result of attention and the log-sum-exp of the scores."""
-    i = tile.index
+    i = tile.plan.range[0] + tile.index
     q, q_position = tile.load(tile.arrays.q, i), tile.load_position(i)
 
     def add_slot(slot: Any, carry: Any) -> Any:
         def add_tile(d: Any, carry: Any) -> Any:
             near, largest, total, out = carry
             far = tile.by_lag(slot, d, q_position)
-            scores = tile.scores(i, slot, d, q, tile.by_key(d, far, near))
+            scores = tile.scores(i, slot, d, q, tile.by_key(i, slot, d, far, near))
             new = jnp.maximum(largest, scores.max(-1, keepdims=True))
             weights, old = jnp.exp(scores - new), jnp.exp(largest - new)
             added = tile.weighted(tile.drop(i, slot, d, weights), tile.load(tile.arrays.v, i - d, slot))
@@ -319,6 +345,25 @@ def query_tile(tile: Tile, *more: Any) -> Any:
     return tile.over_slots(add_slot, (tile.zeros(),) * (1 + tile.relative))
 
 
+def stored_query_tile(tile: Tile, *more: Any) -> Any:
+    """For a block of queries, return the gradient of q, and overwrite the logits with theirs."""
+    i = tile.plan.range[0] + tile.index
+    queries = Queries.load(tile, i, *more)
+
+    def add_slot(slot: Any, total: Any) -> Any:
+        def add_tile(d: Any, total: Any) -> Any:
+            _, d_scores = queries.gradients(tile, i, slot, d, None, None)
+            tile.store_logits(slot, d, d_scores)
+            return add(total, tile.weighted(d_scores, tile.load(tile.arrays.k, i - d, slot)))
+
+        n, nothing = tile.n_key_blocks(i), jnp.zeros((tile.plan.block,) * 2, tile.wide)
+        end = tile.memory.shape[1] // tile.plan.block  # tiles n .. end - 1 have lags that these queries lack
+        lax.fori_loop(n, end, lambda d, _: tile.store_logits(slot, d, nothing), None)
+        return lax.fori_loop(0, n, add_tile, total)
+
+    return (tile.over_slots(add_slot, tile.zeros()),)
+
+
 def key_tile(tile: Tile, *more: Any) -> Any:
     """For a block of keys, return the gradients of k and v."""
     slot, j = tile.slot_and_block()
@@ -330,7 +375,8 @@ def key_tile(tile: Tile, *more: Any) -> Any:
         new = tile.weighted(d_scores, queries.q, axis=0), tile.weighted(weights, queries.d_out, axis=0)
         return add(totals, new)
 
-    return lax.fori_loop(0, tile.n_query_blocks(j), add_tile, (tile.zeros(),) * 2)
+    start = jnp.maximum(tile.plan.range[0] - j, 0)
+    return lax.fori_loop(start, tile.n_query_blocks(j), add_tile, (tile.zeros(),) * 2)
 
 
 def lag_tile(tile: Tile, *more: Any) -> Any:
