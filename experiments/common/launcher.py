@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -177,6 +177,9 @@ def define_path(name: str, default: str | None, help_text: str) -> flags.FlagHol
     return flags.DEFINE(PathParser(), name, default, help_text, serializer=flags.ArgumentSerializer())
 
 
+_local_path = cache(local_path)  # one download a process
+
+
 class ModelFlags:
     """The flags --load_model_path (a directory, or hf:user/name on the Hub) and --pretrained (a shipped model)."""
 
@@ -184,11 +187,11 @@ class ModelFlags:
         self._path = define_path("load_model_path", default, help_text)
         self._name = flags.DEFINE_string("pretrained", None, "Name of a shipped model, instead of a directory.")
 
-    @cached_property
+    @property
     def value(self) -> str:
         """The model's directory. Raises UsageError for both flags or an unknown name."""
         if self._name.value is None:
-            return str(local_path(self._path.value))
+            return str(_local_path(self._path.value))
         if self._path.present:
             raise UsageError("--load_model_path and --pretrained are both given; leave out one of them")
         return str(pretrained_path(self._name.value))

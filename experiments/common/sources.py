@@ -237,7 +237,7 @@ class PairSource:
 
     def sampler(self, config: HourglassConfig, seed: int, directory: Path, signals: Signals) -> tuple[str, Sampler]:
         """Return a heading and a function that samples an answer to the last prompt for validation."""
-        sample = launcher.make_sampler(self.tokenizer, self.prompt, 250, seed, signals, ends=True)
+        sample = make_sampler(self.tokenizer, self.prompt, 250, seed, signals, ends=True)
         return f"{self.tokenizer.decode(self.prompt)[-100:]!r} continues:\n", sample
 
 
