@@ -31,7 +31,7 @@ MODEL = HourglassConfig(
 )
 DATA = DataConfig(block_size=128, batch_size=16)
 OPTIMIZER = OptimizerConfig(learning_rate=4e-3)
-TRAIN = TrainConfig(steps=300, eval_interval=50)
+TRAIN = TrainConfig(steps=300, eval_interval=100)
 
 OUT = launcher.define_path("out", "runs/pretrain", "Directory of checkpoints, curves and plots.")
 INIT_FROM = launcher.define_path(
