@@ -121,29 +121,30 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def draw_rows(record: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
-    """Draw a line for each row: every seed of ours on the left, published figures on the right."""
+    """Draw a line for each row: every seed of ours on the left, published figures, if any, on the right."""
     names = [row["name"] for row in rows]
     metrics = list(dict.fromkeys(name for row in rows for run in row["runs"] for name in run["figures"]))
     figure = Figure(figsize=(8, 1.4 + 0.4 * len(rows)), layout="constrained")
-    ours, theirs = figure.subplots(1, 2, sharey=True)
+    known = {metric: {row["name"]: row["paper"].get(metric) for row in rows} for metric in metrics}
+    known |= record.get("published", {})
+    compared = any(value is not None for by_name in known.values() for value in by_name.values())
+    ours, *others = figure.subplots(1, 2 if compared else 1, sharey=True, squeeze=False)[0]
     for metric in metrics:
         points = [
             (run["figures"][metric], i) for i, row in enumerate(rows) for run in row["runs"] if metric in run["figures"]
         ]
         ours.plot(*zip(*points, strict=True), "o", alpha=0.8, label=metric)
-    known = {metric: {row["name"]: row["paper"].get(metric) for row in rows} for metric in metrics}
-    for column, by_name in (known | record.get("published", {})).items():
-        points = [(by_name[name], i) for i, name in enumerate(names) if by_name.get(name) is not None]
-        if points:
-            theirs.plot(*zip(*points, strict=True), "s", alpha=0.8, label=column)
+    for theirs in others:
+        for column, by_name in known.items():
+            points = [(by_name[name], i) for i, name in enumerate(names) if by_name.get(name) is not None]
+            if points:
+                theirs.plot(*zip(*points, strict=True), "s", alpha=0.8, label=column)
+        theirs.set(title="published" if record.get("published") else "paper")
+        if record.get("published"):
+            theirs.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     ours.set(title=f"ours ({record['data']})", yticks=range(len(rows)), yticklabels=names)
     ours.invert_yaxis()
-    if record.get("published"):
-        theirs.set(title="published")
-        theirs.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    else:
-        theirs.set(title="paper")
-    for axes in (ours, theirs):
+    for axes in (ours, *others):
         axes.grid(alpha=0.3)
         axes.set_xlabel(record["metric"].upper() if len(metrics) == 1 else "")
     if len(metrics) > 1:

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import MODERN, event_config, forward, learned_config, make_model, small_config, tokens_of
+from conftest import (
+    MODERN,
+    event_config,
+    forward,
+    learned_config,
+    make_model,
+    slow_unless,
+    small_config,
+    tokens_of,
+)
 from flax import nnx
 from test_boundaries import largest_difference as largest_event_difference
 from test_cache import largest_difference
@@ -21,6 +30,11 @@ from hourglass_jax.nn import ngrams
 from hourglass_jax.nn.transformer import Block
 
 EACH = pytest.mark.parametrize("options", MODERN.values(), ids=MODERN)
+# Options that act on one position at a time are quick only together.
+ACROSS = ("input_residual", "ngrams", "widths", "windows", "together")
+EACH_ACROSS = pytest.mark.parametrize(
+    "options", [pytest.param(MODERN[name], id=name, marks=slow_unless(name in ACROSS)) for name in MODERN]
+)
 TOGETHER = MODERN["together"]
 PINNED = {
     2: [1517327922, 1455621316, 834770857, 443848254],
@@ -42,7 +56,7 @@ def test_all_options_equal_the_oracle_with_other_resampling_and_three_widths(res
     assert largest_error(small_config(dtype="float64", **options)) < 1e-10
 
 
-@EACH
+@EACH_ACROSS
 def test_cached_logits_equal_full_forward(options):
     with jax.enable_x64(True):
         assert largest_difference(make_model(small_config(dtype="float64", **options))) < 1e-9
@@ -63,7 +77,7 @@ def test_cached_logits_of_variable_groups_equal_full_forward(make_config, bounda
     assert largest_event_difference(make_model(make_config(boundaries=boundaries, **TOGETHER, **attends))) < 1e-4
 
 
-@EACH
+@EACH_ACROSS
 def test_predictions_depend_on_every_visible_token_and_no_future_token(options):
     model = make_model(small_config(**options))
     strength = influence(model, tokens_of(13, seed=1))
