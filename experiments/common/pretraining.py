@@ -19,7 +19,7 @@ from hourglass_jax import (
 from hourglass_jax.recipes import RECIPES
 from hourglass_jax.tokenizers import Tokenizer, boundary_tokens
 
-# Sized so that the built-in corpus trains in about two minutes on two CPU cores.
+# Sized so that the built-in corpus trains in about three minutes on two CPU cores.
 MODEL = HourglassConfig(
     vocab_size=1,
     hierarchy="1@1 3@3 1@1",

@@ -24,8 +24,8 @@ import hourglass_jax as hg
 FIXTURE = FIXTURES / "run-format-1.tar.xz"
 HAIKU = Path(hg.__file__).parent / "data" / "haiku.txt"
 OPTIONS = """--recipe=paper --data_path=text.txt --out=run --hierarchy=1@1_1@2_1@1 --d_model=8 --n_heads=2 --d_ff=16
-    --block_size=24 --batch_size=4 --steps=10 --optimizer.weight_decay=0.1 --optimizer.clip_norm=1.0 --learning_rate=0.01
-    --optimizer.warmup_steps=2 --train.eval_interval=5 --seed=3"""
+    --block_size=24 --batch_size=4 --steps=10 --optimizer.weight_decay=0.1 --optimizer.clip_norm=1.0
+    --learning_rate=0.01 --optimizer.warmup_steps=2 --train.eval_interval=5 --seed=3"""
 VALID_LOSS = {5: 3.356517637681114, 10: 3.260176827590441}
 TEXT = "It was a dark night, and the rain fell in torrents."
 LOG_PROBABILITIES = {  # of every tenth token of TEXT, from its second one
