@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package named experiments
 
@@ -185,14 +186,7 @@ def open_haiku(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[Haiku
         batch_size=BATCH_SIZE.value,
         allow_unknown=flags.FLAGS.allow_unknown,
     )
-    settings = {
-        "data_path": DATA_PATH.value,
-        "valid_path": VALID_PATH.value,
-        "block_size": block_size,
-        "batch_size": BATCH_SIZE.value,
-        "held_back": n_held_back,
-    }
-    return source, settings
+    return source, example_settings(block_size, n_held_back)
 
 
 def open_pairs(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[PairSource, dict]:
@@ -217,15 +211,18 @@ def open_pairs(config: HourglassConfig, tokenizer: TextTokenizer) -> tuple[PairS
         batch_size=BATCH_SIZE.value,
         allow_unknown=flags.FLAGS.allow_unknown,
     )
-    settings = {
+    return source, example_settings(block_size, n_held_back) | {"template": TEMPLATE}
+
+
+def example_settings(block_size: int, n_held_back: int) -> dict[str, Any]:
+    """Return the settings of a run on separate examples, haiku or pairs."""
+    return {
         "data_path": DATA_PATH.value,
         "valid_path": VALID_PATH.value,
         "block_size": block_size,
         "batch_size": BATCH_SIZE.value,
         "held_back": n_held_back,
-        "template": TEMPLATE,
     }
-    return source, settings
 
 
 def schedule(n_examples: int) -> tuple[TrainConfig, OptimizerConfig]:

@@ -6,27 +6,25 @@ Compilation and evaluation do not count.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
 from flax import nnx
 
 from experiments.benchmarks import models
 from experiments.common.reports import markdown_table
-from hourglass_jax import HourglassConfig, HourglassLM, OptimizerConfig, UsageError
+from experiments.common.timing import Step
+from hourglass_jax import HourglassConfig, OptimizerConfig, UsageError
 from hourglass_jax.data.corpora import builtin_text
-from hourglass_jax.data.pipeline import Batch, BatchAt, consecutive_windows, evenly_spaced, random_windows
+from hourglass_jax.data.pipeline import Batch, consecutive_windows, evenly_spaced, random_windows
 from hourglass_jax.evaluation import evaluate_batches
 from hourglass_jax.recipes import RECIPES
 from hourglass_jax.tokenizers import ByteTokenizer
-from hourglass_jax.training.optimizer import make_optimizer
-from hourglass_jax.training.step import compile_step, first_state, make_train_step
 
 LENGTH, BATCH, WARMUP, N_VALID = 512, 8, 50, 16  # N_VALID: batches of validation
 VALID_SHARE = 0.1
@@ -44,29 +42,21 @@ class Case(NamedTuple):
 class Trainer(Protocol):
     """A model in training."""
 
-    def train(self, tokens: np.ndarray) -> None:
-        """Take one step on tokens [B, L + 1], and wait until it is done."""
+    def __call__(self) -> None:
+        """Take one step on the next batch, and wait until it is done."""
 
     def bits(self, batches: Sequence[Batch]) -> float:
         """Return the bits per byte of the batches."""
 
 
-class Ours:
+class Ours(Step):
     """This library's model and optimizer of a recipe; compiled when constructed."""
 
-    def __init__(self, recipe: str, rate: float):
+    def __init__(self, recipe: str, rate: float, batches: Iterator[Batch]):
         options = RECIPES[recipe]
         config = HourglassConfig(**models.SIZES, max_length=LENGTH, initialization="xavier", **options.model)
         schedule = OptimizerConfig(learning_rate=rate, schedule="constant", warmup_steps=WARMUP, **options.optimizer)
-        optimizer = make_optimizer(schedule, steps=10**9)
-        self.graph, params = nnx.split(nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(0)))
-        self.state = jax.jit(partial(first_state, optimizer=optimizer))(params)
-        self.weights = np.ones((BATCH, LENGTH), np.float32)
-        shape = np.zeros((BATCH, LENGTH + 1), np.int32)
-        self.step = compile_step(make_train_step(self.graph, optimizer, seed=0), self.state, shape, self.weights)
-
-    def train(self, tokens: np.ndarray) -> None:
-        self.state, _ = jax.block_until_ready(self.step(self.state, tokens, self.weights))
+        super().__init__(config, batches, schedule)
 
     def bits(self, batches: Sequence[Batch]) -> float:
         model = nnx.merge(self.graph, self.state.params)
@@ -77,11 +67,11 @@ class Ours:
 class Peer:
     """The peer's model at the same sizes, with PyTorch's AdamW."""
 
-    def __init__(self, rate: float):
+    def __init__(self, rate: float, batches: Iterator[Batch]):
         import torch
 
         torch.manual_seed(0)
-        self.torch, self.model = torch, models.make_peer(LENGTH)
+        self.torch, self.model, self.batches = torch, models.make_peer(LENGTH), batches
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, weight_decay=0.0)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1 / WARMUP, total_iters=WARMUP)
 
@@ -90,7 +80,8 @@ class Peer:
         logits = self.model(tokens[:, :-1])
         return self.torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:])
 
-    def train(self, tokens: np.ndarray) -> None:
+    def __call__(self) -> None:
+        tokens, _ = next(self.batches)
         self.model.train()
         self.loss(tokens).backward()
         self.optimizer.step()
@@ -107,14 +98,13 @@ def cases(peer: bool) -> list[Case]:
     return [Case(*item) for item in RATES.items()] + [Case(models.PEER, rate) for rate in PEER_RATES if peer]
 
 
-def curve(trainer: Trainer, batch_at: BatchAt, valid: Sequence[Batch], minutes: float) -> dict[str, Any]:
+def curve(trainer: Trainer, valid: Sequence[Batch], minutes: float) -> dict[str, Any]:
     """Return the bits before training and at each of the marks, and the number of steps."""
     times, bits, seconds, n_steps = [0.0], [trainer.bits(valid)], 0.0, 0
     for mark in range(1, MARKS + 1):
         while seconds < 60 * minutes * mark / MARKS:
-            tokens, _ = batch_at(n_steps)
             started = time.perf_counter()
-            trainer.train(tokens)
+            trainer()
             seconds += time.perf_counter() - started
             n_steps += 1
         times.append(seconds / 60)
@@ -148,8 +138,9 @@ def measure(minutes: float, peer: bool, data_path: str) -> list[dict[str, Any]]:
     facts = {"text_bytes": len(text), "predictions": len(valid) * BATCH * LENGTH}
     rows: list[dict[str, Any]] = []
     for case in cases(peer):
-        trainer: Trainer = Peer(case.rate) if case.model == models.PEER else Ours(*case)
-        rows.append(case._asdict() | facts | curve(trainer, batch_at, valid, minutes))
+        batches = map(batch_at, itertools.count())
+        trainer: Trainer = Peer(case.rate, batches) if case.model == models.PEER else Ours(*case, batches)
+        rows.append(case._asdict() | facts | curve(trainer, valid, minutes))
         print(f"{case.model}, rate {case.rate:g}: {rows[-1]['bits'][-1]:.3f} bits", flush=True)
     return rows
 

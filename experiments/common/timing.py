@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -70,12 +71,14 @@ class Step:
 
     def __init__(self, config: HourglassConfig, batches: Iterator[Batch], optimizer_config: OptimizerConfig = ADAMW):
         started = time.perf_counter()
-        self.config, self.batches = config, batches
+        self.config = config
         optimizer = make_optimizer(optimizer_config, 1000)
-        graph, params = nnx.split(nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(0)))
+        self.graph, params = nnx.split(nnx.jit(lambda rngs: HourglassLM(config, rngs=rngs))(nnx.Rngs(0)))
         self.state = jax.jit(partial(first_state, optimizer=optimizer))(params)
-        self.train_step = make_train_step(graph, optimizer, seed=0)
-        self.step = compile_step(self.train_step, self.state, *next(batches))
+        self.train_step = make_train_step(self.graph, optimizer, seed=0)
+        first = next(batches)
+        self.batches = itertools.chain([first], batches)
+        self.step = compile_step(self.train_step, self.state, *first)
         self.compile_seconds = time.perf_counter() - started
         memory = self.step.memory_analysis()
         parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)

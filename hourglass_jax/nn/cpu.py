@@ -46,7 +46,8 @@ def batch_parts(batch: int, heads: int) -> int:
     """Return the number of equal parts of a batch that blocked attention computes one after another.
 
     On one CPU, only a part's scores are in memory at a time: the temporaries of a step of 8.9M parameters take 0.71 GB
-    instead of 0.92, and the step is up to 9 % slower (results/training/memory.json). Elsewhere there is one part.
+    instead of 0.92, and the step is up to 9 % slower (results/training/memory.json).
+    Other devices have one part.
     """
     rows = max(1, HEADS_IN_CACHE // heads)
     if not isinstance(batch, int) or not on_one_cpu() or batch % rows:

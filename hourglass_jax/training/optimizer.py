@@ -17,7 +17,7 @@ from hourglass_jax.errors import UsageError
 from hourglass_jax.run_config import OptimizerConfig
 
 # Coefficients of Muon's Newton-Schulz iterations, from Polar Express (arXiv:2505.16932). Given one tuple per iteration,
-# optax scans them, which takes two thirds of the CPU time of its default, five equal iterations that it unrolls.
+# optax scans them; its default, five equal iterations, is unrolled.
 NEWTON_SCHULZ = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),

@@ -45,7 +45,7 @@ def test_a_long_training_text_is_sampled(monkeypatch):
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
 def test_a_validation_text_that_repeats_the_training_text_is_told(tmp_path, caplog, tokenizer):
-    """Split by position, or a part of a training file as a file of its own."""
+    """Two forms of validation data: the last part of a text, or a copy of that part in another file."""
     once = bytes(letters(3000)).decode()
     texts = {"repeated": once * 5, "once": once, "train": once * 2, "valid": once[500:1500]}
     for name, text in texts.items():
